@@ -1,0 +1,188 @@
+"""Configurations as they reach the twin: a YAML file, or a row of a runs table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adapter_twin.config import (
+    EngineConfig,
+    Lengths,
+    Scenario,
+    Workload,
+    check_ranks,
+    deal_adapters,
+    zipf_adapters,
+)
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.strict import build, require
+
+DEFAULT_DURATION_S = 3600.0
+DEFAULT_MEAN_INPUT_TOKENS = 223.0
+DEFAULT_MEAN_OUTPUT_TOKENS = 198.0
+"""Window and mean lengths of the reference campaign, for runs that failed to start."""
+
+DEFAULT_BATCHED_TOKENS = 2048
+
+
+def load_scenario(path: str | Path) -> Scenario:
+    """Read a ``CONFIG.yaml``.
+
+    Adapters are a list of ``{name, rank, request_rate}``, or one of the short forms ``{count,
+    request_rates, ranks}`` and ``{count, total_request_rate, zipf_exponent, ranks}``. The path of
+    a trace is relative to the file.
+
+    Raises
+    ------
+    AdapterTwinError
+        The file cannot be read, is no YAML, or has an unknown, missing or wrong key, which the
+        message names by its path.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise AdapterTwinError(f"{file}: {reason}; give a YAML file that can be read") from None
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: 2024-13-01 is no date
+        reason = " ".join(str(error).split())
+        raise AdapterTwinError(f"{file}: not valid YAML ({reason})") from None
+    workload = content.get("workload") if isinstance(content, dict) else None
+    if isinstance(workload, dict):
+        _expand_adapters(workload)
+        arrivals = workload.get("arrivals")
+        if isinstance(arrivals, dict) and isinstance(arrivals.get("path"), str):
+            arrivals["path"] = str(file.parent / arrivals["path"])
+    return build(Scenario, content, "")
+
+
+def _expand_adapters(workload: dict[str, Any]) -> None:
+    """Replace the short forms of `workload["adapters"]` by the list they stand for."""
+    short = workload.get("adapters")
+    if isinstance(short, dict):
+        is_zipf = "zipf_exponent" in short or "total_request_rate" in short
+        adapters = build(zipf_adapters if is_zipf else deal_adapters, short, "workload.adapters")
+        workload["adapters"] = [asdict(adapter) for adapter in adapters]
+
+
+def parse_rates(text: object) -> tuple[float, ...]:
+    """Parse a `rates_per_adapter` cell.
+
+    >>> parse_rates("0.1-0.05-0.025")
+    (0.1, 0.05, 0.025)
+    """
+    return tuple(_parse_cell("rates_per_adapter", text, float, "0.1-0.05-0.025"))
+
+
+def parse_ranks(text: object) -> tuple[int, ...]:
+    """Parse a `ranks` cell.
+
+    >>> parse_ranks("8-16")
+    (8, 16)
+    """
+    return tuple(_parse_cell("ranks", text, int, "8-16"))
+
+
+def _parse_cell(column: str, text: object, number: type[Any], example: str) -> list[Any]:
+    try:
+        values = [number(part) for part in str(text).split("-")]
+    except ValueError:
+        raise AdapterTwinError(
+            f"{column}: expected numbers joined by '-', as in {example!r}, got {text!r}"
+        ) from None
+    require(
+        all(math.isfinite(value) for value in values),
+        f"{column}: {text!r} holds a value that is not finite",
+    )
+    return values
+
+
+def run_to_workload(
+    row: Mapping[str, Any], rank_correlation: float = 0.0
+) -> tuple[EngineConfig, Workload]:
+    """Turn the configuration columns of one run into what the twin takes.
+
+    Parameters
+    ----------
+    row : mapping
+        ``model, rates_per_adapter, ranks, served_adapters, adapter_slots, max_lora_rank,
+        max_num_seqs, duration_s, mean_input_tokens, mean_requested_output_tokens``; ``run_id`` for
+        messages. Nothing else is read.
+    rank_correlation : float
+        Spearman correlation of prompt and output lengths.
+
+    Raises
+    ------
+    AdapterTwinError
+        A missing column or a value out of range; the message names the run and the column.
+    """
+    try:
+        engine, workload = _engine(row), _workload(row, rank_correlation)
+        check_ranks(engine, workload)
+        return engine, workload
+    except AdapterTwinError as error:
+        run = f"run {row['run_id']}: " if "run_id" in row else ""
+        raise AdapterTwinError(f"{run}{error}") from None
+
+
+def _engine(row: Mapping[str, Any]) -> EngineConfig:
+    max_num_seqs = _whole(row, "max_num_seqs")
+    return EngineConfig(
+        model=str(_cell(row, "model")),
+        max_loras=_whole(row, "adapter_slots"),
+        max_cpu_loras=_whole(row, "served_adapters"),
+        max_lora_rank=_whole(row, "max_lora_rank"),
+        max_num_seqs=max_num_seqs,
+        # the table does not carry the token budget, which may not be smaller than max_num_seqs
+        max_num_batched_tokens=max(DEFAULT_BATCHED_TOKENS, max_num_seqs),
+    )
+
+
+def _workload(row: Mapping[str, Any], rank_correlation: float) -> Workload:
+    return Workload(
+        adapters=deal_adapters(
+            _whole(row, "served_adapters"),
+            parse_rates(_cell(row, "rates_per_adapter")),
+            parse_ranks(_cell(row, "ranks")),
+        ),
+        duration_s=_number(row, "duration_s", DEFAULT_DURATION_S),
+        lengths=Lengths(
+            mean_input_tokens=_number(row, "mean_input_tokens", DEFAULT_MEAN_INPUT_TOKENS),
+            mean_output_tokens=_number(
+                row, "mean_requested_output_tokens", DEFAULT_MEAN_OUTPUT_TOKENS
+            ),
+            rank_correlation=rank_correlation,
+        ),
+    )
+
+
+def _cell(row: Mapping[str, Any], column: str) -> Any:
+    require(column in row, f"{column}: the column is missing; add it to the table")
+    return row[column]
+
+
+def _number(row: Mapping[str, Any], column: str, default: float | None = None) -> float:
+    """Return a cell as a float; an empty one is `default`, or an error without one."""
+    cell = _cell(row, column)
+    try:
+        value = math.nan if cell is None else float(cell)
+    except (TypeError, ValueError):
+        raise AdapterTwinError(f"{column}: expected a number, got {cell!r}") from None
+    if math.isnan(value):
+        if default is None:
+            raise AdapterTwinError(f"{column}: is empty; give a number")
+        return default
+    return value
+
+
+def _whole(row: Mapping[str, Any], column: str) -> int:
+    value = _number(row, column)
+    require(value.is_integer(), f"{column}: expected a whole number, got {value}")
+    return int(value)

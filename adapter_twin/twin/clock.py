@@ -1,0 +1,228 @@
+"""What one turn of the engine loop does, and the compiled loop over turns.
+
+`begin_step` and `end_step` are the only way in which time passes in the twin: the compiled loop
+below calls them back to back, the SimPy server (`adapter_twin.twin.server`) waits in between.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from adapter_twin.twin.scheduler import complete_step, enqueue, schedule
+
+STEPS = np.dtype(
+    [
+        ("end_s", np.float64),
+        ("tokens", np.int32),
+        ("decodes", np.int32),
+        ("running", np.int32),
+        ("waiting", np.int32),
+        ("adapters", np.int32),
+        ("loads", np.int32),
+        ("free_blocks", np.int64),
+        ("context_tokens", np.int64),
+        ("load_s", np.float32),
+        ("scheduling_s", np.float32),
+    ]
+)
+
+# When the front end (HTTP server, tokenizer, metrics) could not serve anything else.
+PAUSES = np.dtype([("start_s", np.float64), ("end_s", np.float64), ("labels", np.int64)])
+
+CLOCK = np.dtype(
+    [
+        ("now_s", np.float64),
+        ("accepted", np.int64),  # requests that the front end has taken
+        ("delivered", np.int64),  # of these, the ones that the engine has got
+        ("in_flight", np.int64),
+        ("front_end_free_s", np.float64),
+        ("next_scrape_s", np.float64),
+        ("steps", np.int64),
+        ("pauses", np.int64),
+        ("labels", np.int64),  # distinct label sets that the metrics endpoint holds
+        ("label_names", np.int64),  # adapter names in them, in total
+        ("last_label", np.uint64),
+    ]
+)
+
+
+class StepLaw(NamedTuple):
+    """Step and scheduling time of one engine configuration, in seconds."""
+
+    token_breaks: NDArray[np.float64]  # the regime changes past these batch sizes
+    # regimes x (1, tokens, decodes, context tokens, adapters, adapters x tiles, tiles)
+    coefficients: NDArray[np.float64]
+    tile: int  # tokens per tile of the adapter kernels
+    per_waiting: float  # what each waiting request costs the engine's process besides scheduling
+    scheduling: NDArray[np.float64]  # (1, running, waiting requests scanned)
+
+
+class FrontEnd(NamedTuple):
+    """The window, the load generator and the server's front end."""
+
+    duration_s: float
+    in_flight_cap: int
+    first_use_s: float  # it stops to load what it keeps per adapter (0.8.5: a tokenizer)
+    scrape_period_s: float  # infinite: nobody reads the metrics
+    scrape_s: float
+    scrape_s_per_label: float
+    scrape_s_per_name: float
+
+
+@njit(cache=True, error_model="numpy")
+def step_seconds(law, batch, running, waiting):
+    """Return the durations (model, scheduling) of a step in seconds."""
+    regime = 0
+    while regime < len(law.token_breaks) and batch.tokens > law.token_breaks[regime]:
+        regime += 1
+    c = law.coefficients[regime]
+    tiles = (batch.tokens + law.tile - 1) // law.tile
+    model = (
+        c[0]
+        + c[1] * batch.tokens
+        + c[2] * batch.decodes
+        + c[3] * batch.context_tokens
+        + (c[4] + c[5] * tiles) * batch.adapters
+        + c[6] * tiles
+        + law.per_waiting * waiting
+    )
+    s = law.scheduling
+    return model, s[0] + s[1] * running + s[2] * batch.scanned
+
+
+@njit(cache=True, error_model="numpy")
+def _pause(clock, pauses, start_s, seconds):
+    row = pauses[clock.pauses]
+    row.start_s, row.end_s, row.labels = start_s, start_s + seconds, clock.labels
+    clock.pauses += 1
+    clock.front_end_free_s = row.end_s
+
+
+@njit(cache=True, error_model="numpy")
+def _scrape(clock, front_end, pauses):
+    seconds = (
+        front_end.scrape_s
+        + front_end.scrape_s_per_label * clock.labels
+        + front_end.scrape_s_per_name * clock.label_names
+    )
+    _pause(clock, pauses, max(clock.next_scrape_s, clock.front_end_free_s), seconds)
+    clock.next_scrape_s = clock.front_end_free_s + front_end.scrape_period_s
+
+
+@njit(cache=True, error_model="numpy")
+def _accept(requests, clock, front_end, pauses, used):
+    """The front end takes the next request, once it is free."""
+    request = clock.accepted
+    clock.accepted += 1
+    ready_s = max(requests.arrival_s[request], clock.front_end_free_s)
+    adapter = requests.adapter[request]
+    if not used[adapter]:
+        used[adapter] = True
+        if front_end.first_use_s > 0.0:
+            _pause(clock, pauses, ready_s, front_end.first_use_s)
+            ready_s = clock.front_end_free_s
+    requests.ready_s[request] = ready_s
+
+
+@njit(cache=True, error_model="numpy")
+def deliver_arrivals(limits, requests, state, clock, front_end, pauses, used):
+    """Hand the engine every request that has reached it by ``clock.now_s``."""
+    n = len(requests.arrival_s)
+    while True:
+        arrival_s = requests.arrival_s[clock.accepted] if clock.accepted < n else np.inf
+        if min(arrival_s, clock.next_scrape_s) > clock.now_s:
+            break
+        if clock.next_scrape_s <= arrival_s:
+            _scrape(clock, front_end, pauses)
+        elif clock.in_flight >= front_end.in_flight_cap:
+            requests.rejected[clock.accepted] = True
+            requests.ready_s[clock.accepted] = max(arrival_s, clock.front_end_free_s)
+            clock.accepted += 1
+        else:
+            clock.in_flight += 1
+            _accept(requests, clock, front_end, pauses, used)
+    while clock.delivered < clock.accepted and requests.ready_s[clock.delivered] <= clock.now_s:
+        if not requests.rejected[clock.delivered]:
+            enqueue(limits, requests, state, clock.delivered)
+        clock.delivered += 1
+
+
+@njit(cache=True, error_model="numpy")
+def next_delivery_s(requests, clock):
+    """When an idle engine has something to look at again."""
+    if clock.delivered < clock.accepted:
+        return requests.ready_s[clock.delivered]
+    if clock.accepted < len(requests.arrival_s):
+        return requests.arrival_s[clock.accepted]
+    return np.inf
+
+
+@njit(cache=True, error_model="numpy")
+def note_label(state, clock, seen):
+    """Count the label set (running adapters, waiting adapters) if it is a new one.
+
+    `seen` is an open-addressing hash table; 0 marks a free place.
+    """
+    label = state.count.label_hash
+    if label == clock.last_label:
+        return
+    clock.last_label = label
+    mask = np.uint64(len(seen) - 1)
+    place = label & mask
+    while seen[place] != np.uint64(0):
+        if seen[place] == label:
+            return
+        place = (place + np.uint64(1)) & mask
+    if 2 * clock.labels < len(seen):
+        seen[place] = label
+    clock.labels += 1
+    clock.label_names += state.count.active + state.count.waiting_adapters
+
+
+@njit(cache=True, error_model="numpy")
+def begin_step(limits, requests, state, clock, law, steps):
+    """Schedule a batch, note it, and return the step's duration in seconds."""
+    batch = schedule(limits, requests, state, clock.now_s)
+    model_s, scheduling_s = step_seconds(law, batch, state.count.running, state.count.waiting)
+    row = steps[clock.steps]
+    row.tokens = batch.tokens
+    row.decodes = batch.decodes
+    row.running = state.count.running
+    row.waiting = state.count.waiting
+    row.adapters = batch.adapters
+    row.loads = batch.host_loads
+    row.free_blocks = state.count.free_blocks
+    row.context_tokens = batch.context_tokens
+    row.load_s = batch.load_s
+    row.scheduling_s = scheduling_s
+    return model_s + scheduling_s + batch.load_s
+
+
+@njit(cache=True, error_model="numpy")
+def end_step(limits, requests, state, clock, steps, seen):
+    """Emit the tokens of the current step at ``clock.now_s``."""
+    steps[clock.steps].end_s = clock.now_s
+    clock.steps += 1
+    clock.in_flight -= complete_step(limits, requests, state, clock.now_s)
+    if len(seen) > 0:
+        note_label(state, clock, seen)
+
+
+@njit(cache=True, error_model="numpy")
+def run(limits, requests, state, clock, law, front_end, steps, pauses, seen, used):
+    """Turn the engine loop until the window ends (True) or `steps` is full (False)."""
+    while clock.steps < len(steps):
+        deliver_arrivals(limits, requests, state, clock, front_end, pauses, used)
+        if state.count.running + state.count.waiting == 0:
+            clock.now_s = next_delivery_s(requests, clock)
+        else:
+            clock.now_s += begin_step(limits, requests, state, clock, law, steps)
+        if clock.now_s > front_end.duration_s:
+            return True
+        if state.count.running > 0:
+            end_step(limits, requests, state, clock, steps, seen)
+    return False
