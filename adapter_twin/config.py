@@ -124,14 +124,15 @@ class Arrivals:
 
     Attributes
     ----------
-    process : {"poisson", "gamma", "trace"}
+    process : {"poisson", "gamma", "trace", "agullo2025"}
+        The last one is Poisson as the reference study's load generator drew it, number by number.
     cv : float
         Coefficient of variation of the gaps between an adapter's requests (gamma only).
     path : str, optional
         Trace to replay (trace only): it brings the requests' adapters and lengths as well.
     """
 
-    process: Literal["poisson", "gamma", "trace"] = "poisson"
+    process: Literal["poisson", "gamma", "trace", "agullo2025"] = "poisson"
     cv: float = 1.0
     path: str | None = None
 
@@ -154,15 +155,16 @@ class Lengths:
     mean_input_tokens, mean_output_tokens : float
     cv : float
         Coefficient of variation of both lengths (lognormal only).
-    rank_correlation : float
-        Spearman correlation of prompt and output length.
+    rank_correlation : float, optional
+        Spearman correlation of prompt and output length; left out, it is the measured one for
+        sharegpt and none for the others.
     """
 
     distribution: Literal["sharegpt", "lognormal", "fixed"] = "sharegpt"
     mean_input_tokens: float
     mean_output_tokens: float
     cv: float = 1.0
-    rank_correlation: float = 0.0
+    rank_correlation: float | None = None
 
     def __post_init__(self) -> None:
         require_choice(self, "distribution")
@@ -174,7 +176,7 @@ class Lengths:
         require_positive(self, "cv")
         has_cv = self.distribution == "lognormal"
         require(has_cv or self.cv == 1, "cv: only for lognormal lengths; leave it out")
-        correlation = self.rank_correlation
+        correlation = self.rank_correlation or 0.0
         require(-1 <= correlation <= 1, f"rank_correlation: got {correlation}, give -1 to 1")
         require(not fixed or correlation == 0, "rank_correlation: fixed lengths have none")
 

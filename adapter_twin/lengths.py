@@ -34,15 +34,18 @@ class LengthMarginals:
     prompt_edges, output_edges : tuple of float
         Bin edges in tokens, increasing, one more than counts. Lengths are uniform within a bin.
     prompt_counts, output_counts : tuple of float
+    rank_correlation : float
+        Spearman correlation of prompt and output length.
     """
 
     prompt_edges: Sequence[float]
     prompt_counts: Sequence[float]
     output_edges: Sequence[float]
     output_counts: Sequence[float]
+    rank_correlation: float = 0.0
 
     def __post_init__(self) -> None:
-        for column in fields(self):  # tuples, so that equal histograms hash alike
+        for column in fields(self)[:4]:  # tuples, so that equal histograms hash alike
             object.__setattr__(self, column.name, tuple(map(float, getattr(self, column.name))))
         _check_histogram("prompt", self.prompt_edges, self.prompt_counts)
         _check_histogram("output", self.output_edges, self.output_counts)
@@ -73,10 +76,14 @@ def draw_lengths(
         outputs = marginals.output_edges, marginals.output_counts
         prompt = _length_table(_histogram_quantiles, prompts, means[0])
         output = _length_table(_histogram_quantiles, outputs, means[1])
+    correlation = lengths.rank_correlation
+    if correlation is None:
+        measured = marginals if lengths.distribution == "sharegpt" else None
+        correlation = measured.rank_correlation if measured else 0.0
     rank = rng.integers(0, QUANTILES, size, dtype=np.uint16)
-    if lengths.rank_correlation:
+    if correlation:
         # Pearson's correlation of two normals with the given Spearman correlation
-        pearson = 2 * np.sin(np.pi * lengths.rank_correlation / 6)
+        pearson = 2 * np.sin(np.pi * correlation / 6)
         noise = np.sqrt(1 - pearson**2) * rng.standard_normal(size)
         level = ndtr(pearson * _normal_quantiles()[rank] + noise)
         return prompt[rank], output.take((QUANTILES * level).astype(np.int32), mode="clip")

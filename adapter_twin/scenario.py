@@ -104,9 +104,7 @@ def _parse_cell(column: str, text: object, number: type[Any], example: str) -> l
     return values
 
 
-def run_to_workload(
-    row: Mapping[str, Any], rank_correlation: float = 0.0
-) -> tuple[EngineConfig, Workload]:
+def run_to_workload(row: Mapping[str, Any]) -> tuple[EngineConfig, Workload]:
     """Turn the configuration columns of one run into what the twin takes.
 
     Parameters
@@ -115,8 +113,6 @@ def run_to_workload(
         ``model, rates_per_adapter, ranks, served_adapters, adapter_slots, max_lora_rank,
         max_num_seqs, duration_s, mean_input_tokens, mean_requested_output_tokens``; ``run_id`` for
         messages. Nothing else is read.
-    rank_correlation : float
-        Spearman correlation of prompt and output lengths.
 
     Raises
     ------
@@ -124,7 +120,7 @@ def run_to_workload(
         A missing column or a value out of range; the message names the run and the column.
     """
     try:
-        engine, workload = _engine(row), _workload(row, rank_correlation)
+        engine, workload = _engine(row), _workload(row)
         check_ranks(engine, workload)
         return engine, workload
     except AdapterTwinError as error:
@@ -145,7 +141,7 @@ def _engine(row: Mapping[str, Any]) -> EngineConfig:
     )
 
 
-def _workload(row: Mapping[str, Any], rank_correlation: float) -> Workload:
+def _workload(row: Mapping[str, Any]) -> Workload:
     return Workload(
         adapters=deal_adapters(
             _whole(row, "served_adapters"),
@@ -158,7 +154,6 @@ def _workload(row: Mapping[str, Any], rank_correlation: float) -> Workload:
             mean_output_tokens=_number(
                 row, "mean_requested_output_tokens", DEFAULT_MEAN_OUTPUT_TOKENS
             ),
-            rank_correlation=rank_correlation,
         ),
     )
 

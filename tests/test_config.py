@@ -365,14 +365,12 @@ def test_the_hash_tells_configurations_and_kinds_apart():
 
 
 def test_a_row_becomes_engine_and_workload():
-    engine, workload = run_to_workload(RUN, rank_correlation=-0.3)
+    engine, workload = run_to_workload(RUN)
     assert (engine.max_loras, engine.max_cpu_loras, engine.max_lora_rank) == (64, 128, 16)
     assert engine.model == "qwen-2.5-7b-instruct"
     assert workload.adapters == deal_adapters(128, [0.1, 0.05, 0.025], [8, 16])
     assert workload.duration_s == 3600.06
-    assert workload.lengths == Lengths(
-        mean_input_tokens=222.7, mean_output_tokens=196.1, rank_correlation=-0.3
-    )
+    assert workload.lengths == Lengths(mean_input_tokens=222.7, mean_output_tokens=196.1)
 
 
 def test_measured_columns_are_never_read():

@@ -1,7 +1,5 @@
 """Metrics: each figure against its definition, written out plainly."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -22,6 +20,7 @@ from adapter_twin.metrics import (
     summarize,
     weighted_percentile,
 )
+from adapter_twin.twin.records import Gaps, Records
 
 NAN = float("nan")
 WINDOW_S = 10.0
@@ -45,11 +44,12 @@ def records(rows):
     }
     for name in ("adapter", "prompt_tokens", "output_tokens"):
         columns[name] = columns[name].astype(np.int32)
-    return SimpleNamespace(**columns)
+    unused = {"scheduled_s": None, "preemptions": None, "load_wait_s": None}
+    return Records(**columns, **unused)
 
 
 def gaps(values, counts):
-    return SimpleNamespace(gap_s=np.array(values, float), count=np.array(counts, np.int64))
+    return Gaps(gap_s=np.array(values, float), count=np.array(counts, np.int64))
 
 
 RECORDS = records(REQUESTS)

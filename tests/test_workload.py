@@ -1,5 +1,6 @@
 """Traces: the numbers asked for are the numbers drawn."""
 
+import random
 import time
 from dataclasses import replace
 
@@ -64,7 +65,7 @@ def same(one, other):
     rates=st.lists(st.floats(0, 3), min_size=1, max_size=5),
     base_rate=st.floats(0, 3),
     duration_s=st.floats(0.1, 100),
-    process=st.sampled_from(["poisson", "gamma"]),
+    process=st.sampled_from(["poisson", "gamma", "agullo2025"]),
     lengths=st.builds(
         Lengths,
         distribution=st.sampled_from(["sharegpt", "lognormal"]),
@@ -109,7 +110,7 @@ def test_workloads_that_differ_in_lengths_only_share_their_arrivals():
 
 
 def test_a_workload_without_traffic_is_an_empty_trace():
-    for process in ("poisson", "gamma"):
+    for process in ("poisson", "gamma", "agullo2025"):
         idle = workload(deal_adapters(3, [0], [8]), arrivals=Arrivals(process=process))
         assert len(draw(idle)) == 0
 
@@ -173,6 +174,32 @@ def test_gamma_with_unit_variation_is_poisson():
     assert kstest(np.diff(times), "expon", args=(0, 0.5)).pvalue > 1e-3
 
 
+def test_the_reference_load_generator_draws_the_same_arrivals_whatever_the_seed():
+    asked = workload(arrivals=Arrivals(process="agullo2025"))
+    one, other = draw(asked, 1), draw(asked, 2)
+    np.testing.assert_array_equal(one.arrival_s, other.arrival_s)
+    np.testing.assert_array_equal(one.adapter, other.adapter)
+    assert not same(one, other)  # lengths follow the seed
+
+
+def test_the_reference_load_generator_draws_from_one_stream_in_order_of_arrival():
+    # event by event, as its client did: who is due next sends, then draws its next gap
+    rates = [0.5, 0.25, 0.125]
+    order = list(range(3))
+    random.Random(0).shuffle(order)
+    stream = np.random.RandomState(0)
+    due = {index: stream.exponential(1 / rates[index]) for index in order}
+    sent = []
+    while min(due.values()) < 200:
+        index = min(due, key=due.get)
+        sent.append((due[index], index))
+        due[index] += stream.exponential(1 / rates[index])
+    asked = workload(deal_adapters(3, rates, [8]), 200.0, arrivals=Arrivals(process="agullo2025"))
+    trace = draw(asked)
+    assert trace.adapter.tolist() == [index for _, index in sent]
+    np.testing.assert_allclose(trace.arrival_s, [time_s for time_s, _ in sent])
+
+
 def test_zipf_popularity_shows_in_the_trace():
     trace = draw(workload(zipf_adapters(50, 20.0, 1.0, [8])))
     weights = 1 / np.arange(1, 51)
@@ -226,6 +253,15 @@ def test_prompt_and_output_have_the_rank_correlation_asked_for(distribution, cor
     trace = draw(workload(lengths=lengths))
     measured = spearmanr(trace.prompt_tokens, trace.output_tokens).statistic
     assert measured == pytest.approx(correlation, abs=4 / np.sqrt(len(trace)))
+
+
+@pytest.mark.parametrize(("distribution", "expected"), [("sharegpt", -0.4), ("lognormal", 0.0)])
+def test_left_out_the_correlation_is_the_measured_one_where_lengths_are(distribution, expected):
+    measured = replace(MARGINALS, rank_correlation=-0.4)
+    asked = workload(lengths=replace(SHAREGPT, distribution=distribution))
+    trace = generate(asked, np.random.default_rng(0), measured)
+    correlation = spearmanr(trace.prompt_tokens, trace.output_tokens).statistic
+    assert correlation == pytest.approx(expected, abs=4 / np.sqrt(len(trace)))
 
 
 def test_correlation_leaves_the_lengths_distributions_alone():

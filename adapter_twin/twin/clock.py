@@ -1,7 +1,8 @@
 """What one turn of the engine loop does, and the compiled loop over turns.
 
-`begin_step` and `end_step` are the only way in which time passes in the twin: the compiled loop
-below calls them back to back, the SimPy server (`adapter_twin.twin.server`) waits in between.
+`deliver_arrivals`, `next_event_s` and `end_step` are the only way in which time passes in the twin:
+the compiled loop `run` calls them back to back, the SimPy server (`adapter_twin.twin.server`) waits
+in between.
 """
 
 from __future__ import annotations
@@ -31,7 +32,14 @@ STEPS = np.dtype(
 )
 
 # When the front end (HTTP server, tokenizer, metrics) could not serve anything else.
-PAUSES = np.dtype([("start_s", np.float64), ("end_s", np.float64), ("labels", np.int64)])
+PAUSES = np.dtype(
+    [
+        ("start_s", np.float64),
+        ("end_s", np.float64),
+        ("labels", np.int64),  # as in CLOCK, at that time
+        ("names", np.int64),
+    ]
+)
 
 CLOCK = np.dtype(
     [
@@ -97,7 +105,8 @@ def step_seconds(law, batch, running, waiting):
 @njit(cache=True, error_model="numpy")
 def _pause(clock, pauses, start_s, seconds):
     row = pauses[clock.pauses]
-    row.start_s, row.end_s, row.labels = start_s, start_s + seconds, clock.labels
+    row.start_s, row.end_s = start_s, start_s + seconds
+    row.labels, row.names = clock.labels, clock.label_names
     clock.pauses += 1
     clock.front_end_free_s = row.end_s
 
@@ -152,7 +161,7 @@ def deliver_arrivals(limits, requests, state, clock, front_end, pauses, used):
 
 
 @njit(cache=True, error_model="numpy")
-def next_delivery_s(requests, clock):
+def _next_delivery_s(requests, clock):
     """When an idle engine has something to look at again."""
     if clock.delivered < clock.accepted:
         return requests.ready_s[clock.delivered]
@@ -184,7 +193,7 @@ def note_label(state, clock, seen):
 
 
 @njit(cache=True, error_model="numpy")
-def begin_step(limits, requests, state, clock, law, steps):
+def _begin_step(limits, requests, state, clock, law, steps):
     """Schedule a batch, note it, and return the step's duration in seconds."""
     batch = schedule(limits, requests, state, clock.now_s)
     model_s, scheduling_s = step_seconds(law, batch, state.count.running, state.count.waiting)
@@ -203,6 +212,14 @@ def begin_step(limits, requests, state, clock, law, steps):
 
 
 @njit(cache=True, error_model="numpy")
+def next_event_s(limits, requests, state, clock, law, steps):
+    """Begin the next step and return when it ends; with no work, when the next request comes."""
+    if state.count.running + state.count.waiting == 0:
+        return _next_delivery_s(requests, clock)
+    return clock.now_s + _begin_step(limits, requests, state, clock, law, steps)
+
+
+@njit(cache=True, error_model="numpy")
 def end_step(limits, requests, state, clock, steps, seen):
     """Emit the tokens of the current step at ``clock.now_s``."""
     steps[clock.steps].end_s = clock.now_s
@@ -217,10 +234,7 @@ def run(limits, requests, state, clock, law, front_end, steps, pauses, seen, use
     """Turn the engine loop until the window ends (True) or `steps` is full (False)."""
     while clock.steps < len(steps):
         deliver_arrivals(limits, requests, state, clock, front_end, pauses, used)
-        if state.count.running + state.count.waiting == 0:
-            clock.now_s = next_delivery_s(requests, clock)
-        else:
-            clock.now_s += begin_step(limits, requests, state, clock, law, steps)
+        clock.now_s = next_event_s(limits, requests, state, clock, law, steps)
         if clock.now_s > front_end.duration_s:
             return True
         if state.count.running > 0:

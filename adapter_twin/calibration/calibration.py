@@ -1,0 +1,186 @@
+"""A calibration: all laws of one model on one GPU and engine version, kept as JSON."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adapter_twin.calibration.estimator import Estimator
+from adapter_twin.calibration.front_end import FrontEndLaw, MeasurementLaw
+from adapter_twin.calibration.lengths import EarlyStopLaw, LengthLaw
+from adapter_twin.calibration.loading import LoadingLaw
+from adapter_twin.calibration.memory import MemoryLaw
+from adapter_twin.calibration.scheduling import SchedulingLaw
+from adapter_twin.calibration.step_time import TILE, StepTimeLaw
+from adapter_twin.config import EngineConfig, Workload
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.models import model_shape
+from adapter_twin.twin.clock import FrontEnd, StepLaw
+
+UNLIMITED = np.iinfo(np.int64).max
+
+LAWS: dict[str, type[Estimator]] = {
+    "memory": MemoryLaw,
+    "step_time": StepTimeLaw,
+    "loading": LoadingLaw,
+    "scheduling": SchedulingLaw,
+    "front_end": FrontEndLaw,
+    "early_stop": EarlyStopLaw,
+    "lengths": LengthLaw,
+    "measurement": MeasurementLaw,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """The laws that the twin runs on.
+
+    Attributes
+    ----------
+    name : str
+        ``<model>@<gpu>-vllm<version>``.
+    model, gpu, engine_version : str
+        What the laws hold for.
+    memory, step_time, loading, scheduling, front_end, early_stop, lengths, measurement
+        Fitted laws.
+    valid_range : dict
+        Lowest and highest value of each configuration column that the fit has seen.
+    provenance : dict
+        Where the measurements come from, rows used, date, package version.
+    """
+
+    name: str
+    model: str
+    gpu: str
+    engine_version: str
+    memory: MemoryLaw
+    step_time: StepTimeLaw
+    loading: LoadingLaw
+    scheduling: SchedulingLaw
+    front_end: FrontEndLaw
+    early_stop: EarlyStopLaw
+    lengths: LengthLaw
+    measurement: MeasurementLaw
+    valid_range: dict[str, list[float]]
+    provenance: dict[str, Any]
+
+    def step_law(self, engine: EngineConfig) -> StepLaw:
+        """Return the compiled form of the step-time and scheduling laws for an engine, in s."""
+        ms = 1e-3
+        scheduling = self.scheduling
+        return StepLaw(
+            token_breaks=np.array(self.step_time.token_breaks_, float),
+            coefficients=ms * self.step_time.for_engine(engine.max_loras, engine.max_lora_rank),
+            tile=TILE,
+            per_waiting=ms * self.step_time.waiting_ms_,
+            scheduling=ms
+            * np.array(
+                [scheduling.base_ms_, scheduling.per_running_ms_, scheduling.per_scanned_ms_]
+            ),
+        )
+
+    def front_end_law(self, duration_s: float, observer: bool) -> FrontEnd:
+        """Return the compiled form of the front end's pauses, with or without the measurement's."""
+        ms = 1e-3
+        measured = self.measurement
+        return FrontEnd(
+            duration_s=float(duration_s),
+            in_flight_cap=measured.in_flight_cap if observer else UNLIMITED,
+            first_use_s=ms * self.front_end.first_use_ms_,
+            scrape_period_s=measured.scrape_period_s if observer else np.inf,
+            scrape_s=ms * measured.scrape_ms_,
+            scrape_s_per_label=ms * measured.scrape_ms_per_label_,
+            scrape_s_per_name=ms * measured.scrape_ms_per_name_,
+        )
+
+    def warn_outside_range(self, engine: EngineConfig, workload: Workload) -> None:
+        """Warn of what lies outside the range of the measurements."""
+        asked = {
+            "adapter_slots": engine.max_loras,
+            "served_adapters": len(workload.adapters),
+            "max_lora_rank": engine.max_lora_rank,
+            "mean_input_tokens": workload.lengths.mean_input_tokens,
+            "mean_requested_output_tokens": workload.lengths.mean_output_tokens,
+        }
+        for column, value in asked.items():
+            low, high = self.valid_range[column]
+            if not low <= value <= high:
+                warnings.warn(
+                    f"{self.name} was measured with {column} from {low:g} to {high:g}; "
+                    f"{value:g} is an extrapolation",
+                    stacklevel=3,
+                )
+
+    def to_json(self) -> str:
+        """Return the calibration as JSON text."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {k: v.to_dict() if isinstance(v, Estimator) else v for k, v in values.items()}
+        return json.dumps(plain, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, path: Path) -> Calibration:
+        """Read a calibration.
+
+        Raises
+        ------
+        AdapterTwinError
+            The file is missing, truncated or lacks a field.
+        """
+        try:
+            values = json.loads(path.read_text())
+            laws = {name: law.from_dict(values.pop(name)) for name, law in LAWS.items()}
+            return cls(**values, **laws)  # type: ignore[arg-type]
+        except OSError as error:
+            raise AdapterTwinError(f"calibration: {path} cannot be read ({error.strerror})") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise AdapterTwinError(
+                f"calibration: {path} is no calibration ({error}); run adapter-twin calibrate"
+            ) from None
+
+
+def _folder() -> Path:
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "_calibrations"
+    return installed if installed.is_dir() else package.parent / "data" / "calibrations"
+
+
+def list_calibrations() -> list[str]:
+    """Return the names of the calibrations that come with the package."""
+    return sorted(path.stem for path in _folder().glob("*.json"))
+
+
+def load_calibration(name: str, model: str) -> Calibration:
+    """Load a calibration for a model.
+
+    Parameters
+    ----------
+    name : str
+        A name, the path of a ``.json`` file, or ``auto``: the first one of the model.
+    model : str
+
+    Raises
+    ------
+    AdapterTwinError
+        There is none, or it is one of another model.
+    """
+    model_shape(model)
+    names = list_calibrations()
+    if name == "auto":
+        of_model = [known for known in names if known.startswith(f"{model}@")]
+        if not of_model:
+            raise AdapterTwinError(f"calibration: none for {model}; there are {', '.join(names)}")
+        name = of_model[0]
+    path = Path(name) if name.endswith(".json") else _folder() / f"{name}.json"
+    if name not in names and not name.endswith(".json"):
+        raise AdapterTwinError(f"calibration: {name!r} is unknown; use auto or {', '.join(names)}")
+    calibration = Calibration.from_json(path)
+    if calibration.model != model:
+        raise AdapterTwinError(
+            f"calibration: {calibration.name} is of {calibration.model}, not of {model}; use auto"
+        )
+    return calibration

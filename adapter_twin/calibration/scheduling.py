@@ -1,0 +1,64 @@
+"""Scheduling time: the engine's loop over running requests, and its scan past gated ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from adapter_twin.calibration.estimator import Estimator
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+GATED_SLOTS = 64
+"""Up to this many slots, adapters and not KV blocks gated the measured runs: the scan is a full one."""
+
+
+class SchedulingLaw(Estimator):
+    """``time = base + per_running * running + per_scanned * waiting requests scanned``.
+
+    Attributes
+    ----------
+    base_ms_, per_running_ms_, per_scanned_ms_ : float
+    interval_ : dict
+        95 % intervals, by attribute.
+    cv_error_percent_ : float
+        MAPE with whole slot counts left out.
+    """
+
+    def fit(self, runs: pd.DataFrame) -> SchedulingLaw:
+        """Fit to measured scheduling times (table ``scheduler_runs``: one row per run)."""
+        import statsmodels.api as sm
+        from scipy.optimize import nnls
+
+        gated = (runs.gpu_loras < runs.cpu_loras) & (runs.gpu_loras <= GATED_SLOTS)
+        runs = runs[gated | (runs.avg_waiting_queue < 1)]
+        design = np.column_stack([np.ones(len(runs)), runs.avg_batch_size, runs.avg_waiting_queue])
+        measured = runs.sched_ms_per_step.to_numpy()
+        weight = 1 / measured
+
+        def solve(rows: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+            return np.asarray(nnls(design[rows] * weight[rows, None], np.ones(rows.sum()))[0])
+
+        names = ("base_ms_", "per_running_ms_", "per_scanned_ms_")
+        for name, value in zip(names, solve(np.ones(len(runs), bool)), strict=True):
+            setattr(self, name, float(value))
+        fit = sm.WLS(measured, design, weights=weight**2).fit()
+        self.interval_ = dict(zip(names, fit.conf_int().tolist(), strict=True))
+        slots = runs.gpu_loras.to_numpy()
+        error = np.concatenate(
+            [(design[slots == g] @ solve(slots != g)) / measured[slots == g] - 1 for g in np.unique(slots)]
+        )
+        self.cv_error_percent_ = float(100 * np.abs(error).mean())
+        return self
+
+    base_ms_: float
+    per_running_ms_: float
+    per_scanned_ms_: float
+
+    def predict_ms(self, running: np.ndarray, scanned: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+        """Return the scheduling time of a step in ms."""
+        return np.asarray(
+            self.base_ms_ + self.per_running_ms_ * running + self.per_scanned_ms_ * scanned
+        )

@@ -1,0 +1,154 @@
+"""From measured tables to `StepObservations`: what each measured step time was a step time of."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from adapter_twin.calibration.lengths import LengthLaw
+from adapter_twin.calibration.scheduling import SchedulingLaw
+from adapter_twin.calibration.step_time import StepObservations, batch_features
+from adapter_twin.lengths import draw_lengths
+from adapter_twin.config import Lengths
+
+Floats = NDArray[np.float64]
+
+SAMPLES = 256
+"""Batches drawn for each window: its prompts make the steps differ."""
+
+MEAN_PROMPT_TOKENS = 223.0
+BUDGET_TOKENS = 2048
+
+WINDOWS_WEIGHT, STEPS_WEIGHT, BASE_WEIGHT = 1.0, 0.3, 0.1
+"""Share of the sources in the fit: whole runs decide, calibration steps keep the law physical."""
+
+
+def step_observations(
+    tables: dict[str, pd.DataFrame],
+    model: str,
+    lengths: LengthLaw,
+    scheduling: SchedulingLaw,
+) -> StepObservations:
+    """Collect the step times of one model.
+
+    Parameters
+    ----------
+    tables : dict of DataFrame
+        ``runs``, ``windows``, ``steps`` and ``base_steps``.
+    model : str
+    lengths : LengthLaw
+    scheduling : SchedulingLaw
+        Its share is taken out of the measured times.
+    """
+    names = ("runs", "windows", "steps", "base_steps")
+    one_model = {name: tables[name][tables[name].model == model] for name in names}
+    return StepObservations.concatenate(
+        [
+            _of_windows(one_model["windows"], one_model["runs"], lengths, scheduling),
+            _of_steps(one_model["steps"], scheduling),
+            _of_base_steps(one_model["base_steps"], scheduling),
+        ]
+    )
+
+
+def clean_windows(windows: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Keep windows of settled runs whose client did not collapse, with the run's workload."""
+    columns = ["client_collapsed", "rates_per_adapter", "ranks"]
+    joined = windows.join(runs.set_index("run_id")[columns], on="run_id")
+    steady = joined.running_sd < 0.3 * joined.running + 3
+    return joined[
+        (joined.client_collapsed == False) & (joined.win >= 4) & joined.prompt_tps.notna() & steady  # noqa: E712
+    ]
+
+
+def _of_windows(
+    windows: pd.DataFrame, runs: pd.DataFrame, lengths: LengthLaw, scheduling: SchedulingLaw
+) -> StepObservations:
+    """Whole runs, in windows of 30 s.
+
+    A window tells the mean batch only; its steps differ by the prompts that happened to join. They
+    are drawn: a Poisson number of prompts per step, as many tokens on average as measured.
+    """
+    w = clean_windows(windows, runs)
+    rng = np.random.default_rng(0)
+    shape = (len(w), SAMPLES)
+    column = {
+        name: w[name].to_numpy(float)[:, None]
+        for name in ("running", "running_sd", "prefill_tok_per_step", "kv_tokens", "waiting")
+    }
+    mix = Lengths(mean_input_tokens=MEAN_PROMPT_TOKENS, mean_output_tokens=MEAN_PROMPT_TOKENS)
+    pool = draw_lengths(mix, 1 << 18, rng, lengths.marginals)[0].astype(float)
+    total = np.concatenate(([0.0], np.cumsum(pool)))
+    prompts = rng.poisson(np.broadcast_to(column["prefill_tok_per_step"] / MEAN_PROMPT_TOKENS, shape))
+    first = rng.integers(0, len(pool) - prompts.max(), shape)
+    decodes = np.maximum(column["running"] + column["running_sd"] * rng.standard_normal(shape), 1)
+    prefill = np.minimum(total[first + prompts] - total[first], BUDGET_TOKENS - decodes)
+    prefill *= column["prefill_tok_per_step"] / np.maximum(prefill.mean(axis=1, keepdims=True), 1e-9)
+    adapters = np.minimum(w.expected_distinct_adapters, w.adapter_slots).to_numpy(float)[:, None]
+    gated = (w.adapter_slots < w.served_adapters) & (w.kv_usage < 0.9)
+    scheduling_ms = scheduling.predict_ms(
+        w.running.to_numpy(float), np.where(gated, w.waiting.to_numpy(float), 0.0)
+    )
+    return StepObservations(
+        step_ms=w.step_ms.to_numpy(float) - scheduling_ms,
+        waiting=w.waiting.to_numpy(float),
+        batches=batch_features(np.round(prefill + decodes), decodes, column["kv_tokens"], adapters),
+        slots=w.adapter_slots.to_numpy(float),
+        rank=w.max_lora_rank.to_numpy(float),
+        group=(w.rates_per_adapter.astype(str) + " " + w.ranks.astype(str)).to_numpy(str),
+        weight=np.full(len(w), WINDOWS_WEIGHT / len(w)),
+    )
+
+
+def _of_steps(steps: pd.DataFrame, scheduling: SchedulingLaw) -> StepObservations:
+    """Calibration runs with adapters, in medians of like decode-only steps."""
+    like = (steps.new_requests == 0) & (steps.kv_tokens > 0) & (steps.batched_tokens <= 300)
+    steps = steps[like]
+    kinds = {
+        "tokens_bin": (steps.batched_tokens / 8).round(),
+        "adapters_bin": (steps.distinct_adapters / 4).round(),
+        "kv_bin": (steps.kv_tokens / 1e4).round(),
+    }
+    groups = steps.assign(**kinds).groupby(["adapter_slots", *kinds])
+    columns = ["batched_tokens", "running", "kv_tokens", "distinct_adapters"]
+    means = groups[columns].mean().assign(ms=groups.step_ms.median(), n=groups.size())
+    means = means[means.n >= 10].reset_index()
+    return _of_single_batches(
+        means.ms, means.batched_tokens.round(), means.running, means.kv_tokens,
+        means.distinct_adapters, means.adapter_slots, STEPS_WEIGHT, scheduling,
+    )  # fmt: skip
+
+
+def _of_base_steps(steps: pd.DataFrame, scheduling: SchedulingLaw) -> StepObservations:
+    """Calibration runs without adapters."""
+    steps = steps.dropna(subset=["kv_tokens"])
+    steps = steps[(steps.kind == "default_output") & (steps.running >= 2)]
+    none = 0 * steps.running
+    return _of_single_batches(
+        steps.step_ms, steps.running, steps.running, steps.kv_tokens, none, none,
+        BASE_WEIGHT, scheduling,
+    )  # fmt: skip
+
+
+def _of_single_batches(
+    step_ms: pd.Series,  # type: ignore[type-arg]
+    tokens: pd.Series,  # type: ignore[type-arg]
+    running: pd.Series,  # type: ignore[type-arg]
+    kv_tokens: pd.Series,  # type: ignore[type-arg]
+    adapters: pd.Series,  # type: ignore[type-arg]
+    slots: pd.Series,  # type: ignore[type-arg]
+    weight: float,
+    scheduling: SchedulingLaw,
+) -> StepObservations:
+    n = len(step_ms)
+    columns = [x.to_numpy(float) for x in (tokens, running, kv_tokens, adapters)]
+    return StepObservations(
+        step_ms=step_ms.to_numpy(float) - scheduling.predict_ms(columns[1], np.zeros(n)),
+        waiting=np.zeros(n),
+        batches=batch_features(*columns)[:, None, :],
+        slots=slots.to_numpy(float),
+        rank=np.full(n, 8.0),
+        group=np.full(n, ""),
+        weight=np.full(n, weight / n),
+    )

@@ -1,0 +1,1 @@
+"""The digital twin: vLLM's scheduling policy, driven by measured laws."""

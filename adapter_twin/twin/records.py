@@ -1,0 +1,155 @@
+"""What a simulated run leaves behind, as the load-generating client would have seen it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapter_twin.twin.session import Session
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """One entry per request, in order of arrival; times in seconds from the window's start.
+
+    Attributes
+    ----------
+    arrival_s, scheduled_s, first_token_s, end_s : float64
+        NaN where it did not happen in the window. Tokens are timed at the client.
+    adapter : int32
+        Index into the workload's adapters; -1 is the base model.
+    prompt_tokens, output_tokens : int32
+        Output tokens are those that the engine emits in full.
+    preemptions : int32
+    load_wait_s : float64
+        Time for which the request's own adapter was loaded.
+    rejected : bool
+        The client had too many requests in flight to send it.
+    """
+
+    arrival_s: Floats
+    adapter: NDArray[np.int32]
+    prompt_tokens: NDArray[np.int32]
+    output_tokens: NDArray[np.int32]
+    scheduled_s: Floats
+    first_token_s: Floats
+    end_s: Floats
+    preemptions: NDArray[np.int32]
+    load_wait_s: Floats
+    rejected: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the records as a table."""
+        import pandas as pd
+
+        return pd.DataFrame({column.name: getattr(self, column.name) for column in fields(self)})
+
+
+@dataclass(frozen=True, slots=True)
+class Gaps:
+    """Inter-token gaps of the completed requests: `count` gaps of length `gap_s`."""
+
+    gap_s: Floats
+    count: NDArray[np.int64]
+
+
+def client_time_s(session: Session, time_s: Floats) -> Floats:
+    """When a token emitted by the engine leaves the front end, which may be paused."""
+    pauses = session.pauses[: session.clock.pauses]
+    if len(pauses) == 0:
+        return time_s
+    last = np.searchsorted(pauses.start_s, time_s, side="right") - 1
+    paused_until_s = np.where(last >= 0, pauses.end_s[last], -np.inf)
+    return np.fmax(time_s, np.where(np.isnan(time_s), np.nan, paused_until_s))
+
+
+def make_records(session: Session, overhead_s: Floats) -> Records:
+    """Turn the engine's times into the client's.
+
+    Parameters
+    ----------
+    session : Session
+        A finished run.
+    overhead_s : float64, shape (2,)
+        Time in the front end: a constant, and seconds per running request.
+    """
+    requests, steps = session.requests, session.steps[: session.clock.steps]
+    emitted = requests.first_step >= 0
+    running = np.zeros(len(emitted))
+    running[emitted] = steps.running[requests.first_step[emitted]]
+    delay_s = overhead_s[0] + overhead_s[1] * running
+    return Records(
+        arrival_s=requests.arrival_s,
+        adapter=np.where(requests.adapter == session.limits.base_model, -1, requests.adapter).astype(np.int32),
+        prompt_tokens=requests.prompt_tokens,
+        output_tokens=requests.output_tokens,
+        scheduled_s=requests.scheduled_s,
+        first_token_s=client_time_s(session, requests.first_token_s) + delay_s,
+        end_s=client_time_s(session, requests.end_s) + delay_s,
+        preemptions=requests.preemptions,
+        load_wait_s=requests.load_wait_s,
+        rejected=requests.rejected,
+    )
+
+
+def make_gaps(session: Session) -> Gaps:
+    """Collect the inter-token gaps of the completed requests.
+
+    A decoding request gets a token from every step, so the gaps are the steps' intervals, weighted
+    by the requests that decode. Tokens that pile up while the front end is paused reach the client
+    as one chunk. A preempted request adds the gap until its next token.
+    """
+    requests, steps = session.requests, session.steps[: session.clock.steps]
+    if len(steps) == 0:
+        return Gaps(np.empty(0), np.empty(0, np.int64))
+    count = steps.decodes.astype(np.int64)
+    unfinished = (requests.first_step >= 0) & np.isnan(requests.end_s)
+    started = np.bincount(requests.first_step[unfinished] + 1, minlength=len(steps) + 1)
+    count = np.maximum(count - np.cumsum(started)[: len(steps)], 0)
+
+    delivered_s = client_time_s(session, steps.end_s)
+    chunk = np.concatenate(([0], np.flatnonzero(np.diff(delivered_s)) + 1))
+    gap_s = np.diff(delivered_s[chunk], prepend=0.0)
+    count = np.maximum.reduceat(count, chunk)
+
+    stalled = (requests.preemptions > 0) & np.isfinite(requests.end_s)
+    stalls = requests.preemptions[stalled].astype(np.int64)
+    stall_s = requests.stalled_s[stalled] / stalls
+    kept = count > 0
+    return Gaps(np.concatenate((gap_s[kept], stall_s)), np.concatenate((count[kept], stalls)))
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """A simulated run.
+
+    Attributes
+    ----------
+    records : Records
+    gaps : Gaps
+    steps : recarray
+        One row per engine step (`adapter_twin.twin.clock.STEPS`).
+    pauses : recarray
+        When the front end served nothing else (`adapter_twin.twin.clock.PAUSES`).
+    duration_s : float
+    provenance : dict
+        Config hash, seed, package version, calibration name.
+    """
+
+    records: Records
+    gaps: Gaps
+    steps: Any
+    pauses: Any
+    duration_s: float
+    provenance: dict[str, Any]

@@ -1,0 +1,53 @@
+"""The twin as a SimPy process: one step at a time, so that other processes can act in between."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import simpy
+
+from adapter_twin.twin.clock import deliver_arrivals, end_step, next_event_s
+from adapter_twin.twin.session import Session
+
+
+class Server:
+    """One replica in a SimPy environment.
+
+    Parameters
+    ----------
+    env : simpy.Environment
+    session : Session
+        The run to drive; it ends where the compiled loop would have left it.
+
+    Attributes
+    ----------
+    process : simpy.Process
+        Ends with the window.
+    """
+
+    def __init__(self, env: simpy.Environment, session: Session) -> None:
+        self.env = env
+        self.session = session
+        self.process = env.process(self._turn_engine_loop())
+
+    def _turn_engine_loop(self) -> Generator[simpy.Event, None, None]:
+        s = self.session
+        while True:
+            if s.clock.steps == len(s.steps):
+                s.grow()
+            deliver_arrivals(s.limits, s.requests, s.state, s.clock, s.front_end, s.pauses, s.used)
+            event_s = next_event_s(s.limits, s.requests, s.state, s.clock, s.law, s.steps)
+            if event_s > s.front_end.duration_s:
+                return
+            # SimPy adds delays and so rounds; the session's clock holds the exact time.
+            yield self.env.timeout(max(event_s - self.env.now, 0.0))
+            s.clock.now_s = event_s
+            if s.state.count.running > 0:
+                end_step(s.limits, s.requests, s.state, s.clock, s.steps, s.seen)
+
+
+def run_in_simpy(session: Session) -> None:
+    """Run a session to the end of its window under SimPy."""
+    env = simpy.Environment()
+    Server(env, session)
+    env.run()

@@ -1,0 +1,190 @@
+"""The arrays of one run, and the compiled clock that drives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapter_twin.config import EngineConfig
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.twin import clock as engine_clock
+from adapter_twin.twin.clock import CLOCK, PAUSES, STEPS, FrontEnd, StepLaw
+from adapter_twin.twin.scheduler import COUNTERS, NOT_RUNNING, Limits, Requests, State
+from adapter_twin.workload import Trace
+
+LABEL_TABLE = 1 << 19
+"""Places for distinct label sets; past half of them the count goes on without looking for repeats."""
+
+
+@dataclass
+class Session:
+    """One run of the twin: what `adapter_twin.twin.clock` works on, all changed in place."""
+
+    limits: Limits
+    requests: Requests
+    state: State
+    clock: Any  # one record of CLOCK
+    law: StepLaw
+    front_end: FrontEnd
+    steps: Any  # recarray of STEPS, grown as needed
+    pauses: Any  # recarray of PAUSES
+    seen: NDArray[np.uint64]
+    used: NDArray[np.bool_]
+
+    def run(self) -> None:
+        """Run to the end of the window in the compiled loop."""
+        while not engine_clock.run(
+            self.limits,
+            self.requests,
+            self.state,
+            self.clock,
+            self.law,
+            self.front_end,
+            self.steps,
+            self.pauses,
+            self.seen,
+            self.used,
+        ):
+            self.grow()
+
+    def grow(self) -> None:
+        """Make room for as many steps again."""
+        self.steps = np.concatenate((self.steps, _table(len(self.steps), STEPS))).view(np.recarray)
+
+
+def _table(size: int, dtype: Any) -> Any:
+    return np.zeros(size, dtype).view(np.recarray)
+
+
+def _record(dtype: Any) -> Any:
+    """One zeroed record with attribute access, in compiled code and out of it."""
+    return _table(1, dtype)[0]
+
+
+def new_session(
+    trace: Trace,
+    engine: EngineConfig,
+    law: StepLaw,
+    front_end: FrontEnd,
+    kv_cache_tokens: int,
+    load_s: NDArray[np.float64],
+    read_s: NDArray[np.float64],
+) -> Session:
+    """Lay out a run.
+
+    Parameters
+    ----------
+    trace : Trace
+        `output_tokens` are those that the engine will emit.
+    engine : EngineConfig
+    law : StepLaw
+    front_end : FrontEnd
+    kv_cache_tokens : int
+    load_s, read_s : float64, shape (adapters,)
+        Seconds to copy each adapter into a slot, and to read it from disk before that.
+
+    Raises
+    ------
+    AdapterTwinError
+        A request is longer than the KV cache.
+    """
+    n_adapters, n = len(load_s), len(trace)
+    longest = int(np.max(trace.prompt_tokens + trace.output_tokens, initial=1))
+    if longest > kv_cache_tokens - kv_cache_tokens % engine.block_size:
+        raise AdapterTwinError(
+            f"lengths: a request of {longest} tokens exceeds the KV cache of {kv_cache_tokens}; "
+            "lower max_loras or max_lora_rank, or shorten the requests"
+        )
+    limits = Limits(
+        max_loras=engine.max_loras,
+        max_cpu_loras=engine.max_cpu_loras,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        block_size=engine.block_size,
+        base_model=n_adapters,
+        horizon=int(np.max(trace.output_tokens, initial=1)) + 1,
+    )
+    observed = np.isfinite(front_end.scrape_period_s)
+    scrapes = int(front_end.duration_s / front_end.scrape_period_s) + 2 if observed else 0
+    clock = _record(CLOCK)
+    clock.next_scrape_s = front_end.scrape_period_s
+    return Session(
+        limits=limits,
+        requests=_new_requests(trace, n_adapters),
+        state=_new_state(limits, n, kv_cache_tokens // engine.block_size, load_s, read_s),
+        clock=clock,
+        law=law,
+        front_end=front_end,
+        steps=_table(1 << 16, STEPS),
+        pauses=_table(n_adapters + 1 + scrapes, PAUSES),
+        seen=np.zeros(LABEL_TABLE if observed else 0, np.uint64),
+        used=np.zeros(n_adapters + 1, np.bool_),
+    )
+
+
+def _new_requests(trace: Trace, n_adapters: int) -> Requests:
+    n = len(trace)
+    return Requests(
+        arrival_s=trace.arrival_s,
+        adapter=np.where(trace.adapter < 0, n_adapters, trace.adapter).astype(np.int32),
+        prompt_tokens=trace.prompt_tokens,
+        output_tokens=trace.output_tokens,
+        ready_s=np.full(n, np.nan),
+        scheduled_s=np.full(n, np.nan),
+        first_token_s=np.full(n, np.nan),
+        end_s=np.full(n, np.nan),
+        load_wait_s=np.zeros(n),
+        preemptions=np.zeros(n, np.int32),
+        stalled_s=np.zeros(n),
+        rejected=np.zeros(n, np.bool_),
+        first_step=np.full(n, NOT_RUNNING),
+    )
+
+
+def _new_state(
+    limits: Limits,
+    n_requests: int,
+    kv_blocks: int,
+    load_s: NDArray[np.float64],
+    read_s: NDArray[np.float64],
+) -> State:
+    n = limits.base_model
+    count = _record(COUNTERS)
+    count.free_blocks, count.chunked = kv_blocks, NOT_RUNNING
+    # A list that is empty points to its own sentinel.
+    nodes = np.arange(n_requests + n + 1 + limits.horizon, dtype=np.int32)
+    idle = np.arange(n + 2, dtype=np.int32)
+    labels = np.random.default_rng(0)  # only to tell sets of adapters apart
+    base_model = np.zeros(1)
+    return State(
+        count=count,
+        next=nodes,
+        previous=nodes.copy(),
+        order=np.zeros(n_requests, np.int64),
+        emitted=np.zeros(n_requests, np.int32),
+        base_tokens=np.zeros(n_requests, np.int64),
+        base_step=np.zeros(n_requests, np.int64),
+        stack_index=np.full(n_requests, NOT_RUNNING),
+        running_by_adapter=np.zeros(n + 1, np.int32),
+        waiting_by_adapter=np.zeros(n + 1, np.int32),
+        load_s=np.concatenate((load_s, base_model)),
+        read_s=np.concatenate((read_s, base_model)),
+        on_gpu=np.zeros(n, np.bool_),
+        on_host=np.zeros(n, np.bool_),
+        active_list=np.zeros(n + 1, np.int32),
+        active_index=np.zeros(n + 1, np.int32),
+        waiting_list=np.zeros(n + 1, np.int32),
+        waiting_index=np.zeros(n + 1, np.int32),
+        running_label=labels.integers(1, 2**63, n + 1, dtype=np.uint64),
+        waiting_label=labels.integers(1, 2**63, n + 1, dtype=np.uint64),
+        gpu_next=idle,
+        gpu_previous=idle.copy(),
+        host_next=idle.copy(),
+        host_previous=idle.copy(),
+        stack=np.zeros(2 * limits.max_num_seqs, np.int32),
+        opens_block=np.zeros(limits.block_size, np.int64),
+        prefilled=np.zeros(limits.max_num_batched_tokens + 1, np.int32),
+    )

@@ -1,0 +1,87 @@
+"""The twin's one verb: `simulate`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from adapter_twin import __version__
+from adapter_twin.calibration import Calibration
+from adapter_twin.config import Arrivals, EngineConfig, Workload, config_hash
+from adapter_twin.twin.records import Simulation, make_gaps, make_records
+from adapter_twin.twin.server import run_in_simpy
+from adapter_twin.twin.session import new_session
+from adapter_twin.workload import Trace, generate
+
+
+def simulate(
+    workload: Workload,
+    engine: EngineConfig,
+    calibration: Calibration,
+    *,
+    seed: int = 0,
+    observer: bool = False,
+    clock: Literal["compiled", "simpy"] = "compiled",
+) -> Simulation:
+    """Predict how an engine serves a workload, from configuration alone.
+
+    Parameters
+    ----------
+    workload : Workload
+    engine : EngineConfig
+    calibration : Calibration
+        The laws of the engine's model, GPU and version.
+    seed : int
+        Same seed, same records, bit for bit. The traffic does not depend on the engine, so engines
+        are compared on the same requests.
+    observer : bool
+        Include what the reference measurement did to itself: its load generator and its scrapes.
+    clock : {"compiled", "simpy"}
+        Who turns the engine loop; the records are the same.
+
+    Returns
+    -------
+    Simulation
+
+    Raises
+    ------
+    AdapterTwinError
+        The GPU would refuse to start this configuration, or a request does not fit in its KV cache.
+    """
+    kv_cache_tokens = calibration.memory.require_start(engine)
+    calibration.warn_outside_range(engine, workload)
+    traffic, stops = np.random.default_rng(seed).spawn(2)
+    if observer and workload.arrivals.process == "poisson":
+        workload = replace(workload, arrivals=Arrivals(process="agullo2025"))
+    trace = generate(workload, traffic, calibration.lengths.marginals)
+    output_tokens = calibration.early_stop.apply(trace.output_tokens, stops)
+    trace = Trace(trace.arrival_s, trace.adapter, trace.prompt_tokens, output_tokens)
+    ranks = np.array([adapter.rank for adapter in workload.adapters])
+    session = new_session(
+        trace,
+        engine,
+        calibration.step_law(engine),
+        calibration.front_end_law(workload.duration_s, observer),
+        kv_cache_tokens,
+        calibration.loading.load_s(ranks, engine.max_lora_rank),
+        calibration.loading.read_s(ranks),
+    )
+    if clock == "simpy":
+        run_in_simpy(session)
+    else:
+        session.run()
+    return Simulation(
+        records=make_records(session, calibration.front_end.overhead_s),
+        gaps=make_gaps(session),
+        steps=session.steps[: session.clock.steps],
+        pauses=session.pauses[: session.clock.pauses],
+        duration_s=workload.duration_s,
+        provenance={
+            "config_hash": config_hash(workload) + config_hash(engine),
+            "seed": seed,
+            "version": __version__,
+            "calibration": calibration.name,
+        },
+    )
