@@ -1,6 +1,6 @@
 """Run the command line as ``python -m adapter_twin``."""
 
-from adapter_twin.cli import app
+from adapter_twin.cli import main
 
 if __name__ == "__main__":
-    app(prog_name="adapter-twin")
+    main()

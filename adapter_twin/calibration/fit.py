@@ -74,9 +74,10 @@ def calibrate(
     unsaturated = unsaturated_runs(runs)
     windows = tables["windows"]
     busy = windows[windows.run_id.isin(unsaturated.run_id) & (windows.running > 5)]
-    lengths = LengthLaw().fit(marginals, busy)
+    lengths = LengthLaw(900.).fit(marginals, busy)
     scheduling = SchedulingLaw().fit(tables["scheduler_runs"])
-    observations = step_observations(tables, model, lengths, scheduling)
+    memory = MemoryLaw(model).fit(tables["memory"])
+    observations = step_observations(tables, model, lengths, scheduling, memory)
     series = tables["series"][tables["series"].run_id.isin(unsaturated.run_id)]
     front_end = FrontEndLaw().fit_first_use(_with_adapters_used(unsaturated), series)
     front_end.overhead_ms_ = front_end.overhead_per_running_ms_ = 0.0
@@ -89,7 +90,7 @@ def calibrate(
         model=model,
         gpu=gpu,
         engine_version=engine_version,
-        memory=MemoryLaw(model).fit(tables["memory"]),
+        memory=memory,
         step_time=StepTimeLaw().fit(observations),
         loading=LoadingLaw(model).fit(tables["adapter_loads"]),
         scheduling=scheduling,

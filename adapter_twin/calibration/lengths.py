@@ -25,6 +25,12 @@ class LengthLaw(Estimator):
     Measured KV tokens per running request are fewer than independent lengths would hold: long
     prompts have short outputs. The rank correlation is the one that gives the measured figure.
 
+    Parameters
+    ----------
+    longest_output : float
+        Outputs of the histogram are cut off there, in its tokens. The longest outputs decide how
+        long an adapter keeps its slot, so slot-gated runs tell how long they are.
+
     Attributes
     ----------
     prompt_quantiles_, output_quantiles_ : list of float
@@ -35,6 +41,9 @@ class LengthLaw(Estimator):
         Measured mean over running requests, in unsaturated runs.
     """
 
+    def __init__(self, longest_output: float = np.inf) -> None:
+        self.longest_output = longest_output
+
     def fit(self, marginals: LengthMarginals, windows: pd.DataFrame) -> LengthLaw:
         """Fit to a length histogram and to windows of unsaturated runs (table ``windows``)."""
         from scipy.optimize import brentq
@@ -43,8 +52,13 @@ class LengthLaw(Estimator):
             edges, counts = (getattr(marginals, f"{side}_{part}") for part in ("edges", "counts"))
             cumulative = np.concatenate(([0.0], np.cumsum(counts))) / np.sum(counts)
             kept = np.concatenate(([True], np.diff(cumulative) > 0))
-            levels = np.linspace(0, 1, LEVELS) ** 0.5 if side == "output" else np.linspace(0, 1, LEVELS)
+            levels = np.linspace(0, 1, LEVELS)
+            if side == "output":  # finer towards the tail
+                levels = np.sqrt(levels)
             quantiles = np.interp(levels, cumulative[kept], np.asarray(edges)[kept])
+            if side == "output":  # edges must increase, so the cap is not quite flat
+                over = np.maximum(quantiles - self.longest_output, 0)
+                quantiles = np.minimum(quantiles, self.longest_output) + 0.01 * over
             setattr(self, f"{side}_quantiles_", quantiles.tolist())
             setattr(self, f"{side}_levels_", levels.tolist())
         per_request = windows.groupby("run_id", observed=True)[["kv_tokens", "running"]].sum()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from adapter_twin.calibration.lengths import LengthLaw
+from adapter_twin.calibration.memory import MemoryLaw
 from adapter_twin.calibration.scheduling import SchedulingLaw
 from adapter_twin.calibration.step_time import StepObservations, batch_features
-from adapter_twin.lengths import draw_lengths
 from adapter_twin.config import Lengths
+from adapter_twin.lengths import draw_lengths
+from adapter_twin.scenario import run_to_workload
 
 Floats = NDArray[np.float64]
 
@@ -20,8 +24,11 @@ SAMPLES = 256
 MEAN_PROMPT_TOKENS = 223.0
 BUDGET_TOKENS = 2048
 
-WINDOWS_WEIGHT, STEPS_WEIGHT, BASE_WEIGHT = 1.0, 0.3, 0.1
+WINDOWS_WEIGHT, HOURS_WEIGHT, STEPS_WEIGHT, BASE_WEIGHT = 1.0, 1.0, 0.3, 0.1
 """Share of the sources in the fit: whole runs decide, calibration steps keep the law physical."""
+
+SETTLED_S = 600.0
+"""The spread of the running requests is taken from then on."""
 
 
 def step_observations(
@@ -29,23 +36,28 @@ def step_observations(
     model: str,
     lengths: LengthLaw,
     scheduling: SchedulingLaw,
+    memory: MemoryLaw,
 ) -> StepObservations:
     """Collect the step times of one model.
 
     Parameters
     ----------
     tables : dict of DataFrame
-        ``runs``, ``windows``, ``steps`` and ``base_steps``.
+        ``runs``, ``series``, ``windows``, ``steps`` and ``base_steps``.
     model : str
     lengths : LengthLaw
     scheduling : SchedulingLaw
         Its share is taken out of the measured times.
+    memory : MemoryLaw
     """
     names = ("runs", "windows", "steps", "base_steps")
     one_model = {name: tables[name][tables[name].model == model] for name in names}
+    windows = clean_windows(one_model["windows"], one_model["runs"])
+    hours = whole_hours(one_model["runs"], tables["series"], memory)
     return StepObservations.concatenate(
         [
-            _of_windows(one_model["windows"], one_model["runs"], lengths, scheduling),
+            _of_windows(windows, WINDOWS_WEIGHT, lengths, scheduling),
+            _of_windows(hours, HOURS_WEIGHT, lengths, scheduling),
             _of_steps(one_model["steps"], scheduling),
             _of_base_steps(one_model["base_steps"], scheduling),
         ]
@@ -53,24 +65,55 @@ def step_observations(
 
 
 def clean_windows(windows: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """Keep windows of settled runs whose client did not collapse, with the run's workload."""
+    """Keep settled windows of runs whose client did not collapse, with the run's workload.
+
+    They are from the first minutes of a run: the token counters stop at a million.
+    """
     columns = ["client_collapsed", "rates_per_adapter", "ranks"]
     joined = windows.join(runs.set_index("run_id")[columns], on="run_id")
-    steady = joined.running_sd < 0.3 * joined.running + 3
-    return joined[
-        (joined.client_collapsed == False) & (joined.win >= 4) & joined.prompt_tps.notna() & steady  # noqa: E712
-    ]
+    usable = ~joined.client_collapsed.astype(bool) & (joined.win >= 4) & joined.prompt_tps.notna()
+    return joined[usable & _steady(joined)]
+
+
+def whole_hours(runs: pd.DataFrame, series: pd.DataFrame, memory: MemoryLaw) -> pd.DataFrame:
+    """Turn the averages of whole runs into rows like windows, by Little's law."""
+    runs = runs[(runs.status == "ok") & ~runs.client_collapsed.astype(bool)]
+    settled = series[series.t_s > SETTLED_S]
+    spread = settled.groupby("run_id", observed=True).running.std()
+    step_ms = 1e3 * runs.running_mean / runs.output_throughput
+    capacity = memory.kv_cache_tokens(runs.adapter_slots, runs.max_lora_rank)
+    hours = runs.assign(
+        running=runs.running_mean,
+        running_sd=runs.run_id.map(spread).astype(float),
+        prefill_tok_per_step=runs.input_throughput * step_ms / 1e3,
+        kv_tokens=runs.kv_usage_mean * capacity,
+        kv_usage=runs.kv_usage_mean,
+        waiting=runs.waiting_mean,
+        step_ms=step_ms,
+        expected_distinct_adapters=[_distinct_adapters(row) for row in runs.to_dict("records")],
+    )
+    return hours[_steady(hours)]
+
+
+def _steady(rows: pd.DataFrame) -> pd.Series[bool]:
+    return rows.running_sd < 0.3 * rows.running + 3
+
+
+def _distinct_adapters(row: dict[str, Any]) -> float:
+    """Expected distinct adapters among as many requests as run, drawn by their rates."""
+    _, workload = run_to_workload(row)
+    rates = np.array([adapter.request_rate for adapter in workload.adapters])
+    return float((1 - (1 - rates / rates.sum()) ** row["running_mean"]).sum())
 
 
 def _of_windows(
-    windows: pd.DataFrame, runs: pd.DataFrame, lengths: LengthLaw, scheduling: SchedulingLaw
+    w: pd.DataFrame, weight: float, lengths: LengthLaw, scheduling: SchedulingLaw
 ) -> StepObservations:
-    """Whole runs, in windows of 30 s.
+    """Stretches of whole runs.
 
     A window tells the mean batch only; its steps differ by the prompts that happened to join. They
     are drawn: a Poisson number of prompts per step, as many tokens on average as measured.
     """
-    w = clean_windows(windows, runs)
     rng = np.random.default_rng(0)
     shape = (len(w), SAMPLES)
     column = {
@@ -97,7 +140,7 @@ def _of_windows(
         slots=w.adapter_slots.to_numpy(float),
         rank=w.max_lora_rank.to_numpy(float),
         group=(w.rates_per_adapter.astype(str) + " " + w.ranks.astype(str)).to_numpy(str),
-        weight=np.full(len(w), WINDOWS_WEIGHT / len(w)),
+        weight=np.full(len(w), weight / len(w)),
     )
 
 

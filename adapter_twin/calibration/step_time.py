@@ -45,6 +45,7 @@ FORMS: dict[str, tuple[tuple[float, ...], tuple[Term, ...]]] = {
     "additive": ((), _COMMON),
     "regimes": ((128.0, 512.0), _COMMON),
     "tiles": ((128.0, 512.0), _COMMON + _TILED),
+    "tiles, long prefills apart": ((128.0, 512.0, 1024.0), _COMMON + _TILED),
 }
 """Candidate forms: batch sizes past which the coefficients change, and the terms of each regime."""
 

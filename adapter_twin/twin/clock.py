@@ -1,19 +1,20 @@
 """What one turn of the engine loop does, and the compiled loop over turns.
 
-`deliver_arrivals`, `next_event_s` and `end_step` are the only way in which time passes in the twin:
-the compiled loop `run` calls them back to back, the SimPy server (`adapter_twin.twin.server`) waits
-in between.
+`turn` is the only way in which time passes in the twin: the compiled loop `run` calls it back to
+back, the SimPy server (`adapter_twin.twin.server`) waits in between.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from adapter_twin.twin.scheduler import complete_step, enqueue, schedule
+from adapter_twin.twin.compiled import entry, helper
+from adapter_twin.twin.queues import enqueue
+from adapter_twin.twin.scheduler import complete_step, schedule
+from adapter_twin.twin.state import Batch, Limits, Requests, State
 
 STEPS = np.dtype(
     [
@@ -81,8 +82,8 @@ class FrontEnd(NamedTuple):
     scrape_s_per_name: float
 
 
-@njit(cache=True, error_model="numpy")
-def step_seconds(law, batch, running, waiting):
+@helper
+def step_seconds(law: StepLaw, batch: Batch, running: int, waiting: int) -> tuple[float, float]:
     """Return the durations (model, scheduling) of a step in seconds."""
     regime = 0
     while regime < len(law.token_breaks) and batch.tokens > law.token_breaks[regime]:
@@ -102,8 +103,8 @@ def step_seconds(law, batch, running, waiting):
     return model, s[0] + s[1] * running + s[2] * batch.scanned
 
 
-@njit(cache=True, error_model="numpy")
-def _pause(clock, pauses, start_s, seconds):
+@helper
+def _pause(clock: Any, pauses: Any, start_s: float, seconds: float) -> None:
     row = pauses[clock.pauses]
     row.start_s, row.end_s = start_s, start_s + seconds
     row.labels, row.names = clock.labels, clock.label_names
@@ -111,8 +112,8 @@ def _pause(clock, pauses, start_s, seconds):
     clock.front_end_free_s = row.end_s
 
 
-@njit(cache=True, error_model="numpy")
-def _scrape(clock, front_end, pauses):
+@helper
+def _scrape(clock: Any, front_end: FrontEnd, pauses: Any) -> None:
     seconds = (
         front_end.scrape_s
         + front_end.scrape_s_per_label * clock.labels
@@ -122,9 +123,11 @@ def _scrape(clock, front_end, pauses):
     clock.next_scrape_s = clock.front_end_free_s + front_end.scrape_period_s
 
 
-@njit(cache=True, error_model="numpy")
-def _accept(requests, clock, front_end, pauses, used):
-    """The front end takes the next request, once it is free."""
+@helper
+def _accept(
+    requests: Requests, clock: Any, front_end: FrontEnd, pauses: Any, used: NDArray[np.bool_]
+) -> None:
+    """Let the front end take the next request, once it is free."""
     request = clock.accepted
     clock.accepted += 1
     ready_s = max(requests.arrival_s[request], clock.front_end_free_s)
@@ -137,8 +140,16 @@ def _accept(requests, clock, front_end, pauses, used):
     requests.ready_s[request] = ready_s
 
 
-@njit(cache=True, error_model="numpy")
-def deliver_arrivals(limits, requests, state, clock, front_end, pauses, used):
+@helper
+def _deliver_arrivals(
+    limits: Limits,
+    requests: Requests,
+    state: State,
+    clock: Any,
+    front_end: FrontEnd,
+    pauses: Any,
+    used: NDArray[np.bool_],
+) -> None:
     """Hand the engine every request that has reached it by ``clock.now_s``."""
     n = len(requests.arrival_s)
     while True:
@@ -160,18 +171,18 @@ def deliver_arrivals(limits, requests, state, clock, front_end, pauses, used):
         clock.delivered += 1
 
 
-@njit(cache=True, error_model="numpy")
-def _next_delivery_s(requests, clock):
-    """When an idle engine has something to look at again."""
+@helper
+def _next_delivery_s(requests: Requests, clock: Any) -> float:
+    """Return when an idle engine has something to look at again."""
     if clock.delivered < clock.accepted:
-        return requests.ready_s[clock.delivered]
+        return float(requests.ready_s[clock.delivered])
     if clock.accepted < len(requests.arrival_s):
-        return requests.arrival_s[clock.accepted]
+        return float(requests.arrival_s[clock.accepted])
     return np.inf
 
 
-@njit(cache=True, error_model="numpy")
-def note_label(state, clock, seen):
+@helper
+def _note_label(state: State, clock: Any, seen: NDArray[np.uint64]) -> None:
     """Count the label set (running adapters, waiting adapters) if it is a new one.
 
     `seen` is an open-addressing hash table; 0 marks a free place.
@@ -192,8 +203,10 @@ def note_label(state, clock, seen):
     clock.label_names += state.count.active + state.count.waiting_adapters
 
 
-@njit(cache=True, error_model="numpy")
-def _begin_step(limits, requests, state, clock, law, steps):
+@helper
+def _begin_step(
+    limits: Limits, requests: Requests, state: State, clock: Any, law: StepLaw, steps: Any
+) -> float:
     """Schedule a batch, note it, and return the step's duration in seconds."""
     batch = schedule(limits, requests, state, clock.now_s)
     model_s, scheduling_s = step_seconds(law, batch, state.count.running, state.count.waiting)
@@ -211,32 +224,70 @@ def _begin_step(limits, requests, state, clock, law, steps):
     return model_s + scheduling_s + batch.load_s
 
 
-@njit(cache=True, error_model="numpy")
-def next_event_s(limits, requests, state, clock, law, steps):
-    """Begin the next step and return when it ends; with no work, when the next request comes."""
-    if state.count.running + state.count.waiting == 0:
-        return _next_delivery_s(requests, clock)
-    return clock.now_s + _begin_step(limits, requests, state, clock, law, steps)
-
-
-@njit(cache=True, error_model="numpy")
-def end_step(limits, requests, state, clock, steps, seen):
+@helper
+def _end_step(
+    limits: Limits,
+    requests: Requests,
+    state: State,
+    clock: Any,
+    steps: Any,
+) -> None:
     """Emit the tokens of the current step at ``clock.now_s``."""
     steps[clock.steps].end_s = clock.now_s
     clock.steps += 1
     clock.in_flight -= complete_step(limits, requests, state, clock.now_s)
-    if len(seen) > 0:
-        note_label(state, clock, seen)
 
 
-@njit(cache=True, error_model="numpy")
-def run(limits, requests, state, clock, law, front_end, steps, pauses, seen, used):
+@entry
+def turn(
+    limits: Limits,
+    requests: Requests,
+    state: State,
+    clock: Any,
+    law: StepLaw,
+    front_end: FrontEnd,
+    steps: Any,
+    pauses: Any,
+    seen: NDArray[np.uint64],
+    used: NDArray[np.bool_],
+) -> float:
+    """Turn the engine loop once, at ``clock.now_s``.
+
+    End the step that ends now, take what has arrived, begin the next step.
+
+    Returns
+    -------
+    float
+        When to call again, in seconds: the end of the new step; with no work, the next arrival.
+    """
+    if state.count.running > 0:
+        _end_step(limits, requests, state, clock, steps)
+    _deliver_arrivals(limits, requests, state, clock, front_end, pauses, used)
+    if len(seen) > 0:  # what arrived during the step still waits when its metrics are written
+        _note_label(state, clock, seen)
+    if state.count.waiting + state.count.running == 0:
+        return _next_delivery_s(requests, clock)
+    step_s = _begin_step(limits, requests, state, clock, law, steps)
+    return float(clock.now_s + step_s)
+
+
+@entry
+def run(
+    limits: Limits,
+    requests: Requests,
+    state: State,
+    clock: Any,
+    law: StepLaw,
+    front_end: FrontEnd,
+    steps: Any,
+    pauses: Any,
+    seen: NDArray[np.uint64],
+    used: NDArray[np.bool_],
+) -> bool:
     """Turn the engine loop until the window ends (True) or `steps` is full (False)."""
-    while clock.steps < len(steps):
-        deliver_arrivals(limits, requests, state, clock, front_end, pauses, used)
-        clock.now_s = next_event_s(limits, requests, state, clock, law, steps)
-        if clock.now_s > front_end.duration_s:
+    while clock.steps + 1 < len(steps):
+        event_s = turn(limits, requests, state, clock, law, front_end, steps, pauses, seen, used)
+        if event_s > front_end.duration_s:
             return True
-        if state.count.running > 0:
-            end_step(limits, requests, state, clock, steps, seen)
+        clock.now_s = event_s
     return False

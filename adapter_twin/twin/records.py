@@ -9,11 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin.twin.session import Session
+from adapter_twin.workload import BASE_MODEL
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Floats = NDArray[np.float64]
+
+OUTPUT_SLICE = 128
+"""vLLM's ``VLLM_V1_OUTPUT_PROC_CHUNK_SIZE``: requests whose tokens are handed on at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +88,24 @@ def make_records(session: Session, overhead_s: Floats) -> Records:
     overhead_s : float64, shape (2,)
         Time in the front end: a constant, and seconds per running request.
     """
-    requests, steps = session.requests, session.steps[: session.clock.steps]
-    emitted = requests.first_step >= 0
-    running = np.zeros(len(emitted))
-    running[emitted] = steps.running[requests.first_step[emitted]]
+    requests = session.requests
+    emitted = np.flatnonzero(requests.first_step >= 0)
+    running = session.steps.running[requests.first_step[emitted]]
     delay_s = overhead_s[0] + overhead_s[1] * running
+    first_token_s = np.full(len(requests.arrival_s), np.nan)
+    first_token_s[emitted] = client_time_s(session, requests.first_token_s[emitted]) + delay_s
+    end_s = np.full(len(requests.arrival_s), np.nan)
+    end_s[emitted] = client_time_s(session, requests.end_s[emitted]) + delay_s
     return Records(
         arrival_s=requests.arrival_s,
-        adapter=np.where(requests.adapter == session.limits.base_model, -1, requests.adapter).astype(np.int32),
+        adapter=np.where(
+            requests.adapter == session.limits.base_model, BASE_MODEL, requests.adapter
+        ),
         prompt_tokens=requests.prompt_tokens,
         output_tokens=requests.output_tokens,
         scheduled_s=requests.scheduled_s,
-        first_token_s=client_time_s(session, requests.first_token_s) + delay_s,
-        end_s=client_time_s(session, requests.end_s) + delay_s,
+        first_token_s=first_token_s,
+        end_s=end_s,
         preemptions=requests.preemptions,
         load_wait_s=requests.load_wait_s,
         rejected=requests.rejected,
@@ -107,8 +116,9 @@ def make_gaps(session: Session) -> Gaps:
     """Collect the inter-token gaps of the completed requests.
 
     A decoding request gets a token from every step, so the gaps are the steps' intervals, weighted
-    by the requests that decode. Tokens that pile up while the front end is paused reach the client
-    as one chunk. A preempted request adds the gap until its next token.
+    by the requests that decode. Tokens that pile up while the front end is paused leave it
+    together. A preempted request adds the gap until its next token (the mean one, if it was
+    preempted more than once).
     """
     requests, steps = session.requests, session.steps[: session.clock.steps]
     if len(steps) == 0:
@@ -119,15 +129,24 @@ def make_gaps(session: Session) -> Gaps:
     count = np.maximum(count - np.cumsum(started)[: len(steps)], 0)
 
     delivered_s = client_time_s(session, steps.end_s)
-    chunk = np.concatenate(([0], np.flatnonzero(np.diff(delivered_s)) + 1))
-    gap_s = np.diff(delivered_s[chunk], prepend=0.0)
-    count = np.maximum.reduceat(count, chunk)
+    first = np.concatenate(([0], np.flatnonzero(np.diff(delivered_s)) + 1))
+    gap_s = np.diff(delivered_s[first], prepend=0.0)
+    # The front end hands on the tokens of a step in slices and lets the streams run in between. A
+    # step of one slice does not stop: what piled up is merged into one chunk. Tokens of larger
+    # steps follow each other without delay.
+    chunks = np.maximum.reduceat(count, first)
+    unmerged = np.where(steps.running > OUTPUT_SLICE, count, 0)
+    in_a_row = np.maximum(np.add.reduceat(unmerged, first) - chunks, 0)
+    count = chunks
 
-    stalled = (requests.preemptions > 0) & np.isfinite(requests.end_s)
-    stalls = requests.preemptions[stalled].astype(np.int64)
+    stalled = (requests.stalls > 0) & np.isfinite(requests.end_s)
+    stalls = requests.stalls[stalled].astype(np.int64)
     stall_s = requests.stalled_s[stalled] / stalls
     kept = count > 0
-    return Gaps(np.concatenate((gap_s[kept], stall_s)), np.concatenate((count[kept], stalls)))
+    return Gaps(
+        np.concatenate((gap_s[kept], stall_s, [0.0])),
+        np.concatenate((count[kept], stalls, [in_a_row.sum()])),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ from collections.abc import Generator
 
 import simpy
 
-from adapter_twin.twin.clock import deliver_arrivals, end_step, next_event_s
 from adapter_twin.twin.session import Session
 
 
@@ -31,19 +30,11 @@ class Server:
         self.process = env.process(self._turn_engine_loop())
 
     def _turn_engine_loop(self) -> Generator[simpy.Event, None, None]:
-        s = self.session
-        while True:
-            if s.clock.steps == len(s.steps):
-                s.grow()
-            deliver_arrivals(s.limits, s.requests, s.state, s.clock, s.front_end, s.pauses, s.used)
-            event_s = next_event_s(s.limits, s.requests, s.state, s.clock, s.law, s.steps)
-            if event_s > s.front_end.duration_s:
-                return
+        session = self.session
+        while (event_s := session.turn()) <= session.front_end.duration_s:
             # SimPy adds delays and so rounds; the session's clock holds the exact time.
             yield self.env.timeout(max(event_s - self.env.now, 0.0))
-            s.clock.now_s = event_s
-            if s.state.count.running > 0:
-                end_step(s.limits, s.requests, s.state, s.clock, s.steps, s.seen)
+            session.clock.now_s = event_s
 
 
 def run_in_simpy(session: Session) -> None:

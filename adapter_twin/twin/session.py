@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,16 @@ from adapter_twin.config import EngineConfig
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.twin import clock as engine_clock
 from adapter_twin.twin.clock import CLOCK, PAUSES, STEPS, FrontEnd, StepLaw
-from adapter_twin.twin.scheduler import COUNTERS, NOT_RUNNING, Limits, Requests, State
+from adapter_twin.twin.state import COUNTERS, NOT_RUNNING, Limits, Requests, State
 from adapter_twin.workload import Trace
 
 LABEL_TABLE = 1 << 19
-"""Places for distinct label sets; past half of them the count goes on without looking for repeats."""
+"""Places for distinct label sets; past half of them, new ones are counted but not remembered."""
 
 
 @dataclass
 class Session:
-    """One run of the twin: what `adapter_twin.twin.clock` works on, all changed in place."""
+    """One run of the twin: the arguments of `adapter_twin.twin.clock.run`, in that order."""
 
     limits: Limits
     requests: Requests
@@ -36,21 +36,19 @@ class Session:
 
     def run(self) -> None:
         """Run to the end of the window in the compiled loop."""
-        while not engine_clock.run(
-            self.limits,
-            self.requests,
-            self.state,
-            self.clock,
-            self.law,
-            self.front_end,
-            self.steps,
-            self.pauses,
-            self.seen,
-            self.used,
-        ):
-            self.grow()
+        while not engine_clock.run(*self._arrays()):
+            self._grow()
 
-    def grow(self) -> None:
+    def turn(self) -> float:
+        """Turn the engine loop once; see `adapter_twin.twin.clock.turn`."""
+        if self.clock.steps + 1 >= len(self.steps):
+            self._grow()
+        return engine_clock.turn(*self._arrays())
+
+    def _arrays(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, column.name) for column in fields(self))
+
+    def _grow(self) -> None:
         """Make room for as many steps again."""
         self.steps = np.concatenate((self.steps, _table(len(self.steps), STEPS))).view(np.recarray)
 
@@ -109,6 +107,8 @@ def new_session(
     )
     observed = np.isfinite(front_end.scrape_period_s)
     scrapes = int(front_end.duration_s / front_end.scrape_period_s) + 2 if observed else 0
+    used = np.zeros(n_adapters + 1, np.bool_)
+    used[n_adapters] = True  # the base model is there from the start
     clock = _record(CLOCK)
     clock.next_scrape_s = front_end.scrape_period_s
     return Session(
@@ -116,31 +116,55 @@ def new_session(
         requests=_new_requests(trace, n_adapters),
         state=_new_state(limits, n, kv_cache_tokens // engine.block_size, load_s, read_s),
         clock=clock,
-        law=law,
-        front_end=front_end,
+        law=_typed_law(law),
+        front_end=_typed_front_end(front_end),
         steps=_table(1 << 16, STEPS),
         pauses=_table(n_adapters + 1 + scrapes, PAUSES),
         seen=np.zeros(LABEL_TABLE if observed else 0, np.uint64),
-        used=np.zeros(n_adapters + 1, np.bool_),
+        used=used,
     )
+
+
+# numba compiles the kernel anew for every combination of argument types: let there be one.
+
+
+def _typed(values: NDArray[Any], dtype: type) -> Any:
+    return np.require(values, dtype, ["C_CONTIGUOUS", "WRITEABLE"])
+
+
+def _typed_law(law: StepLaw) -> StepLaw:
+    token_breaks, coefficients, tile, per_waiting, scheduling = law
+    return StepLaw(
+        _typed(token_breaks, np.float64),
+        _typed(coefficients, np.float64),
+        int(tile),
+        float(per_waiting),
+        _typed(scheduling, np.float64),
+    )
+
+
+def _typed_front_end(front_end: FrontEnd) -> FrontEnd:
+    duration_s, in_flight_cap, *seconds = front_end
+    return FrontEnd(float(duration_s), int(in_flight_cap), *map(float, seconds))
 
 
 def _new_requests(trace: Trace, n_adapters: int) -> Requests:
     n = len(trace)
     return Requests(
-        arrival_s=trace.arrival_s,
+        arrival_s=_typed(trace.arrival_s, np.float64),
         adapter=np.where(trace.adapter < 0, n_adapters, trace.adapter).astype(np.int32),
-        prompt_tokens=trace.prompt_tokens,
-        output_tokens=trace.output_tokens,
+        prompt_tokens=_typed(trace.prompt_tokens, np.int32),
+        output_tokens=_typed(trace.output_tokens, np.int32),
         ready_s=np.full(n, np.nan),
         scheduled_s=np.full(n, np.nan),
         first_token_s=np.full(n, np.nan),
         end_s=np.full(n, np.nan),
         load_wait_s=np.zeros(n),
         preemptions=np.zeros(n, np.int32),
+        stalls=np.zeros(n, np.int32),
         stalled_s=np.zeros(n),
         rejected=np.zeros(n, np.bool_),
-        first_step=np.full(n, NOT_RUNNING),
+        first_step=np.full(n, NOT_RUNNING, np.int32),
     )
 
 
@@ -157,17 +181,19 @@ def _new_state(
     # A list that is empty points to its own sentinel.
     nodes = np.arange(n_requests + n + 1 + limits.horizon, dtype=np.int32)
     idle = np.arange(n + 2, dtype=np.int32)
-    labels = np.random.default_rng(0)  # only to tell sets of adapters apart
+    # Only to tell lists of adapters apart; products of two fit in 64 bits.
+    labels = np.random.default_rng(0)
+    count.label_hash = labels.integers(1, 2**63, dtype=np.uint64)  # both sets empty
     base_model = np.zeros(1)
     return State(
         count=count,
         next=nodes,
         previous=nodes.copy(),
-        order=np.zeros(n_requests, np.int64),
+        order=np.zeros(n_requests, np.int32),
         emitted=np.zeros(n_requests, np.int32),
-        base_tokens=np.zeros(n_requests, np.int64),
-        base_step=np.zeros(n_requests, np.int64),
-        stack_index=np.full(n_requests, NOT_RUNNING),
+        base_tokens=np.zeros(n_requests, np.int32),
+        base_step=np.zeros(n_requests, np.int32),
+        stack_index=np.full(n_requests, NOT_RUNNING, np.int32),
         running_by_adapter=np.zeros(n + 1, np.int32),
         waiting_by_adapter=np.zeros(n + 1, np.int32),
         load_s=np.concatenate((load_s, base_model)),
@@ -178,8 +204,11 @@ def _new_state(
         active_index=np.zeros(n + 1, np.int32),
         waiting_list=np.zeros(n + 1, np.int32),
         waiting_index=np.zeros(n + 1, np.int32),
-        running_label=labels.integers(1, 2**63, n + 1, dtype=np.uint64),
-        waiting_label=labels.integers(1, 2**63, n + 1, dtype=np.uint64),
+        running_label=labels.integers(1, 2**32, n + 1, dtype=np.uint64),
+        waiting_label=labels.integers(1, 2**32, n + 1, dtype=np.uint64),
+        present=np.zeros(n, np.bool_),
+        present_next=np.arange(n + 1, dtype=np.int32),
+        present_previous=np.arange(n + 1, dtype=np.int32),
         gpu_next=idle,
         gpu_previous=idle.copy(),
         host_next=idle.copy(),

@@ -1,0 +1,313 @@
+"""The command line. Each verb imports what it needs, so that ``--help`` stays quick."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from adapter_twin import __version__
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.report import check_target, print_json, print_mapping, print_table, working
+from adapter_twin.strict import require
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="A digital twin of a GPU that serves many LoRA adapters with vLLM.",
+)
+
+# typer's own copy of click has no public name.
+USAGE_ERROR: Any = typer.BadParameter.mro()[2]
+
+RUNS = Annotated[Path, typer.Argument(metavar="RUNS", help="Table of runs, .parquet or .csv.")]
+CALIBRATION = Annotated[
+    str, typer.Option(metavar="NAME|auto", help="Calibration: a name, a .json file, or auto.")
+]
+SEED = Annotated[int, typer.Option(min=0, help="Same seed, same result.")]
+JOBS = Annotated[int, typer.Option(help="Processes; -1 is one per core.")]
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class Observer(StrEnum):
+    """Whether to include what the reference measurement did to itself."""
+
+    none = "none"
+    recorded = "recorded"
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit; bad input is one line on stderr and status 2."""
+    warnings.showwarning = _show_warning
+    command: Any = typer.main.get_command(app)
+    try:
+        status = command(args=arguments, prog_name="adapter-twin", standalone_mode=False)
+    except AdapterTwinError as error:
+        status = _fail(str(error), 2)
+    except USAGE_ERROR as error:
+        # Without arguments the message is the help text, which typer has printed.
+        status = _fail(error.format_message(), 2) if error.format_message() else 2
+    except (KeyboardInterrupt, typer.Abort):
+        status = _fail("interrupted", 130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print("warning:", " ".join(str(message).split()), file=sys.stderr)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Take the options that stand before a verb."""
+
+
+@app.command(
+    epilog="Example: adapter-twin predict runs.parquet --calibration auto --out predictions.parquet"
+)
+def predict(
+    runs: RUNS,
+    out: Annotated[Path, typer.Option(metavar="PRED.parquet", help="Where predictions go.")],
+    calibration: CALIBRATION = "auto",
+    seed: SEED = 0,
+    jobs: JOBS = -1,
+    observer: Annotated[
+        Observer, typer.Option(help="The measurement's own effect: left out, or as recorded.")
+    ] = Observer.recorded,
+) -> None:
+    """Predict a table of runs from its configuration columns alone."""
+    from adapter_twin import datasets
+    from adapter_twin.predict import predict_runs
+
+    check_target(out, ".parquet", ".csv")
+    predictions = predict_runs(
+        datasets.read_runs(runs),
+        calibration,
+        seed=seed,
+        jobs=jobs,
+        observer=observer is Observer.recorded,
+        progress=sys.stderr.isatty(),
+    )
+    datasets.write_table(predictions, out)
+    feasible = predictions["feasible_start"]
+    starved = int((predictions["starved"] & feasible).sum())
+    print(
+        f"{out}: {len(predictions)} runs, {starved} starved, {int((~feasible).sum())} refused to "
+        f"start, {predictions['wall_s'].sum():.1f} s of computing"
+    )
+
+
+@app.command(
+    epilog="Example: adapter-twin validate runs.parquet --calibration auto --out validation"
+)
+def validate(
+    runs: RUNS,
+    calibration: CALIBRATION = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for the predictions and the error tables."),
+    ] = None,
+    seed: SEED = 0,
+    jobs: JOBS = -1,
+    as_json: JSON = False,
+) -> None:
+    """Predict measured runs, and compare."""
+    from adapter_twin import datasets
+    from adapter_twin.predict import predict_runs, predict_starts
+    from adapter_twin.validate import summary, validate_runs, write_validation
+
+    if out is not None:
+        check_target(out)
+    measured = datasets.read_measured_runs(runs)
+    predictions = predict_runs(
+        measured, calibration, seed=seed, jobs=jobs, progress=sys.stderr.isatty()
+    )
+    starts = authors = None
+    if datasets.find("memory") is not None:
+        memory = datasets.load("memory")
+        memory = memory[memory["model"].isin(measured["model"])]
+        starts = predict_starts(memory, calibration)
+    if datasets.find("authors_twin") is not None:
+        authors = datasets.load("authors_twin")
+    result = validate_runs(measured, predictions, starts=starts, authors=authors)
+    content = summary(result, predictions)
+    if out is not None:
+        write_validation(result, predictions, out)
+    if as_json:
+        print_json(content)
+        return
+    print(", ".join(f"{name.replace('_', ' ')} {n}" for name, n in result.counts.items()))
+    print_table(result.bars, "Bars")
+    is_split = (result.errors["regime"] != "all") & (result.errors["runs"] == "all")
+    regimes = result.errors[is_split].pivot_table(
+        index=["model", "regime", "figure", "n_runs"], columns="measure", values="value"
+    )
+    print_table(regimes.reset_index(), "Errors by regime (percent)")
+    worst = result.worst.groupby(["model", "figure"]).head(1)
+    print_table(worst[["figure", "run_id", "regime", "measured", "predicted", "error"]], "Worst")
+
+
+@app.command(epilog="Example: adapter-twin simulate config.yaml --trace trace.json --json")
+def simulate(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to simulate.")],
+    trace: Annotated[
+        Path | None, typer.Option(metavar="OUT.json", help="Write a Perfetto trace.")
+    ] = None,
+    records: Annotated[
+        Path | None, typer.Option(metavar="OUT.parquet", help="Write one row per request.")
+    ] = None,
+    as_json: JSON = False,
+) -> None:
+    """Simulate one configuration and summarise the service it gives."""
+    from adapter_twin import datasets
+    from adapter_twin.perfetto import write_trace
+    from adapter_twin.predict import predict_scenario
+    from adapter_twin.scenario import load_scenario
+
+    if trace is not None:
+        check_target(trace, ".json")
+    if records is not None:
+        check_target(records, ".parquet", ".csv")
+    run, content = predict_scenario(load_scenario(config))
+    if records is not None:
+        frame = run.records.to_frame()
+        frame.attrs.update(run.provenance)
+        datasets.write_table(frame, records)
+    if trace is not None:
+        write_trace(run, trace)
+    if as_json:
+        print_json(content)
+    else:
+        print_mapping(content, str(config))
+
+
+@app.command(
+    epilog="Example: adapter-twin calibrate data/external/agullo2025 --out calibration.json "
+    "--model llama-3.1-8b-instruct"
+)
+def calibrate(
+    tables: Annotated[Path, typer.Argument(metavar="TABLES", help="Folder of measured tables.")],
+    out: Annotated[Path, typer.Option(metavar="CAL.json", help="Where the calibration goes.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model to calibrate, where the tables hold several.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="GPU of the measurements.")] = "h100-64gb",
+    engine_version: Annotated[str, typer.Option(help="vLLM of the measurements.")] = "0.8.5",
+    jobs: JOBS = -1,
+) -> None:
+    """Fit the laws of one model to measured tables."""
+    from adapter_twin import datasets
+    from adapter_twin.calibration.fit import TABLES
+    from adapter_twin.calibration.fit import calibrate as fit
+    from adapter_twin.importer import COMMIT, REPOSITORY_URL
+
+    check_target(out, ".json")
+    require(tables.is_dir(), f"{tables}: no such folder; give the folder of the measured tables")
+    dataset = str(tables.resolve())
+    measured = {name: datasets.load(name, dataset) for name in TABLES}
+    models = sorted(measured["runs"]["model"].unique())
+    if model is None:
+        require(len(models) == 1, f"model: choose one with --model: {', '.join(models)}")
+        model = models[0]
+    require(
+        model in models, f"model: {model!r} is not in the tables; they hold {', '.join(models)}"
+    )
+    source = {"dataset": tables.resolve().name}
+    if source["dataset"] == datasets.DATASET:
+        source |= {"repository": REPOSITORY_URL, "commit": COMMIT}
+    with working(f"calibrating {model}"):
+        fitted = fit(
+            measured,
+            datasets.sharegpt_lengths(dataset),
+            model,
+            gpu=gpu,
+            engine_version=engine_version,
+            source=source,
+            jobs=jobs,
+        )
+    with datasets.replacing(out) as temporary:
+        temporary.write_text(fitted.to_json())
+    print(f"{out}: {fitted.name}")
+
+
+@app.command(epilog="Example: adapter-twin data --import ~/GPULLMAdapterOptimization")
+def data(
+    repository: Annotated[
+        Path | None,
+        typer.Option(
+            "--import", metavar="REPO_FOLDER", help="Import a clone of the authors' repository."
+        ),
+    ] = None,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Fetch that repository with git, then import it.")
+    ] = False,
+    as_json: JSON = False,
+) -> None:
+    """List the measured data, or import it."""
+    from adapter_twin import datasets
+    from adapter_twin.importer import import_repository
+
+    if repository is not None or fetch:
+        require(repository is None or not fetch, "fetch: give --import FOLDER or --fetch, not both")
+        require(
+            repository is None or repository.is_dir(),
+            f"import: {repository} is no folder; give a clone of the repository",
+        )
+        with working("importing the repository"):
+            import_repository(repository)
+    tables = datasets.inventory()
+    if as_json:
+        print_json({"roots": list(map(str, datasets.roots())), "tables": tables.to_dict("records")})
+        return
+    places = tables["file"].map(lambda file: str(Path(file).parent) if file else "")
+    shown = tables.drop(columns="file").assign(folder=places)
+    print_table(shown, f"Measured data: {datasets.DATASET}")
+    if (tables["checksum"] == "absent").any():
+        print("absent tables are looked for in:", *datasets.roots(), sep="\n  ")
+        print(
+            "get runs and series with `adapter-twin data --fetch`, or from a clone with "
+            "`adapter-twin data --import REPO_FOLDER`; put the others into one of these places"
+        )
+
+
+@app.command(epilog="Example: adapter-twin doctor --json")
+def doctor(as_json: JSON = False) -> None:
+    """Check the installation and say what is missing."""
+    from dataclasses import asdict
+
+    from adapter_twin.doctor import examine, works
+
+    checks = examine()
+    ok = works(checks)
+    if as_json:
+        print_json({"works": ok, "checks": [asdict(check) for check in checks]})
+    else:
+        marks = {(True, True): "ok", (True, False): "ok", (False, True): "MISSING"}
+        for check in checks:
+            mark = marks.get((check.found, check.needed), "absent")
+            print(f"{mark:8} {check.name}: {check.detail}")
+        print("the core works" if ok else "the core does not work; install what is MISSING")
+    raise typer.Exit(0 if ok else 1)

@@ -1,0 +1,262 @@
+"""Figures of the study. Each function draws one table and returns a closed figure, to be shown once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from adapter_twin.metrics import STARVATION_THRESHOLD
+from adapter_twin.perfetto import step_starts_s
+from adapter_twin.twin.records import Simulation
+
+TWINS = ("measured", "ours", "authors")
+TWIN_COLORS = dict(zip(TWINS, ("0.25", "#0173b2", "#de8f05"), strict=True))
+TWIN_LABELS = {"measured": "measured", "ours": "this twin", "authors": "the authors' twin"}
+LABELS = {
+    "total_throughput": "total throughput (tokens/s)",
+    "mean_itl_ms": "mean ITL (ms)",
+    "median_ttft_ms": "median TTFT (ms)",
+    "p99_ttft_ms": "p99 TTFT (ms)",
+    "served_adapters": "served adapters",
+    "adapter_slots": "adapter slots",
+}
+
+
+def use_style() -> None:
+    """Set the style of all figures."""
+    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", font_scale=0.85)
+    plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
+
+
+def _finish(figure: Figure) -> Figure:
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
+
+
+def _slot_colors(slots: pd.Series[Any]) -> dict[int, Any]:
+    levels = sorted(int(level) for level in slots.unique())
+    return dict(zip(levels, sns.color_palette("viridis", len(levels) + 1), strict=False))
+
+
+def service(swept: pd.DataFrame) -> Figure:
+    """Draw throughput and TTFT over the served adapters, a line per slot count.
+
+    Parameters
+    ----------
+    swept : pandas.DataFrame
+        As `adapter_twin.study.sweep`.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    offered = swept.groupby("served_adapters")["offered_tokens_per_s"].first()
+    left.plot(offered, color="0.4", ls="--", lw=1)
+    left.fill_between(
+        offered.index, STARVATION_THRESHOLD * offered, 0, color="0.5", alpha=0.12, lw=0
+    )
+    left.text(0.97, 0.06, "starved", transform=left.transAxes, ha="right", color="0.4")
+    colors = _slot_colors(swept["adapter_slots"])
+    for slots, line in swept[swept["feasible_start"]].groupby("adapter_slots"):
+        style = {"color": colors[int(str(slots))], "marker": "o", "ms": 4, "label": f"{slots}"}
+        left.plot(line["served_adapters"], line["total_throughput"], **style)
+        right.plot(line["served_adapters"], line["p99_ttft_ms"] / 1e3, **style)
+    left.annotate(
+        "offered", (offered.index[-1], offered.iloc[-1]), (-8, 0), textcoords="offset points",
+        ha="right", va="center", color="0.4",
+    )  # fmt: skip
+    left.set(xlabel="served adapters", ylabel=LABELS["total_throughput"], ylim=(0, None))
+    right.set(xlabel="served adapters", ylabel="p99 TTFT (s)", yscale="log")
+    right.legend(title="adapter slots", frameon=False)
+    return _finish(figure)
+
+
+def timeline(run: Simulation) -> Figure:
+    """Draw each request as it waits and is served, and the adapters of every step's batch."""
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 5), sharex=True, height_ratios=(3, 1))
+    records = run.records
+    colors = sns.color_palette("colorblind", int(records.adapter.max()) + 1)
+    rows = np.arange(len(records))
+    until_s = np.nan_to_num(records.scheduled_s, nan=run.duration_s)
+    end_s = np.nan_to_num(records.end_s, nan=run.duration_s)
+    shade = [colors[adapter] for adapter in records.adapter]
+    top.hlines(rows, records.arrival_s, until_s, colors="0.75", lw=1.5)
+    top.hlines(rows, until_s, np.maximum(end_s, until_s), colors=shade, lw=5)
+    top.plot(records.first_token_s, rows, "k|", ms=7)
+    top.invert_yaxis()
+    top.set(ylabel="request")
+    top.grid(axis="y", visible=False)
+    for adapter, color in enumerate(colors):
+        top.plot([], [], color=color, lw=5, label=f"{adapter}")
+    top.legend(title="adapter", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    bottom.step(run.steps["end_s"], run.steps["adapters"], where="pre", color="0.2", lw=1)
+    bottom.plot(run.steps["end_s"], run.steps["waiting"], color="#d55e00", lw=1)
+    bottom.set(xlabel="time (s)", ylabel="count", xlim=(0, run.duration_s))
+    bottom.legend(
+        ["adapters in the batch", "requests waiting"], frameon=False, ncols=2,
+        loc="lower center", bbox_to_anchor=(0.5, 1),
+    )  # fmt: skip
+    return _finish(figure)
+
+
+def step_durations(run: Simulation) -> Figure:
+    """Draw each step's duration over its batched tokens; steps that loaded an adapter stand out."""
+    figure, axes = plt.subplots(figsize=(6, 3.4))
+    duration_ms = 1e3 * (run.steps["end_s"] - step_starts_s(run))
+    loads = run.steps["loads"] > 0
+    for chosen, label, color in (
+        (~loads, "no load", "#0173b2"),
+        (loads, "with adapter loads", "#d55e00"),
+    ):
+        axes.plot(run.steps["tokens"][chosen], duration_ms[chosen], ".", color=color, label=label)
+    axes.set(xlabel="tokens in the batch", ylabel="step (ms)", xscale="log", yscale="log")
+    axes.legend(frameon=False)
+    return _finish(figure)
+
+
+def long_tail(tail: pd.DataFrame) -> Figure:
+    """Draw p99 TTFT by popularity rank of the adapter, a line per slot count."""
+    figure, axes = plt.subplots(figsize=(6, 3.4))
+    colors = _slot_colors(tail["adapter_slots"])
+    for slots, line in tail.groupby("adapter_slots"):
+        smooth = line["mean_ttft_ms"].rolling(5, center=True, min_periods=1).median()
+        axes.plot(line["adapter"] + 1, smooth, color=colors[int(str(slots))], label=f"{slots}")
+    axes.set(xlabel="adapter, most popular first", ylabel="mean TTFT (ms)", yscale="log")
+    axes.legend(title="adapter slots", frameon=False)
+    return _finish(figure)
+
+
+def memory(law: pd.DataFrame, measured: pd.DataFrame | None) -> Figure:
+    """Draw KV-cache tokens over slots by rank, one panel per model, and measured starts if any."""
+    models = sorted(law["model"].unique())
+    figure, panels = plt.subplots(1, len(models), figsize=(9.5, 3.6), squeeze=False)
+    colors = _slot_colors(law["max_lora_rank"])
+    for model, axes in zip(models, panels[0], strict=True):
+        for rank, line in law[law["model"] == model].groupby("max_lora_rank"):
+            color = colors[int(str(rank))]
+            axes.plot(line["adapter_slots"], line["kv_cache_tokens"], color=color, label=f"{rank}")
+            if measured is not None:
+                points = measured[
+                    (measured["model"] == model) & (measured["max_lora_rank"] == rank)
+                ]
+                axes.plot(
+                    points["adapter_slots"], points["kv_cache_tokens"], "o", color=color, ms=4
+                )
+        axes.set(title=model, xlabel="adapter slots", ylabel="KV-cache tokens", ylim=(0, None))
+        axes.legend(title="max. rank", frameon=False)
+    return _finish(figure)
+
+
+def bands(
+    table: pd.DataFrame, x: str, by: str, panel: str | None, *, xlabel: str, ylabel: str,
+    log: str = "xy", title: str = "",
+) -> Figure:  # fmt: skip
+    """Draw medians with their quartiles over `x`, a line per `by`, a panel per `panel`."""
+    panels = sorted(table[panel].unique()) if panel else [""]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.75 * max(len(panels), 1.3), 3.6), squeeze=False, sharey=True
+    )
+    levels = sorted(table[by].unique())
+    colors = sns.color_palette("viridis", len(levels) + 1)
+    for name, ax in zip(panels, axes[0], strict=True):
+        part = table[table[panel] == name] if panel else table
+        for level, color in zip(levels, colors, strict=False):
+            line = part[part[by] == level]
+            ax.plot(line[x], line["median"], "o-", color=color, ms=3.5, lw=1.3, label=f"{level}")
+            ax.fill_between(line[x], line["low"], line["high"], color=color, alpha=0.15, lw=0)
+        ax.set(xlabel=xlabel, title=name)
+        ax.set_xscale("log" if "x" in log else "linear")
+        ax.set_yscale("log" if "y" in log else "linear")
+    axes[0, 0].set_ylabel(ylabel)
+    axes[0, -1].legend(title=title or by, frameon=False)
+    return _finish(figure)
+
+
+def coefficients(terms: pd.DataFrame) -> Figure:
+    """Draw the step-time law's coefficients with their intervals, a panel per regime.
+
+    Parameters
+    ----------
+    terms : pandas.DataFrame
+        ``regime`` (text), ``term``, ``share``, ``low``, ``high``: what the term costs in a typical
+        step of the regime, in ms.
+    """
+    regimes = list(dict.fromkeys(terms["regime"]))
+    names = list(dict.fromkeys(terms["term"]))[::-1]
+    figure, panels = plt.subplots(
+        1, len(regimes), figsize=(9.5, 0.28 * len(names) + 1.2), sharey=True, squeeze=False
+    )
+    for regime, axes in zip(regimes, panels[0], strict=True):
+        part = terms[terms["regime"] == regime]
+        places = [names.index(term) for term in part["term"]]
+        axes.hlines(places, part["low"], part["high"], color="0.5")
+        axes.plot(part["cost"], places, "o", ms=4)
+        axes.axvline(0, color="0.3", lw=0.8)
+        axes.set(title=regime, xlabel="ms per step", yticks=range(len(names)))
+        axes.set_yticklabels(names)
+    return _finish(figure)
+
+
+def errors(table: pd.DataFrame, figures: list[str]) -> Figure:
+    """Draw the error of both twins by regime with its interval, a panel per figure.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Rows of `adapter_twin.validate.Validation.errors` of one measure, by regime.
+    """
+    regimes = [r for r in ("light", "near saturation", "starved", "client collapsed")
+               if r in set(table["regime"])]  # fmt: skip
+    figure, panels = plt.subplots(1, len(figures), figsize=(9.5, 3.4), squeeze=False, sharey=True)
+    for name, axes in zip(figures, panels[0], strict=True):
+        _error_panel(axes, table[table["figure"] == name], regimes)
+        axes.set(title=LABELS.get(name, name), xlabel="MAPE (%)", xscale="log")
+    panels[0, 0].set_yticks(range(len(regimes)), regimes)
+    panels[0, 0].invert_yaxis()
+    panels[0, -1].legend(frameon=False)
+    return _finish(figure)
+
+
+def _error_panel(axes: Axes, table: pd.DataFrame, regimes: list[str]) -> None:
+    for twin, shift in (("ours", -0.12), ("authors", 0.12)):
+        part = table[table["twin"] == twin].set_index("regime").reindex(regimes)
+        places = np.arange(len(regimes)) + shift
+        color = TWIN_COLORS[twin]
+        axes.hlines(places, part["low"], part["high"], color=color, lw=2, alpha=0.5)
+        axes.plot(part["value"], places, "o", color=color, label=TWIN_LABELS[twin])
+
+
+def curves(table: pd.DataFrame, figures: list[str]) -> Figure:
+    """Draw figures of service over the served adapters: measured and by the twins.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        One row per run and ``twin`` (`TWINS`), of one model and workload.
+    """
+    slots = sorted(table["adapter_slots"].unique())
+    figure, panels = plt.subplots(
+        len(figures), len(slots), figsize=(2.5 * len(slots), 2.4 * len(figures) + 0.3),
+        sharex=True, sharey="row", squeeze=False,
+    )  # fmt: skip
+    for name, row in zip(figures, panels, strict=True):
+        for count, axes in zip(slots, row, strict=True):
+            for twin in TWINS:
+                line = table[(table["twin"] == twin) & (table["adapter_slots"] == count)]
+                line = line.sort_values("served_adapters").dropna(subset=[name])
+                if len(line):
+                    marker = "o" if twin == "measured" else "."
+                    axes.plot(
+                        line["served_adapters"], line[name], marker, ls="-", lw=1.2, ms=5,
+                        color=TWIN_COLORS[twin], label=TWIN_LABELS[twin],
+                    )  # fmt: skip
+        row[0].set_ylabel(LABELS.get(name, name))
+    for count, top, bottom in zip(slots, panels[0], panels[-1], strict=True):
+        top.set_title(f"{count} slots")
+        bottom.set_xlabel("served adapters")
+    panels[0, 0].legend(frameon=False)
+    return _finish(figure)

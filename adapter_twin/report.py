@@ -1,0 +1,88 @@
+"""How the command line talks: tables for people, strict JSON for programs, checks on targets."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapter_twin.strict import require
+
+# rich is imported late: `--help` does not need its tables.
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def check_target(path: Path, *suffixes: str) -> None:
+    """Refuse a place that cannot be written to before the work begins.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        A file to be written; without `suffixes`, a folder to be made or filled.
+    suffixes : str
+
+    Raises
+    ------
+    AdapterTwinError
+    """
+    parent = path.absolute().parent
+    require(parent.is_dir(), f"{path}: the folder {path.parent} does not exist; create it first")
+    if suffixes:
+        require(path.suffix in suffixes, f"{path}: name the file {' or '.join(suffixes)}")
+        require(not path.is_dir(), f"{path}: is a folder; name a file in it")
+    else:
+        require(not path.is_file(), f"{path}: is a file; name a folder")
+
+
+def working(text: str) -> AbstractContextManager[Any]:
+    """Show that something is going on, where stderr is a terminal."""
+    if not sys.stderr.isatty():
+        return nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
+
+
+def print_json(content: Any) -> None:
+    """Print strict JSON: what is not finite is null."""
+    print(json.dumps(_plain(content), indent=2, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    value = value.item() if hasattr(value, "item") else value
+    is_finite = not isinstance(value, float) or abs(value) < float("inf")
+    return value if is_finite else None
+
+
+def print_table(table: pd.DataFrame, title: str) -> None:
+    """Print a table for people."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    shown = Table(title=title, title_justify="left")
+    for name in table.columns:
+        shown.add_column(str(name), overflow="fold")
+    for row in table.itertuples(index=False):
+        shown.add_row(*(escape(_cell(value)) for value in row))
+    # a pipe has no width; fold nothing that a file can hold
+    Console(width=None if sys.stdout.isatty() else 200).print(shown)
+
+
+def print_mapping(content: Mapping[str, Any], title: str) -> None:
+    """Print names and values for people."""
+    import pandas as pd
+
+    print_table(pd.DataFrame(list(content.items()), columns=["figure", "value"]), title)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)

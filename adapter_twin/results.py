@@ -1,0 +1,169 @@
+"""Result tables of the study: made from measured data, or recorded where there is none.
+
+``python -m adapter_twin.results``, after a full ``make reproduce``, records its results: tables to
+``data/expected/``, pictures to ``book/images/``, the accuracy table to ``README.md``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from adapter_twin import datasets
+from adapter_twin.errors import AdapterTwinError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+EXPECTED = datasets.REPOSITORY / "data" / "expected"
+IMAGES = datasets.REPOSITORY / "book" / "images"
+README = datasets.REPOSITORY / "README.md"
+BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
+
+MEASURES = {
+    "mape": "MAPE, %",
+    "median_error": "median error, %",
+    "within_25": "runs within 25 %, %",
+    "macro_f1": "macro-F1",
+    "right": "right, %",
+    "max_error": "largest error, %",
+}
+AT_LEAST = ("within_25", "macro_f1", "right")
+"""Measures that are to be reached; the others are not to be passed."""
+
+
+class Results:
+    """The results of one run of the study.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        Where tables and pictures go, relative to the repository; a small version's go apart.
+    quick : bool
+        The small version.
+    """
+
+    def __init__(self, folder: str | Path = "results", quick: bool = False) -> None:
+        self.folder = datasets.REPOSITORY / folder / ("quick" if quick else "full")
+        self.quick = quick
+
+    def has(self, *tables: str) -> bool:
+        """Return whether these measured tables are here."""
+        return all(datasets.find(table) is not None for table in tables)
+
+    def table(
+        self, name: str, make: Callable[[], pd.DataFrame], needs: tuple[str, ...]
+    ) -> pd.DataFrame:
+        """Return a result table.
+
+        Parameters
+        ----------
+        name : str
+        make : callable
+            Computes it from measured tables; its result is written to ``<folder>/<name>.csv``.
+        needs : tuple of str
+            Those measured tables. Without them the recorded table is read instead.
+
+        Raises
+        ------
+        AdapterTwinError
+            Neither the measured tables nor a recorded one are here.
+        """
+        if not self.has(*needs):
+            return read_expected(name)
+        table = make()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        datasets.write_table(_rounded(table), self.folder / f"{name}.csv")
+        return table
+
+    def picture(self, name: str, figure: Figure) -> Figure:
+        """Write a figure to ``<folder>/<name>.png``, and return it to be shown."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.folder / f"{name}.png", dpi=110, bbox_inches="tight")
+        return figure
+
+    def _repr_markdown_(self) -> str:
+        """Tell the reader of a chapter what its figures were made from."""
+        if not self.has("runs"):
+            return (
+                "```{note}\nThe measured tables are not here. What this chapter shows of them is "
+                "drawn from the recorded results in `data/expected/`; measured points are "
+                "missing.\n```"
+            )
+        if self.quick:
+            return "```{note}\nThe small version: fewer runs and shorter simulations.\n```"
+        return ""
+
+
+def _rounded(table: pd.DataFrame) -> pd.DataFrame:
+    """Keep six digits, so that a recorded table changes only where a result does."""
+    floats = {
+        name: [float(f"{value:.6g}") for value in table[name]]
+        for name in table.select_dtypes("floating").columns
+    }
+    return table.assign(**floats)
+
+
+def read_expected(name: str) -> pd.DataFrame:
+    """Read a recorded result table.
+
+    Raises
+    ------
+    AdapterTwinError
+        There is none of that name.
+    """
+    path = EXPECTED / f"{name}.csv"
+    if not path.is_file():
+        raise AdapterTwinError(
+            f"{name}: no recorded result; get the measured data (`adapter-twin data` says how)"
+        )
+    return pd.read_csv(path)
+
+
+def accuracy_table(bars: pd.DataFrame) -> str:
+    """Return `adapter_twin.validate.Validation.bars` as a Markdown table, a column per model."""
+    models = [model for model in sorted(bars["model"].unique()) if model != "all"]
+    lines = ["| figure | measure | asked | " + " | ".join(models) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(models))
+    for (figure, measure), part in bars.groupby(["figure", "measure"], sort=False):
+        values = part.set_index("model")["value"]
+        cells = [values.get(model, values.get("all", float("nan"))) for model in models]
+        asked = ("at least" if measure in AT_LEAST else "at most") + f" {part['bar'].iloc[0]:g}"
+        shown = " | ".join(f"{cell:.3g}" for cell in cells)
+        lines.append(f"| {figure.replace('_', ' ')} | {MEASURES[measure]} | {asked} | {shown} |")
+    return "\n".join(lines)
+
+
+def update_readme(text: str, bars: pd.DataFrame) -> str:
+    """Return the README's text with its accuracy table renewed."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{accuracy_table(bars)}\n{END}{after}"
+
+
+def record(folder: Path) -> list[Path]:
+    """Take over the results of a full run: recorded tables, pictures and the README's table.
+
+    Raises
+    ------
+    AdapterTwinError
+        The folder does not hold the results of a full run with measured data.
+    """
+    if not (folder / "bars.csv").is_file():
+        raise AdapterTwinError(f"{folder}: holds no results; run `make reproduce` with the data")
+    written = []
+    for pattern, target in (("*.csv", EXPECTED), ("*.png", IMAGES)):
+        target.mkdir(exist_ok=True)
+        for path in sorted(folder.glob(pattern)):
+            written.append(Path(shutil.copy(path, target / path.name)))
+    README.write_text(update_readme(README.read_text(), read_expected("bars")))
+    return [*written, README]
+
+
+if __name__ == "__main__":
+    for path in record(Results().folder):
+        print(path.relative_to(datasets.REPOSITORY))

@@ -1,0 +1,189 @@
+"""What the study's chapters tabulate: sweeps of the twin, and aggregates of the measured tables."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+import pandas as pd
+
+from adapter_twin.calibration import Calibration
+from adapter_twin.calibration.step_observations import step_observations
+from adapter_twin.config import EngineConfig, Lengths, Workload, deal_adapters, zipf_adapters
+from adapter_twin.metrics import STARVATION_THRESHOLD, per_adapter
+from adapter_twin.predict import predict_runs
+from adapter_twin.twin.records import Simulation
+from adapter_twin.twin.simulate import simulate
+
+MEAN_INPUT_TOKENS, MEAN_OUTPUT_TOKENS = 223.0, 198.0
+"""Of the traffic in the study's examples: as in the reference measurements."""
+
+BENCHMARKS = (
+    (16, 16, "3.2-1.6-0.8", "8"),
+    (96, 16, "0.1-0.05-0.025", "8-16-16"),
+    (128, 128, "0.4-0.1-0.05", "8-16-32"),
+    (128, 32, "1.6-0.8-0.4", "8-16"),
+)
+"""Workloads that the twin's speed is quoted on: served adapters, slots, rates, ranks."""
+
+
+def configurations(
+    model: str,
+    served: Sequence[int],
+    slots: Sequence[int],
+    *,
+    rates: str = "0.1-0.05-0.025",
+    ranks: str = "8-16-16",
+    duration_s: float = 3600.0,
+) -> pd.DataFrame:
+    """Return a table of runs (`adapter_twin.schemas.RUN_CONFIGURATION`): all pairs G <= N."""
+    pairs = [(n, g) for n, g in product(served, slots) if g <= n]
+    # The calibrations know slots of rank 16 and up: the reference study measured no others.
+    rank = max(16, *(int(rank) for rank in ranks.split("-")))
+    return pd.DataFrame(
+        {
+            "run_id": [f"{model} N={n} G={g} {rates} {ranks}" for n, g in pairs],
+            "model": model,
+            "rates_per_adapter": rates,
+            "ranks": ranks,
+            "served_adapters": [n for n, _ in pairs],
+            "adapter_slots": [g for _, g in pairs],
+            "max_lora_rank": rank,
+            "max_num_seqs": 2048,
+            "duration_s": duration_s,
+            "mean_input_tokens": MEAN_INPUT_TOKENS,
+            "mean_requested_output_tokens": MEAN_OUTPUT_TOKENS,
+        }
+    )
+
+
+def offered_tokens_per_s(runs: pd.DataFrame) -> pd.Series[float]:
+    """Return the offered load of runs whose rates are dealt round-robin."""
+    rates = [
+        np.resize([float(rate) for rate in text.split("-")], count).sum()
+        for text, count in zip(runs["rates_per_adapter"], runs["served_adapters"], strict=True)
+    ]
+    return rates * (runs["mean_input_tokens"] + runs["mean_requested_output_tokens"])
+
+
+def sweep(runs: pd.DataFrame, *, jobs: int = 2) -> pd.DataFrame:
+    """Return the configurations with their predicted service, without any measurement's effect."""
+    predicted = predict_runs(runs, observer=False, jobs=jobs).drop(columns="run_id")
+    swept = pd.concat([runs.reset_index(drop=True), predicted], axis=1)
+    return swept.assign(offered_tokens_per_s=offered_tokens_per_s(swept).to_numpy())
+
+
+def small_example(calibration: Calibration, duration_s: float = 6.0) -> Simulation:
+    """Simulate a few seconds of five adapters on two slots."""
+    workload = Workload(
+        adapters=deal_adapters(5, [1.0, 0.6], [16]),
+        duration_s=duration_s,
+        lengths=Lengths(distribution="fixed", mean_input_tokens=223, mean_output_tokens=60),
+    )
+    engine = EngineConfig(model=calibration.model, max_loras=2, max_cpu_loras=5, max_lora_rank=16)
+    with warnings.catch_warnings():
+        # An illustration: so few slots were never measured.
+        warnings.simplefilter("ignore")
+        return simulate(workload, engine, calibration)
+
+
+def long_tail(calibration: Calibration, slots: Sequence[int], duration_s: float) -> pd.DataFrame:
+    """Return per-adapter service of Zipf-distributed traffic on 64 adapters, by slots."""
+    workload = Workload(
+        adapters=zipf_adapters(64, 10.0, 1.0, [16]),
+        duration_s=duration_s,
+        lengths=Lengths(mean_input_tokens=MEAN_INPUT_TOKENS, mean_output_tokens=MEAN_OUTPUT_TOKENS),
+    )
+    tables = []
+    for max_loras in slots:
+        engine = EngineConfig(
+            model=calibration.model, max_loras=max_loras, max_cpu_loras=64, max_lora_rank=16
+        )
+        run = simulate(workload, engine, calibration)
+        table = per_adapter(run.records, duration_s).reset_index()
+        tables.append(table.assign(adapter_slots=max_loras))
+    return pd.concat(tables, ignore_index=True)
+
+
+def step_time_bins(windows: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return median step times of windows by model, slots and batched tokens."""
+    steady = windows[
+        ~windows["run_id"].isin(runs.loc[runs["client_collapsed"], "run_id"])
+        & (windows["win"] >= 4)
+        & (windows["running_sd"] < 0.3 * windows["running"] + 3)
+    ]
+    tokens = steady["tok_per_step"].clip(lower=1)
+    centre = 2.0 ** ((np.log2(tokens) * 2).round() / 2)  # two bins per doubling
+    return _quantiles(steady.assign(tokens=centre), ["model", "adapter_slots", "tokens"], "step_ms")
+
+
+def load_quantiles(loads: pd.DataFrame) -> pd.DataFrame:
+    """Return quartiles of the load times by model, source and rank."""
+    return _quantiles(loads, ["model", "source", "rank"], "load_ms")
+
+
+def scheduling_bins(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return median scheduling times by slots and waiting requests."""
+    waiting = runs["avg_waiting_queue"].clip(lower=1)
+    bins = runs.assign(waiting=2.0 ** np.log2(waiting).round())
+    return _quantiles(bins, ["gpu_loras", "waiting"], "sched_ms_per_step")
+
+
+def _quantiles(rows: pd.DataFrame, by: list[str], column: str) -> pd.DataFrame:
+    """Return quartiles of a column by group, groups of fewer than five rows left out."""
+    groups = rows.groupby(by, observed=True)[column]
+    table = groups.quantile([0.25, 0.5, 0.75]).unstack()
+    table.columns = ["low", "median", "high"]
+    return table.assign(n=groups.size()).query("n >= 5").reset_index()
+
+
+def step_residuals(calibration: Calibration, tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return quartiles of the step-time law's errors, in percent, by batched tokens.
+
+    Parameters
+    ----------
+    calibration : Calibration
+    tables : dict of DataFrame
+        ``runs``, ``series``, ``windows``, ``steps`` and ``base_steps``.
+    """
+    observed = step_observations(
+        tables, calibration.model, calibration.lengths, calibration.scheduling, calibration.memory
+    )
+    law = calibration.step_time
+    expected = [
+        law.predict_ms(batches, int(slots), int(rank), float(waiting)).mean()
+        for batches, slots, rank, waiting in zip(
+            observed.batches, observed.slots, observed.rank, observed.waiting, strict=True
+        )
+    ]
+    tokens = observed.batches[:, :, 1].mean(axis=1).clip(min=1)
+    rows = pd.DataFrame(
+        {
+            "model": calibration.model,
+            "source": np.where(observed.group == "", "calibration steps", "one-hour runs"),
+            "tokens": 2.0 ** np.log2(tokens).round(),
+            "error": 100 * (np.array(expected) / observed.step_ms - 1),
+        }
+    )
+    return _quantiles(rows, ["model", "source", "tokens"], "error")
+
+
+def starvation_counts(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
+    """Return how many runs were measured and predicted to starve, client-collapsed ones left out."""
+    runs = runs[(runs["status"] == "ok") & ~runs["client_collapsed"].astype(bool)]
+    starves = predictions.set_index("run_id").loc[runs["run_id"], "starved"].to_numpy(bool)
+    ratio = runs["total_throughput"] / offered_tokens_per_s(runs)
+    counts = pd.DataFrame(
+        {"measured": (ratio < STARVATION_THRESHOLD).to_numpy(), "predicted": starves}
+    )
+    return counts.value_counts().rename("runs").reset_index().sort_values(["measured", "predicted"])
+
+
+def subsample(runs: pd.DataFrame, every: int, collapsed_every: int) -> pd.DataFrame:
+    """Return every n-th run, client-collapsed ones more sparsely."""
+    ordered = runs.sort_values(["model", "run_id"])
+    collapsed = ordered["client_collapsed"].astype(bool)
+    parts = [ordered[~collapsed].iloc[::every], ordered[collapsed].iloc[::collapsed_every]]
+    return pd.concat(parts, ignore_index=True)

@@ -1,0 +1,120 @@
+"""What the scheduler works on: the engine's limits, the requests, and what it remembers."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+NOT_RUNNING = -1
+
+COUNTERS = np.dtype(
+    [
+        ("step", np.int64),  # number of the current step
+        ("free_blocks", np.int64),
+        ("running", np.int64),  # requests that hold KV blocks
+        ("decoding", np.int64),  # of these, the ones whose prompt is done
+        ("waiting", np.int64),
+        ("eligible_waiting", np.int64),  # of these, the ones whose adapter is in the batch
+        ("active", np.int64),  # distinct adapters of the running requests
+        ("context_tokens", np.int64),  # KV tokens held by the decoding requests
+        ("chunked", np.int64),  # the request in the middle of its prompt, or -1
+        ("prefilled", np.int64),  # requests whose prompt ends with the current step
+        ("stack_top", np.int64),
+        ("arrivals", np.int64),  # orders the waiting requests
+        ("preemptions", np.int64),  # orders the preempted ones, ahead of all others
+        ("gpu_adapters", np.int64),  # adapters in GPU slots
+        ("host_adapters", np.int64),  # adapters in the host-memory cache
+        ("waiting_adapters", np.int64),  # adapters with a waiting request
+        ("label_hash", np.uint64),  # identifies the lists of running and waiting adapters
+    ]
+)
+
+
+class Limits(NamedTuple):
+    """What the engine's configuration fixes for a run."""
+
+    max_loras: int
+    max_cpu_loras: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    base_model: int  # index of the pseudo-adapter that needs no slot
+    horizon: int  # length of the ring of `finish` lists, in steps
+
+
+class Batch(NamedTuple):
+    """What one step runs."""
+
+    tokens: int  # prompt and decode tokens
+    decodes: int  # requests that get a token after their first one
+    prompts: int  # requests that are given prompt tokens
+    context_tokens: int  # KV tokens that attention reads
+    adapters: int  # distinct adapters
+    host_loads: int  # adapters copied from host memory into a slot
+    disk_loads: int  # adapters read from disk before that
+    load_s: float
+    scanned: int  # waiting requests looked at
+
+
+class Requests(NamedTuple):
+    """The trace, and what becomes of each request (one entry per request)."""
+
+    arrival_s: NDArray[np.float64]
+    adapter: NDArray[np.int32]  # the base model is the last index
+    prompt_tokens: NDArray[np.int32]
+    output_tokens: NDArray[np.int32]
+    ready_s: NDArray[np.float64]  # handed to the engine
+    scheduled_s: NDArray[np.float64]
+    first_token_s: NDArray[np.float64]
+    end_s: NDArray[np.float64]
+    load_wait_s: NDArray[np.float64]
+    preemptions: NDArray[np.int32]
+    stalls: NDArray[np.int32]  # preemptions between two tokens
+    stalled_s: NDArray[np.float64]  # from preemption to the next token, summed over `stalls`
+    rejected: NDArray[np.bool_]
+    first_step: NDArray[np.int32]  # step that emitted the first token
+
+
+class State(NamedTuple):
+    """Everything the scheduler remembers between two steps."""
+
+    count: Any  # one record of COUNTERS
+    # Doubly linked lists over the requests, with a sentinel per list: one waiting list per adapter
+    # (sentinels n_requests + adapter) and one list per step of the horizon of those that end then.
+    next: NDArray[np.int32]
+    previous: NDArray[np.int32]
+    # per request
+    order: NDArray[np.int32]  # position in the waiting order
+    emitted: NDArray[np.int32]  # output tokens before the current prefill
+    base_tokens: NDArray[np.int32]  # KV tokens at `base_step`; while in the prompt, those computed
+    base_step: NDArray[np.int32]  # first decode step since the last prefill
+    stack_index: NDArray[np.int32]
+    # per adapter, the base model last
+    running_by_adapter: NDArray[np.int32]
+    waiting_by_adapter: NDArray[np.int32]
+    load_s: NDArray[np.float64]  # host memory -> slot
+    read_s: NDArray[np.float64]  # disk -> host memory
+    on_gpu: NDArray[np.bool_]
+    on_host: NDArray[np.bool_]
+    active_list: NDArray[np.int32]
+    active_index: NDArray[np.int32]
+    waiting_list: NDArray[np.int32]
+    waiting_index: NDArray[np.int32]
+    running_label: NDArray[np.uint64]
+    waiting_label: NDArray[np.uint64]
+    present: NDArray[
+        np.bool_
+    ]  # has a request; these in order of coming, the base model as sentinel
+    present_next: NDArray[np.int32]
+    present_previous: NDArray[np.int32]
+    # least recently used first: adapters in a slot, and in the host cache, that no request uses
+    gpu_next: NDArray[np.int32]
+    gpu_previous: NDArray[np.int32]
+    host_next: NDArray[np.int32]
+    host_previous: NDArray[np.int32]
+    # others
+    stack: NDArray[np.int32]  # running requests in order of admission, with holes
+    opens_block: NDArray[np.int64]  # decodes that need a block, by step modulo block size
+    prefilled: NDArray[np.int32]  # requests whose prompt ends with the current step
