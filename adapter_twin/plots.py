@@ -1,4 +1,4 @@
-"""Figures of the study. Each function draws one table and returns a closed figure, to be shown once."""
+"""Figures of the study: each function draws one table and returns a closed figure."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def step_durations(run: Simulation) -> Figure:
         (loads, "with adapter loads", "#d55e00"),
     ):
         axes.plot(run.steps["tokens"][chosen], duration_ms[chosen], ".", color=color, label=label)
-    axes.set(xlabel="tokens in the batch", ylabel="step (ms)", xscale="log", yscale="log")
+    axes.set(xlabel="tokens in the batch", ylabel="step (ms)", xscale="log", ylim=(0, None))
     axes.legend(frameon=False)
     return _finish(figure)
 
@@ -172,7 +172,7 @@ def bands(
         ax.set_xscale("log" if "x" in log else "linear")
         ax.set_yscale("log" if "y" in log else "linear")
     axes[0, 0].set_ylabel(ylabel)
-    axes[0, -1].legend(title=title or by, frameon=False)
+    axes[0, -1].legend(title=title or by, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return _finish(figure)
 
 
@@ -182,8 +182,7 @@ def coefficients(terms: pd.DataFrame) -> Figure:
     Parameters
     ----------
     terms : pandas.DataFrame
-        ``regime`` (text), ``term``, ``share``, ``low``, ``high``: what the term costs in a typical
-        step of the regime, in ms.
+        As `adapter_twin.study.step_costs`.
     """
     regimes = list(dict.fromkeys(terms["regime"]))
     names = list(dict.fromkeys(terms["term"]))[::-1]
@@ -214,10 +213,11 @@ def errors(table: pd.DataFrame, figures: list[str]) -> Figure:
     figure, panels = plt.subplots(1, len(figures), figsize=(9.5, 3.4), squeeze=False, sharey=True)
     for name, axes in zip(figures, panels[0], strict=True):
         _error_panel(axes, table[table["figure"] == name], regimes)
-        axes.set(title=LABELS.get(name, name), xlabel="MAPE (%)", xscale="log")
+        title = LABELS.get(name, name).split(" (")[0]
+        axes.set(title=title, xlabel="MAPE (%)", xscale="log")
     panels[0, 0].set_yticks(range(len(regimes)), regimes)
     panels[0, 0].invert_yaxis()
-    panels[0, -1].legend(frameon=False)
+    panels[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return _finish(figure)
 
 
@@ -255,6 +255,8 @@ def curves(table: pd.DataFrame, figures: list[str]) -> Figure:
                         color=TWIN_COLORS[twin], label=TWIN_LABELS[twin],
                     )  # fmt: skip
         row[0].set_ylabel(LABELS.get(name, name))
+        if "ttft" in name:
+            row[0].set_yscale("log")  # shared along the row
     for count, top, bottom in zip(slots, panels[0], panels[-1], strict=True):
         top.set_title(f"{count} slots")
         bottom.set_xlabel("served adapters")

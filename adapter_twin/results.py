@@ -90,12 +90,11 @@ class Results:
         """Tell the reader of a chapter what its figures were made from."""
         if not self.has("runs"):
             return (
-                "```{note}\nThe measured tables are not here. What this chapter shows of them is "
-                "drawn from the recorded results in `data/expected/`; measured points are "
-                "missing.\n```"
+                "> **Recorded.** The measured tables are not here. What this chapter shows of them "
+                "is drawn from recorded results (`data/expected/`); measured points are missing."
             )
         if self.quick:
-            return "```{note}\nThe small version: fewer runs and shorter simulations.\n```"
+            return "> **Quick.** The small version: fewer runs and shorter simulations."
         return ""
 
 
@@ -103,7 +102,8 @@ def _rounded(table: pd.DataFrame) -> pd.DataFrame:
     """Keep six digits, so that a recorded table changes only where a result does."""
     floats = {
         name: [float(f"{value:.6g}") for value in table[name]]
-        for name in table.select_dtypes("floating").columns
+        for name in table.columns
+        if table[name].dtype.kind == "f"
     }
     return table.assign(**floats)
 
@@ -129,7 +129,8 @@ def accuracy_table(bars: pd.DataFrame) -> str:
     models = [model for model in sorted(bars["model"].unique()) if model != "all"]
     lines = ["| figure | measure | asked | " + " | ".join(models) + " |"]
     lines.append("|---|---|---|" + "---|" * len(models))
-    for (figure, measure), part in bars.groupby(["figure", "measure"], sort=False):
+    for key, part in bars.groupby(["figure", "measure"], sort=False):
+        figure, measure = map(str, key)
         values = part.set_index("model")["value"]
         cells = [values.get(model, values.get("all", float("nan"))) for model in models]
         asked = ("at least" if measure in AT_LEAST else "at most") + f" {part['bar'].iloc[0]:g}"
@@ -158,8 +159,7 @@ def record(folder: Path) -> list[Path]:
     written = []
     for pattern, target in (("*.csv", EXPECTED), ("*.png", IMAGES)):
         target.mkdir(exist_ok=True)
-        for path in sorted(folder.glob(pattern)):
-            written.append(Path(shutil.copy(path, target / path.name)))
+        written += [Path(shutil.copy(path, target)) for path in sorted(folder.glob(pattern))]
     README.write_text(update_readme(README.read_text(), read_expected("bars")))
     return [*written, README]
 

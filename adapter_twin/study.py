@@ -11,13 +11,14 @@ import pandas as pd
 
 from adapter_twin.calibration import Calibration
 from adapter_twin.calibration.step_observations import step_observations
+from adapter_twin.calibration.step_time import FEATURES, batch_features
 from adapter_twin.config import EngineConfig, Lengths, Workload, deal_adapters, zipf_adapters
 from adapter_twin.metrics import STARVATION_THRESHOLD, per_adapter
 from adapter_twin.predict import predict_runs
 from adapter_twin.twin.records import Simulation
 from adapter_twin.twin.simulate import simulate
 
-MEAN_INPUT_TOKENS, MEAN_OUTPUT_TOKENS = 223.0, 198.0
+MEAN_INPUT_TOKENS, MEAN_OUTPUT_TOKENS = 223.0, 200.0
 """Of the traffic in the study's examples: as in the reference measurements."""
 
 BENCHMARKS = (
@@ -27,6 +28,10 @@ BENCHMARKS = (
     (128, 32, "1.6-0.8-0.4", "8-16"),
 )
 """Workloads that the twin's speed is quoted on: served adapters, slots, rates, ranks."""
+
+
+CURVES = {"llama-3.1-8b-instruct": "8-16", "qwen-2.5-7b-instruct": "8-16-32"}
+"""Ranks of the workloads, by model, that were measured over the whole range of served adapters."""
 
 
 def configurations(
@@ -134,7 +139,7 @@ def scheduling_bins(runs: pd.DataFrame) -> pd.DataFrame:
 def _quantiles(rows: pd.DataFrame, by: list[str], column: str) -> pd.DataFrame:
     """Return quartiles of a column by group, groups of fewer than five rows left out."""
     groups = rows.groupby(by, observed=True)[column]
-    table = groups.quantile([0.25, 0.5, 0.75]).unstack()
+    table = groups.quantile(np.array([0.25, 0.5, 0.75])).unstack()
     table.columns = ["low", "median", "high"]
     return table.assign(n=groups.size()).query("n >= 5").reset_index()
 
@@ -170,8 +175,50 @@ def step_residuals(calibration: Calibration, tables: dict[str, pd.DataFrame]) ->
     return _quantiles(rows, ["model", "source", "tokens"], "error")
 
 
+def step_costs(calibration: Calibration, max_loras: int, max_lora_rank: int) -> pd.DataFrame:
+    """Return what each term of the step-time law costs in one batch of every regime, in ms.
+
+    The batch decodes up to 256 requests of 360 tokens each and holds 24 adapters.
+    """
+    law = calibration.step_time
+    edges = [0.0, *law.token_breaks_, 2048.0]
+    multiplier = {"1": 1, "G": max_loras, "R": max_lora_rank, "GR": max_loras * max_lora_rank}
+    name = {"1": "", "G": " × slots", "R": " × rank", "GR": " × slots × rank"}
+    rows = []
+    for term in law.terms_:
+        low, high = edges[term["regime"]], edges[term["regime"] + 1]
+        tokens = (low + high) / 2
+        decodes = min(tokens, 256.0)
+        batch = batch_features(*(np.array(x) for x in (tokens, decodes, 360 * decodes, 24.0)))
+        times = float(batch[FEATURES.index(term["feature"])]) * multiplier[term["multiplier"]]
+        rows.append(
+            {
+                "regime": f"{low:g} to {high:g} tokens",
+                "term": term["feature"].replace("_", " ") + name[term["multiplier"]],
+                "cost": times * term["ms"],
+                "low": times * term["low_ms"],
+                "high": times * term["high_ms"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def beside(runs: pd.DataFrame, ours: pd.DataFrame, authors: pd.DataFrame) -> pd.DataFrame:
+    """Stack measured runs and both twins' predictions of them, with a column ``twin``."""
+    configuration = ["run_id", "model", "rates_per_adapter", "ranks", "served_adapters"]
+    keys = runs[[*configuration, "adapter_slots"]]
+    figures = ["run_id", "total_throughput", "mean_itl_ms", "median_ttft_ms"]
+    once = authors.sort_values("mode").drop_duplicates("run_id")
+    parts = {"measured": runs, "ours": ours, "authors": once}
+    tables = [
+        keys.merge(part[[name for name in figures if name in part]], on="run_id").assign(twin=twin)
+        for twin, part in parts.items()
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
 def starvation_counts(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
-    """Return how many runs were measured and predicted to starve, client-collapsed ones left out."""
+    """Count the runs that were measured and predicted to starve; collapsed clients are left out."""
     runs = runs[(runs["status"] == "ok") & ~runs["client_collapsed"].astype(bool)]
     starves = predictions.set_index("run_id").loc[runs["run_id"], "starved"].to_numpy(bool)
     ratio = runs["total_throughput"] / offered_tokens_per_s(runs)
@@ -181,9 +228,17 @@ def starvation_counts(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataF
     return counts.value_counts().rename("runs").reset_index().sort_values(["measured", "predicted"])
 
 
+def on_curves(runs: pd.DataFrame) -> pd.Series[bool]:
+    """Return which runs are of the workload that the validation chapter draws."""
+    workload = runs["rates_per_adapter"] == "0.1-0.05-0.025"
+    return workload & (runs["ranks"] == runs["model"].map(CURVES)) & (runs["adapter_slots"] <= 64)
+
+
 def subsample(runs: pd.DataFrame, every: int, collapsed_every: int) -> pd.DataFrame:
-    """Return every n-th run, client-collapsed ones more sparsely."""
-    ordered = runs.sort_values(["model", "run_id"])
+    """Return every n-th run, client-collapsed ones more sparsely, and one of the drawn curves."""
+    ordered = runs.sort_values(["model", "run_id"], ignore_index=True)
     collapsed = ordered["client_collapsed"].astype(bool)
-    parts = [ordered[~collapsed].iloc[::every], ordered[collapsed].iloc[::collapsed_every]]
-    return pd.concat(parts, ignore_index=True)
+    kept = on_curves(ordered) & (ordered["adapter_slots"] == 16) & ~collapsed
+    kept |= ordered.index.isin(ordered.index[~collapsed][::every])
+    kept |= ordered.index.isin(ordered.index[collapsed][::collapsed_every])
+    return ordered[kept].reset_index(drop=True)

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from adapter_twin import __version__, cli, datasets, importer, report
+from adapter_twin import __version__, cli, datasets, doctor, importer, report
 from adapter_twin.schemas import PREDICTIONS
 
 LLAMA = "llama-3.1-8b-instruct"
@@ -176,12 +176,12 @@ def test_simulate_prints_the_service_as_json(run: Cli, tmp_path: Path) -> None:
 
 
 def test_simulate_writes_records_and_a_trace(run: Cli, tmp_path: Path) -> None:
-    adapters = {"count": 4, "request_rates": [0.05], "ranks": [8]}
-    sparse = {**CONFIG, "workload": {**CONFIG["workload"], "adapters": adapters}}
+    adapters = {"count": 8, "request_rates": [0.025], "ranks": [8]}
+    engine = {**CONFIG["engine"], "max_loras": 8, "max_cpu_loras": 8}
+    sparse = {"engine": engine, "workload": {**CONFIG["workload"], "adapters": adapters}}
     (tmp_path / "sparse.yaml").write_text(yaml.safe_dump(sparse))
     files = ("--records", "records.parquet", "--trace", "trace.json")
-    with pytest.warns(UserWarning, match="served_adapters"):
-        status, out, _ = run("simulate", "sparse.yaml", *files)
+    status, out, _ = run("simulate", "sparse.yaml", *files)
     assert status == 0
     assert "total_throughput" in out
     records = pd.read_parquet(tmp_path / "records.parquet")
@@ -458,3 +458,28 @@ def test_help_is_quick() -> None:
     started_s = time.perf_counter()
     assert "predict" in start("--help").communicate()[0]
     assert time.perf_counter() - started_s < 1.5  # 0.4 s where nothing else runs
+
+
+def test_doctor_names_what_is_broken_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ["nonesuch-package>=1.0", "numpy>=2.0", "vllm==1; extra == 'gpu'"]
+    monkeypatch.setattr(doctor, "requires", lambda _: wanted)
+    monkeypatch.setattr(doctor, "OLDEST_PYTHON", (99, 0))
+    monkeypatch.setattr(doctor, "_one_more", lambda number: number + 2)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "/nonesuch")
+    checks = {check.name: check for check in doctor.examine()}
+    for name in ("python", "nonesuch-package", "numba compiles", "compilation cache"):
+        assert not checks[name].found
+    assert "pip install 'nonesuch-package>=1.0'" in checks["nonesuch-package"].detail
+    assert "NUMBA_CACHE_DIR" in checks["compilation cache"].detail
+    assert checks["numpy"].found
+    assert not checks["vllm"].needed  # an extra is no need of the core
+    assert not doctor.works(list(checks.values()))
+
+
+def test_progress_is_shown_on_a_terminal_only(
+    run: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arguments = ("predict", write_runs(tmp_path), "--jobs", "1", "--out", "pred.parquet")
+    assert "predicting" not in run(*arguments)[2]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert "predicting" in run(*arguments)[2]

@@ -42,7 +42,7 @@ class Case:
 
     @property
     def adapters(self) -> int:
-        return 1 + max(adapter for _, adapter, _, _ in [*self.requests, (0, 4, 1, 1)])
+        return 1 + max(adapter for _, adapter, _, _ in [*self.requests, (0, 0, 1, 1)])
 
     def session(self) -> Session:
         ticks, adapter, prompt, output = (np.array(c) for c in zip(*self.requests, strict=True))
@@ -246,20 +246,22 @@ def run_reference(case: Case) -> tuple[Engine, list[Request]]:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    max_loras = draw(st.integers(1, 4))
+    max_loras = draw(st.integers(1, 5))
     max_num_seqs = draw(st.integers(1, 8))
+    adapters = draw(st.integers(1, 8))
     block_size = draw(st.integers(1, 5))
     request = st.tuples(
         st.integers(0, draw(st.sampled_from([1, 300, 3000]))),  # a burst, or spread out
-        st.integers(BASE_MODEL, 4),
+        st.integers(BASE_MODEL, adapters - 1),
         st.integers(1, 30),
         st.integers(1, 20),
     )
-    requests = sorted(draw(st.lists(request, min_size=1, max_size=40)), key=lambda r: r[0])
+    size = draw(st.sampled_from([1, 5, 20, 40]))
+    requests = sorted(draw(st.lists(request, min_size=size, max_size=size)), key=lambda r: r[0])
     longest = max(prompt + output for _, _, prompt, output in requests)
     return Case(
         max_loras=max_loras,
-        max_cpu_loras=draw(st.integers(max_loras, 5)),
+        max_cpu_loras=draw(st.integers(max_loras, 8)),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + draw(st.integers(0, 30)),
         block_size=block_size,

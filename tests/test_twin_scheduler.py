@@ -94,6 +94,12 @@ def test_requests_of_resident_adapters_overtake_one_that_finds_no_slot() -> None
     assert run.steps.adapters.tolist() == [1] * 7
 
 
+def test_a_gated_adapter_stays_gated_where_fewer_adapters_wait_than_run() -> None:
+    running = [(0, adapter, 1, 5) for adapter in range(3)]
+    run = play([*running, (0.25, 3, 1, 1), (0.5, 0, 1, 1)], max_loras=3)
+    assert run.requests.scheduled_s.tolist() == [0, 0, 0, 5, 1]
+
+
 def test_requests_to_the_base_model_need_no_slot() -> None:
     run = play([(0, 0, 1, 3), (0, 1, 1, 1), (0, BASE_MODEL, 1, 2)], max_loras=1, load_s=LOAD_S)
     assert run.requests.scheduled_s.tolist() == [0, 3.25, 0]
@@ -171,16 +177,20 @@ def test_tokens_that_pile_up_in_a_pause_reach_the_client_as_one_chunk() -> None:
     assert np.repeat(gaps.gap_s, gaps.count).tolist() == [3.5, 0.5, 1]
 
 
-def test_every_set_of_running_and_waiting_adapters_is_one_label() -> None:
+def test_every_list_of_running_and_waiting_adapters_is_one_label() -> None:
     order = [*one_at_a_time(0, 1, 0, 1, 0), (50.0, 0, 1, 3), (60.0, 0, 1, 3), (60.0, 1, 1, 3)]
     run = play(order, scrape_period_s=500, scrape_s_per_label=1)
-    # After each step: nothing, {0}, {0, 1}
+    # After each step: nothing, 0, 0 1
     assert run.clock.labels == 3
     assert run.clock.label_names == 3
+    run = play([*order, (70.0, 1, 1, 3), (70.0, 0, 1, 3)], scrape_period_s=500)
+    assert run.clock.labels == 4  # 1 0 is another one than 0 1
     run = play([(0, 0, 1, 3), (0, 1, 1, 3)], max_loras=1, scrape_period_s=500)
     # 0 runs and 1 waits; 1 waits; 1 runs; nothing
     assert run.clock.labels == 4
     assert run.clock.label_names == 4
+    run = play([(0, 0, 1, 1), (0.5, 1, 1, 1)], scrape_period_s=500)
+    assert run.clock.labels == 2  # 1 waits; nothing
 
 
 def test_a_request_that_can_never_fit_is_refused() -> None:

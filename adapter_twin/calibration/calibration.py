@@ -24,6 +24,9 @@ from adapter_twin.twin.clock import FrontEnd, StepLaw
 
 UNLIMITED = np.iinfo(np.int64).max
 
+RANGE_MARGIN = 1.25
+"""No warning up to that far outside the measured range."""
+
 LAWS: dict[str, type[Estimator]] = {
     "memory": MemoryLaw,
     "step_time": StepTimeLaw,
@@ -109,7 +112,7 @@ class Calibration:
         }
         for column, value in asked.items():
             low, high = self.valid_range[column]
-            if not low <= value <= high:
+            if not low / RANGE_MARGIN <= value <= high * RANGE_MARGIN:
                 warnings.warn(
                     f"{self.name} was measured with {column} from {low:g} to {high:g}; "
                     f"{value:g} is an extrapolation",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
+from numpy.typing import NDArray
 
 from adapter_twin import __version__
 from adapter_twin.calibration.calibration import Calibration
@@ -33,6 +35,12 @@ RANGE_COLUMNS = (
     "mean_input_tokens",
     "mean_requested_output_tokens",
 )
+
+LONGEST_OUTPUTS = (np.inf, 1000.0, 900.0, 800.0, 700.0)
+"""Candidates, in tokens of the histogram."""
+
+GATED_WAITING = 600.0
+"""Mean waiting requests from which on a run counts as gated by its slots."""
 
 SETTLED_S = 300.0
 """Scrapes before that are disturbed by first uses."""
@@ -74,7 +82,7 @@ def calibrate(
     unsaturated = unsaturated_runs(runs)
     windows = tables["windows"]
     busy = windows[windows.run_id.isin(unsaturated.run_id) & (windows.running > 5)]
-    lengths = LengthLaw(900.).fit(marginals, busy)
+    lengths = LengthLaw().fit(marginals, busy)
     scheduling = SchedulingLaw().fit(tables["scheduler_runs"])
     memory = MemoryLaw(model).fit(tables["memory"])
     observations = step_observations(tables, model, lengths, scheduling, memory)
@@ -106,6 +114,7 @@ def calibrate(
             "version": __version__,
         },
     )
+    calibration = _choose_longest_output(calibration, runs, marginals, busy, jobs)
     for _ in range(2):  # the overhead depends a little on the scrapes, and they on the overhead
         _fit_client_side(calibration, unsaturated, series, jobs)
     return calibration
@@ -116,6 +125,45 @@ def unsaturated_runs(runs: pd.DataFrame) -> pd.DataFrame:
     offered = runs.offered_request_rate * (runs.mean_input_tokens + runs.mean_requested_output_tokens)
     served = (runs.status == "ok") & ~runs.client_collapsed & (runs.total_throughput > 0.97 * offered)
     return runs[served & (runs.waiting_mean < 1)]
+
+
+def _choose_longest_output(
+    calibration: Calibration,
+    runs: pd.DataFrame,
+    marginals: LengthMarginals,
+    windows: pd.DataFrame,
+    jobs: int,
+) -> Calibration:
+    """Cut the output lengths off where the twin serves slot-gated runs as they were served.
+
+    The longest output of an adapter's requests holds its slot; the histogram's tail, read off a
+    figure, is the least certain part of it.
+    """
+    gated = (runs.adapter_slots < runs.served_adapters) & (runs.waiting_mean > GATED_WAITING)
+    rows = runs[(runs.status == "ok") & ~runs.client_collapsed & gated].iloc[::2]
+    candidates: dict[str, Calibration] = {}
+    errors: dict[str, NDArray[np.float64]] = {}
+    for longest in LONGEST_OUTPUTS:
+        lengths = LengthLaw(longest).fit(marginals, windows)
+        candidate = replace(calibration, lengths=lengths)
+        served = Parallel(n_jobs=jobs)(
+            delayed(_served)(candidate, row) for row in rows.to_dict("records")
+        )
+        candidates[f"{longest:g}"] = candidate
+        errors[f"{longest:g}"] = 100 * np.abs(np.array(served) / rows.total_throughput - 1)
+    means = {longest: float(error.mean()) for longest, error in errors.items()}
+    best = min(means, key=means.__getitem__)
+    # One standard error: the least change to the histogram that does about as well as the best.
+    enough = means[best] + errors[best].std() / np.sqrt(len(rows))
+    chosen = candidates[next(longest for longest in means if means[longest] <= enough)]
+    chosen.lengths.throughput_error_percent_ = means
+    return chosen
+
+
+def _served(calibration: Calibration, row: dict[str, Any]) -> float:
+    engine, workload = run_to_workload(row)
+    run = simulate(workload, engine, calibration, observer=True)
+    return summarize(run.records, run.gaps, run.duration_s)["total_throughput"]
 
 
 def _with_adapters_used(runs: pd.DataFrame) -> pd.DataFrame:

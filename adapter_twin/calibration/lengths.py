@@ -39,6 +39,8 @@ class LengthLaw(Estimator):
         Spearman correlation.
     kv_tokens_per_request_ : float
         Measured mean over running requests, in unsaturated runs.
+    throughput_error_percent_ : dict
+        MAPE of the twin's throughput of slot-gated runs, by candidate for `longest_output`.
     """
 
     def __init__(self, longest_output: float = np.inf) -> None:
@@ -71,6 +73,7 @@ class LengthLaw(Estimator):
     output_quantiles_: list[float]
     output_levels_: list[float]
     rank_correlation_: float
+    throughput_error_percent_: dict[str, float]
 
     def _excess_kv(self, rank_correlation: float) -> float:
         lengths = Lengths(

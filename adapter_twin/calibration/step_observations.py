@@ -27,6 +27,9 @@ BUDGET_TOKENS = 2048
 WINDOWS_WEIGHT, HOURS_WEIGHT, STEPS_WEIGHT, BASE_WEIGHT = 1.0, 1.0, 0.3, 0.1
 """Share of the sources in the fit: whole runs decide, calibration steps keep the law physical."""
 
+CALIBRATION_RANK = 8.0
+"""Rank of the adapters in the calibration steps."""
+
 SETTLED_S = 600.0
 """The spread of the running requests is taken from then on."""
 
@@ -191,7 +194,7 @@ def _of_single_batches(
         waiting=np.zeros(n),
         batches=batch_features(*columns)[:, None, :],
         slots=slots.to_numpy(float),
-        rank=np.full(n, 8.0),
+        rank=np.where(slots > 0, CALIBRATION_RANK, 0.0),
         group=np.full(n, ""),
         weight=np.full(n, weight / n),
     )

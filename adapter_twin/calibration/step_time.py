@@ -27,7 +27,8 @@ TILE = 32
 """Tokens per tile of vLLM's adapter kernels."""
 
 Term = tuple[str, str]
-"""A feature and the configuration that multiplies it: "1", "G" (slots), "R" (rank) or "GR"."""
+"""A feature and the configuration that multiplies it: "1", "L" (1 with adapters, 0 without), "G" (slots),
+"R" (rank) or "GR"."""
 
 _COMMON: tuple[Term, ...] = (
     ("launch", "1"),
@@ -41,11 +42,14 @@ _COMMON: tuple[Term, ...] = (
 )
 _TILED: tuple[Term, ...] = (("adapters_tiles", "1"), ("tiles", "G"), ("tiles", "GR"))
 
+_ADAPTED: tuple[Term, ...] = (("tokens", "L"),)
+
 FORMS: dict[str, tuple[tuple[float, ...], tuple[Term, ...]]] = {
     "additive": ((), _COMMON),
     "regimes": ((128.0, 512.0), _COMMON),
     "tiles": ((128.0, 512.0), _COMMON + _TILED),
     "tiles, long prefills apart": ((128.0, 512.0, 1024.0), _COMMON + _TILED),
+    "tiles and tokens of adapters": ((128.0, 512.0, 1024.0), _COMMON + _TILED + _ADAPTED),
 }
 """Candidate forms: batch sizes past which the coefficients change, and the terms of each regime."""
 
@@ -113,13 +117,15 @@ class StepTimeLaw(Estimator):
     waiting_ms_ : float
         What each waiting request costs the engine's process in a step, besides scheduling.
     cv_error_percent_ : dict
-        MAPE over windows of left-out workloads, by form.
+        MAPE over left-out workloads, by form; windows and whole hours count alike.
     """
 
     def fit(self, observed: StepObservations) -> StepTimeLaw:
         """Choose the form by leave-one-workload-out error, then fit it to everything."""
+        weight = observed.weight[observed.group != ""]
         self.cv_error_percent_ = {
-            form: float(100 * np.abs(self.cv_errors(observed, form)).mean()) for form in FORMS
+            form: float(100 * np.average(np.abs(self.cv_errors(observed, form)), weights=weight))
+            for form in FORMS
         }
         self.form_ = min(self.cv_error_percent_, key=self.cv_error_percent_.__getitem__)
         design, names = _design(observed, self.form_)
@@ -153,7 +159,7 @@ class StepTimeLaw(Estimator):
 
     def for_engine(self, max_loras: int, max_lora_rank: int) -> Floats:
         """Return the coefficients in ms for an engine, shape (regimes, features)."""
-        multiplier = {"1": 1, "G": max_loras, "R": max_lora_rank, "GR": max_loras * max_lora_rank}
+        multiplier = {"1": 1, "L": 1, "G": max_loras, "R": max_lora_rank, "GR": max_loras * max_lora_rank}
         coefficients = np.zeros((len(self.token_breaks_) + 1, len(FEATURES)))
         for term in self.terms_:
             column = FEATURES.index(term["feature"])
@@ -174,7 +180,7 @@ def _design(observed: StepObservations, form: str) -> tuple[Floats, list[tuple[i
     breaks, terms = FORMS[form]
     regime = np.searchsorted(breaks, observed.batches[..., FEATURES.index("tokens")])
     one, slots, rank = np.ones(len(regime)), observed.slots, observed.rank
-    multiplier = {"1": one, "G": slots, "R": rank, "GR": slots * rank}
+    multiplier = {"1": one, "L": slots > 0, "G": slots, "R": rank, "GR": slots * rank}
     columns, names = [], []
     for g in range(len(breaks) + 1):
         expected = (observed.batches * (regime == g)[..., None]).mean(axis=1)

@@ -260,10 +260,11 @@ def turn(
     float
         When to call again, in seconds: the end of the new step; with no work, the next arrival.
     """
-    if state.count.running > 0:
+    in_step = state.count.running > 0
+    if in_step:
         _end_step(limits, requests, state, clock, steps)
     _deliver_arrivals(limits, requests, state, clock, front_end, pauses, used)
-    if len(seen) > 0:  # what arrived during the step still waits when its metrics are written
+    if in_step and len(seen) > 0:  # what arrived in the step waits when its metrics are written
         _note_label(state, clock, seen)
     if state.count.waiting + state.count.running == 0:
         return _next_delivery_s(requests, clock)

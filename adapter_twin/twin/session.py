@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -36,21 +37,21 @@ class Session:
 
     def run(self) -> None:
         """Run to the end of the window in the compiled loop."""
-        while not engine_clock.run(*self._arrays()):
+        while not engine_clock.run(*_arguments(self)):
             self._grow()
 
     def turn(self) -> float:
         """Turn the engine loop once; see `adapter_twin.twin.clock.turn`."""
         if self.clock.steps + 1 >= len(self.steps):
             self._grow()
-        return engine_clock.turn(*self._arrays())
-
-    def _arrays(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, column.name) for column in fields(self))
+        return engine_clock.turn(*_arguments(self))
 
     def _grow(self) -> None:
         """Make room for as many steps again."""
         self.steps = np.concatenate((self.steps, _table(len(self.steps), STEPS))).view(np.recarray)
+
+
+_arguments = attrgetter(*(column.name for column in fields(Session)))
 
 
 def _table(size: int, dtype: Any) -> Any:

@@ -104,9 +104,8 @@ class State(NamedTuple):
     waiting_index: NDArray[np.int32]
     running_label: NDArray[np.uint64]
     waiting_label: NDArray[np.uint64]
-    present: NDArray[
-        np.bool_
-    ]  # has a request; these in order of coming, the base model as sentinel
+    # adapters that have requests, in the order in which they came; the base model is the sentinel
+    present: NDArray[np.bool_]
     present_next: NDArray[np.int32]
     present_previous: NDArray[np.int32]
     # least recently used first: adapters in a slot, and in the host cache, that no request uses
