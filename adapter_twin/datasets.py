@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -89,7 +89,7 @@ def sharegpt_lengths(dataset: str = DATASET) -> LengthMarginals:
     from adapter_twin.workload import LengthMarginals
 
     bins = load("sharegpt_lengths", dataset)
-    sides = {}
+    sides: dict[str, Any] = {}
     for kind in ("prompt", "output"):
         side = bins[bins["kind"] == kind].sort_values("bin_left_tokens")
         left, right = side["bin_left_tokens"].to_numpy(), side["bin_right_tokens"].to_numpy()

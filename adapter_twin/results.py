@@ -95,7 +95,7 @@ class Results:
             )
         if self.quick:
             return "> **Quick.** The small version: fewer runs and shorter simulations."
-        return ""
+        return "> **Measured.** This chapter was made from the measured tables."
 
 
 def _rounded(table: pd.DataFrame) -> pd.DataFrame:

@@ -53,7 +53,7 @@ def test_chapter_says_what_it_was_made_from(no_data, tmp_path, monkeypatch):
     assert "recorded results" in Results(tmp_path)._repr_markdown_()
     monkeypatch.setattr(datasets, "find", lambda table: f"{table}.parquet")
     assert "small version" in Results(tmp_path, quick=True)._repr_markdown_()
-    assert Results(tmp_path)._repr_markdown_() == ""
+    assert "the measured tables" in Results(tmp_path)._repr_markdown_()
 
 
 def test_accuracy_table_has_a_column_per_model_and_pooled_figures_in_each():

@@ -139,7 +139,9 @@ class Calibration:
             laws = {name: law.from_dict(values.pop(name)) for name, law in LAWS.items()}
             return cls(**values, **laws)  # type: ignore[arg-type]
         except OSError as error:
-            raise AdapterTwinError(f"calibration: {path} cannot be read ({error.strerror})") from None
+            raise AdapterTwinError(
+                f"calibration: {path} cannot be read ({error.strerror})"
+            ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdapterTwinError(
                 f"calibration: {path} is no calibration ({error}); run adapter-twin calibrate"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,16 @@ from adapter_twin.metrics import summarize
 from adapter_twin.scenario import run_to_workload
 from adapter_twin.twin.simulate import simulate
 
-TABLES = ("runs", "series", "windows", "steps", "base_steps", "adapter_loads", "memory", "scheduler_runs")
+TABLES = (
+    "runs",
+    "series",
+    "windows",
+    "steps",
+    "base_steps",
+    "adapter_loads",
+    "memory",
+    "scheduler_runs",
+)
 """Tables that a calibration is fitted to."""
 
 RANGE_COLUMNS = (
@@ -121,9 +130,13 @@ def calibrate(
 
 
 def unsaturated_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs that served all that was offered, without a queue."""
-    offered = runs.offered_request_rate * (runs.mean_input_tokens + runs.mean_requested_output_tokens)
-    served = (runs.status == "ok") & ~runs.client_collapsed & (runs.total_throughput > 0.97 * offered)
+    """Select the runs that served all that was offered, without a queue."""
+    offered = runs.offered_request_rate * (
+        runs.mean_input_tokens + runs.mean_requested_output_tokens
+    )
+    served = (
+        (runs.status == "ok") & ~runs.client_collapsed & (runs.total_throughput > 0.97 * offered)
+    )
     return runs[served & (runs.waiting_mean < 1)]
 
 
@@ -170,7 +183,7 @@ def _with_adapters_used(runs: pd.DataFrame) -> pd.DataFrame:
     """Add the expected number of adapters used in the first seconds."""
     used = []
     for row in runs.to_dict("records"):
-        _, workload = run_to_workload(row)
+        _, workload = run_to_workload(cast(dict[str, Any], row))
         rates = np.array([adapter.request_rate for adapter in workload.adapters])
         used.append(float((1 - np.exp(-rates * FIRST_USE_WINDOW_S)).sum()))
     return runs.assign(adapters_used=used)

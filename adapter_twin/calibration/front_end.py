@@ -1,9 +1,10 @@
 """The server's front end as the client sees it: overhead on TTFT, and pauses.
 
 The front end is one Python process next to the engine. It pauses when an adapter is used for the
-first time (vLLM 0.8.5 then loads the adapter's tokenizer), and when somebody reads its metrics: 0.8.5
-keeps a label set for every distinct combination of running and waiting adapters, and writes all of
-them at each read. The reference measurement read them every two seconds, so it slowed itself down.
+first time (vLLM 0.8.5 then loads the adapter's tokenizer), and when somebody reads its metrics:
+0.8.5 keeps a label set for every distinct combination of running and waiting adapters, and writes
+all of them at each read. The reference measurement read them every two seconds, so it slowed itself
+down.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin.calibration.estimator import Estimator
-from adapter_twin.lengths import LengthMarginals, draw_lengths
 from adapter_twin.config import Lengths
+from adapter_twin.lengths import LengthMarginals, draw_lengths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,7 +80,9 @@ class LengthLaw(Estimator):
             mean_input_tokens=223.0, mean_output_tokens=197.0, rank_correlation=rank_correlation
         )
         rng = np.random.default_rng(0)
-        prompt, output = (x.astype(float) for x in draw_lengths(lengths, 400_000, rng, self.marginals))
+        prompt, output = (
+            x.astype(float) for x in draw_lengths(lengths, 400_000, rng, self.marginals)
+        )
         # A request holds its prompt all the while it emits its output, whose age is uniform.
         held = (prompt @ output + output @ output / 2) / output.sum() + BLOCK_REST_TOKENS
         return float(held) - self.kv_tokens_per_request_
@@ -110,8 +112,8 @@ class EarlyStopLaw(Estimator):
 
     def fit(self, runs: pd.DataFrame, series: pd.DataFrame) -> EarlyStopLaw:
         """Fit to unsaturated runs (tables ``runs`` and ``series``)."""
-        stopped = series.groupby("run_id", observed=True).stopped_by_eos_total.max()
-        stopped = stopped.reindex(runs.run_id).to_numpy()
+        by_run = series.groupby("run_id", observed=True).stopped_by_eos_total.max()
+        stopped = by_run.reindex(runs.run_id).to_numpy()
         self.probability_ = float(np.nansum(stopped) / runs.completed_requests.sum())
         asked = runs.mean_requested_output_tokens * runs.completed_requests
         lost = 1 - runs.output_tokens.sum() / asked.sum()

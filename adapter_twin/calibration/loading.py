@@ -63,4 +63,6 @@ class LoadingLaw(Estimator):
 
     def read_s(self, ranks: NDArray[np.int64]) -> Floats:
         """Return the reading times from disk in s, one per rank given."""
-        return np.maximum(self.read_ms_ + self.read_ms_per_rank_ * np.asarray(ranks, float), 0) / 1e3
+        return (
+            np.maximum(self.read_ms_ + self.read_ms_per_rank_ * np.asarray(ranks, float), 0) / 1e3
+        )

@@ -1,10 +1,11 @@
 """GPU memory: what the adapter slots take, what is left for the KV cache, and whether vLLM starts.
 
-vLLM reserves every slot at ``max_lora_rank`` for every adapted layer before it measures what is left
-for the KV cache. The slots' size follows from the model's shape; what PyTorch's caching allocator
-takes for them is larger, because it hands out memory in segments: 2 MiB ones for tensors up to
-1 MiB, 20 MiB ones up to 10 MiB, and multiples of 2 MiB above (``c10/cuda/CUDACachingAllocator``).
-Counting segments leaves one number to fit: the memory that slots and KV cache share.
+vLLM reserves every slot at ``max_lora_rank`` for every adapted layer before it measures what is
+left for the KV cache. The slots' size follows from the model's shape; what PyTorch's caching
+allocator takes for them is larger, because it hands out memory in segments: 2 MiB ones for tensors
+up to 1 MiB, 20 MiB ones up to 10 MiB, and multiples of 2 MiB above
+(``c10/cuda/CUDACachingAllocator``). Counting segments leaves one number to fit: the memory that
+slots and KV cache share.
 """
 
 from __future__ import annotations
@@ -109,7 +110,10 @@ class MemoryLaw(Estimator):
 
     def _slots_gib(self, max_loras: ArrayLike, max_lora_rank: ArrayLike) -> NDArray[np.float64]:
         pairs = np.broadcast_arrays(np.asarray(max_loras, int), np.asarray(max_lora_rank, int))
-        slots = [slots_gib(self.model, int(g), int(r)) for g, r in zip(*map(np.ravel, pairs), strict=True)]
+        slots = [
+            slots_gib(self.model, int(g), int(r))
+            for g, r in zip(*map(np.ravel, pairs), strict=True)
+        ]
         return np.array(slots).reshape(pairs[0].shape)
 
     def kv_cache_tokens(

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from adapter_twin.calibration.estimator import Estimator
 
 if TYPE_CHECKING:
     import pandas as pd
 
+Floats = NDArray[np.float64]
+
 GATED_SLOTS = 64
-"""Up to this many slots, adapters and not KV blocks gated the measured runs: the scan is a full one."""
+"""Up to this many slots, they and not KV blocks gated the measured runs: the scan is a full one."""
 
 
 class SchedulingLaw(Estimator):
@@ -38,7 +41,9 @@ class SchedulingLaw(Estimator):
         measured = runs.sched_ms_per_step.to_numpy()
         weight = 1 / measured
 
-        def solve(rows: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        def solve(
+            rows: np.ndarray[tuple[int], np.dtype[np.bool_]],
+        ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
             return np.asarray(nnls(design[rows] * weight[rows, None], np.ones(rows.sum()))[0])
 
         names = ("base_ms_", "per_running_ms_", "per_scanned_ms_")
@@ -48,7 +53,10 @@ class SchedulingLaw(Estimator):
         self.interval_ = dict(zip(names, fit.conf_int().tolist(), strict=True))
         slots = runs.gpu_loras.to_numpy()
         error = np.concatenate(
-            [(design[slots == g] @ solve(slots != g)) / measured[slots == g] - 1 for g in np.unique(slots)]
+            [
+                (design[slots == g] @ solve(slots != g)) / measured[slots == g] - 1
+                for g in np.unique(slots)
+            ]
         )
         self.cv_error_percent_ = float(100 * np.abs(error).mean())
         return self
@@ -57,7 +65,7 @@ class SchedulingLaw(Estimator):
     per_running_ms_: float
     per_scanned_ms_: float
 
-    def predict_ms(self, running: np.ndarray, scanned: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    def predict_ms(self, running: Floats, scanned: Floats) -> Floats:
         """Return the scheduling time of a step in ms."""
         return np.asarray(
             self.base_ms_ + self.per_running_ms_ * running + self.per_scanned_ms_ * scanned

@@ -102,8 +102,8 @@ def _steady(rows: pd.DataFrame) -> pd.Series[bool]:
     return rows.running_sd < 0.3 * rows.running + 3
 
 
-def _distinct_adapters(row: dict[str, Any]) -> float:
-    """Expected distinct adapters among as many requests as run, drawn by their rates."""
+def _distinct_adapters(row: dict[Any, Any]) -> float:
+    """Return the expected distinct adapters among the running requests, drawn by their rates."""
     _, workload = run_to_workload(row)
     rates = np.array([adapter.request_rate for adapter in workload.adapters])
     return float((1 - (1 - rates / rates.sum()) ** row["running_mean"]).sum())
@@ -126,13 +126,18 @@ def _of_windows(
     mix = Lengths(mean_input_tokens=MEAN_PROMPT_TOKENS, mean_output_tokens=MEAN_PROMPT_TOKENS)
     pool = draw_lengths(mix, 1 << 18, rng, lengths.marginals)[0].astype(float)
     total = np.concatenate(([0.0], np.cumsum(pool)))
-    prompts = rng.poisson(np.broadcast_to(column["prefill_tok_per_step"] / MEAN_PROMPT_TOKENS, shape))
+    prompts = rng.poisson(
+        np.broadcast_to(column["prefill_tok_per_step"] / MEAN_PROMPT_TOKENS, shape)
+    )
     first = rng.integers(0, len(pool) - prompts.max(), shape)
     decodes = np.maximum(column["running"] + column["running_sd"] * rng.standard_normal(shape), 1)
     prefill = np.minimum(total[first + prompts] - total[first], BUDGET_TOKENS - decodes)
-    prefill *= column["prefill_tok_per_step"] / np.maximum(prefill.mean(axis=1, keepdims=True), 1e-9)
-    adapters = np.minimum(w.expected_distinct_adapters, w.adapter_slots).to_numpy(float)[:, None]
-    gated = (w.adapter_slots < w.served_adapters) & (w.kv_usage < 0.9)
+    prefill *= column["prefill_tok_per_step"] / np.maximum(
+        prefill.mean(axis=1, keepdims=True), 1e-9
+    )
+    expected = w.expected_distinct_adapters.to_numpy(float)
+    adapters = np.minimum(expected, w.adapter_slots.to_numpy(float))[:, None]
+    gated = (w.adapter_slots < w.served_adapters).to_numpy() & (w.kv_usage < 0.9).to_numpy()
     scheduling_ms = scheduling.predict_ms(
         w.running.to_numpy(float), np.where(gated, w.waiting.to_numpy(float), 0.0)
     )
@@ -178,12 +183,12 @@ def _of_base_steps(steps: pd.DataFrame, scheduling: SchedulingLaw) -> StepObserv
 
 
 def _of_single_batches(
-    step_ms: pd.Series,  # type: ignore[type-arg]
-    tokens: pd.Series,  # type: ignore[type-arg]
-    running: pd.Series,  # type: ignore[type-arg]
-    kv_tokens: pd.Series,  # type: ignore[type-arg]
-    adapters: pd.Series,  # type: ignore[type-arg]
-    slots: pd.Series,  # type: ignore[type-arg]
+    step_ms: pd.Series,
+    tokens: pd.Series,
+    running: pd.Series,
+    kv_tokens: pd.Series,
+    adapters: pd.Series,
+    slots: pd.Series,
     weight: float,
     scheduling: SchedulingLaw,
 ) -> StepObservations:

@@ -1,10 +1,10 @@
 """Step time: one pass of the model over a batch with adapters.
 
 The law is additive in what the step has to do: launch, tokens, sequences, KV tokens read, and the
-adapter kernels. These launch a grid of (tiles of 32 tokens) x (slots): idle slots cost time per tile,
-active adapters also per tile and per rank. Coefficients change where the kernels switch tiling
-(128 tokens on vLLM 0.8.5) and where the batch leaves the CUDA graphs (512 tokens). How much of this
-structure the data supports is decided by cross-validation over whole workloads.
+adapter kernels. These launch a grid of (tiles of 32 tokens) x (slots): idle slots cost time per
+tile, active adapters also per tile and per rank. Coefficients change where the kernels switch
+tiling (128 tokens on vLLM 0.8.5) and where the batch leaves the CUDA graphs (512 tokens). How much
+of this structure the data supports is decided by cross-validation over whole workloads.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ TILE = 32
 """Tokens per tile of vLLM's adapter kernels."""
 
 Term = tuple[str, str]
-"""A feature and the configuration that multiplies it: "1", "L" (1 with adapters, 0 without), "G" (slots),
-"R" (rank) or "GR"."""
+"""A feature and its factor: "1", "L" (adapters or none), "G" (slots), "R" (rank) or "GR"."""
 
 _COMMON: tuple[Term, ...] = (
     ("launch", "1"),
@@ -134,7 +133,14 @@ class StepTimeLaw(Estimator):
         self.waiting_ms_ = float(values[-1])
         intervals = _intervals(design, observed, weight, values > 0)
         self.terms_ = [
-            {"regime": g, "feature": f, "multiplier": m, "ms": float(v), "low_ms": low, "high_ms": high}
+            {
+                "regime": g,
+                "feature": f,
+                "multiplier": m,
+                "ms": float(v),
+                "low_ms": low,
+                "high_ms": high,
+            }
             for (g, f, m), v, (low, high) in zip(names, values[:-1], intervals, strict=False)
             if v > 0
         ]
@@ -155,12 +161,18 @@ class StepTimeLaw(Estimator):
                 design[~left_out], observed.step_ms[~left_out], observed.weight[~left_out]
             )
             error[left_out] = design[left_out] @ values / observed.step_ms[left_out] - 1
-        return error[observed.group != ""]
+        return np.asarray(error[observed.group != ""])
 
     def for_engine(self, max_loras: int, max_lora_rank: int) -> Floats:
         """Return the coefficients in ms for an engine, shape (regimes, features)."""
-        multiplier = {"1": 1, "L": 1, "G": max_loras, "R": max_lora_rank, "GR": max_loras * max_lora_rank}
-        coefficients = np.zeros((len(self.token_breaks_) + 1, len(FEATURES)))
+        multiplier = {
+            "1": 1,
+            "L": 1,
+            "G": max_loras,
+            "R": max_lora_rank,
+            "GR": max_loras * max_lora_rank,
+        }
+        coefficients: Floats = np.zeros((len(self.token_breaks_) + 1, len(FEATURES)))
         for term in self.terms_:
             column = FEATURES.index(term["feature"])
             coefficients[term["regime"], column] += term["ms"] * multiplier[term["multiplier"]]
@@ -176,7 +188,7 @@ class StepTimeLaw(Estimator):
 
 
 def _design(observed: StepObservations, form: str) -> tuple[Floats, list[tuple[int, str, str]]]:
-    """Expected terms per observation, one column per regime and term; the waiting requests last."""
+    """Return the expected terms per observation, by regime and term; waiting requests last."""
     breaks, terms = FORMS[form]
     regime = np.searchsorted(breaks, observed.batches[..., FEATURES.index("tokens")])
     one, slots, rank = np.ones(len(regime)), observed.slots, observed.rank
@@ -191,7 +203,7 @@ def _design(observed: StepObservations, form: str) -> tuple[Floats, list[tuple[i
 
 
 def _solve(design: Floats, step_ms: Floats, weight: Floats) -> tuple[Floats, Floats]:
-    """Non-negative least squares of relative errors, robust to outliers (Huber); and its weights."""
+    """Solve for relative errors, non-negative, robust to outliers (Huber); also return weights."""
     from scipy.optimize import nnls
 
     scale = np.abs(design).max(axis=0) + 1e-12
