@@ -135,8 +135,14 @@ def accuracy_table(bars: pd.DataFrame) -> str:
         cells = [values.get(model, values.get("all", float("nan"))) for model in models]
         asked = ("at least" if measure in AT_LEAST else "at most") + f" {part['bar'].iloc[0]:g}"
         shown = " | ".join(f"{cell:.3g}" for cell in cells)
-        lines.append(f"| {figure.replace('_', ' ')} | {MEASURES[measure]} | {asked} | {shown} |")
+        lines.append(f"| {_in_words(figure)} | {MEASURES[measure]} | {asked} | {shown} |")
     return "\n".join(lines)
+
+
+def _in_words(figure: str) -> str:
+    """Return the name of a figure for people: ``mean_itl_ms`` as mean ITL."""
+    words = figure.removesuffix("_ms").replace("_", " ").split(" ")
+    return " ".join(word.upper() if word in ("itl", "ttft", "kv") else word for word in words)
 
 
 def update_readme(text: str, bars: pd.DataFrame) -> str:

@@ -59,7 +59,7 @@ def test_chapter_says_what_it_was_made_from(no_data, tmp_path, monkeypatch):
 def test_accuracy_table_has_a_column_per_model_and_pooled_figures_in_each():
     lines = accuracy_table(BARS).splitlines()
     assert lines[0] == "| figure | measure | asked | llama | qwen |"
-    assert lines[2] == "| mean itl ms | MAPE, % | at most 5 | 3.25 | 5.5 |"
+    assert lines[2] == "| mean ITL | MAPE, % | at most 5 | 3.25 | 5.5 |"
     assert lines[3] == "| starved | macro-F1 | at least 0.99 | 0.991 | 0.991 |"
 
 
