@@ -182,8 +182,14 @@ def step_costs(calibration: Calibration, max_loras: int, max_lora_rank: int) -> 
     """
     law = calibration.step_time
     edges = [0.0, *law.token_breaks_, 2048.0]
-    multiplier = {"1": 1, "G": max_loras, "R": max_lora_rank, "GR": max_loras * max_lora_rank}
-    name = {"1": "", "G": " × slots", "R": " × rank", "GR": " × slots × rank"}
+    multiplier = {
+        "1": 1,
+        "L": 1,
+        "G": max_loras,
+        "R": max_lora_rank,
+        "GR": max_loras * max_lora_rank,
+    }
+    name = {"1": "", "L": " (adapted)", "G": " × slots", "R": " × rank", "GR": " × slots × rank"}
     rows = []
     for term in law.terms_:
         low, high = edges[term["regime"]], edges[term["regime"] + 1]
