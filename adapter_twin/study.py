@@ -11,7 +11,7 @@ import pandas as pd
 
 from adapter_twin.calibration import Calibration
 from adapter_twin.calibration.step_observations import step_observations
-from adapter_twin.calibration.step_time import FEATURES, batch_features
+from adapter_twin.calibration.step_time import FEATURES, batch_features, multipliers
 from adapter_twin.config import EngineConfig, Lengths, Workload, deal_adapters, zipf_adapters
 from adapter_twin.metrics import STARVATION_THRESHOLD, per_adapter
 from adapter_twin.predict import predict_runs
@@ -182,13 +182,7 @@ def step_costs(calibration: Calibration, max_loras: int, max_lora_rank: int) -> 
     """
     law = calibration.step_time
     edges = [0.0, *law.token_breaks_, 2048.0]
-    multiplier = {
-        "1": 1,
-        "L": 1,
-        "G": max_loras,
-        "R": max_lora_rank,
-        "GR": max_loras * max_lora_rank,
-    }
+    multiplier = multipliers(max_loras, max_lora_rank)
     name = {"1": "", "L": " (adapted)", "G": " × slots", "R": " × rank", "GR": " × slots × rank"}
     rows = []
     for term in law.terms_:

@@ -102,6 +102,12 @@ def batch_features(
     return np.stack(columns, axis=-1)
 
 
+def multipliers(max_loras: int, max_lora_rank: int) -> dict[str, int]:
+    """Return the values of the factors of `Term` for an engine with adapters."""
+    slots, rank = max_loras, max_lora_rank
+    return {"1": 1, "L": 1, "G": slots, "R": rank, "GR": slots * rank}
+
+
 class StepTimeLaw(Estimator):
     """Step time of one model on one GPU and engine version.
 
@@ -165,13 +171,7 @@ class StepTimeLaw(Estimator):
 
     def for_engine(self, max_loras: int, max_lora_rank: int) -> Floats:
         """Return the coefficients in ms for an engine, shape (regimes, features)."""
-        multiplier = {
-            "1": 1,
-            "L": 1,
-            "G": max_loras,
-            "R": max_lora_rank,
-            "GR": max_loras * max_lora_rank,
-        }
+        multiplier = multipliers(max_loras, max_lora_rank)
         coefficients: Floats = np.zeros((len(self.token_breaks_) + 1, len(FEATURES)))
         for term in self.terms_:
             column = FEATURES.index(term["feature"])
