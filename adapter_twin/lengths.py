@@ -71,7 +71,10 @@ def draw_lengths(
         prompt, output = (_length_table(_lognormal_quantiles, shape, mean) for mean in means)
     else:
         if marginals is None:
-            raise AdapterTwinError("distribution: sharegpt needs the measured length histograms")
+            raise AdapterTwinError(
+                "distribution: sharegpt needs measured length histograms, which this calibration "
+                "lacks; use lognormal or fixed lengths"
+            )
         prompts = marginals.prompt_edges, marginals.prompt_counts
         outputs = marginals.output_edges, marginals.output_counts
         prompt = _length_table(_histogram_quantiles, prompts, means[0])

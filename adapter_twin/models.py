@@ -1,12 +1,126 @@
-"""The shapes of the models whose memory the twin can account for."""
+"""Models: the ``config.json`` of the shapes that can be profiled, and what the memory law needs.
+
+Those of published models hold the values of their own ``config.json``; `tiny` and `small` are
+Llamas for a CPU: `tiny` for tests, `small` with steps long enough for the model, and not Python, to
+decide their time on one core.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from adapter_twin.errors import AdapterTwinError
 
 BYTES_PER_WEIGHT = 2  # bf16
+
+
+def _llama(**values: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-5,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        **values,
+    }
+
+
+def _cpu_llama(**values: Any) -> dict[str, Any]:
+    return _llama(
+        head_dim=64,
+        vocab_size=1024,
+        max_position_embeddings=2048,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        **values,
+    )
+
+
+def _llama3(rope_factor: float, **values: Any) -> dict[str, Any]:
+    return _llama(
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        rope_theta=500000.0,
+        rope_scaling={
+            "factor": rope_factor,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        bos_token_id=128000,
+        eos_token_id=[128001, 128008, 128009],
+        **values,
+    )
+
+
+MODEL_CONFIGS: dict[str, dict[str, Any]] = {
+    "tiny": _cpu_llama(
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    ),
+    "small": _cpu_llama(
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+    "llama-3.2-1b": _llama3(
+        rope_factor=32.0,
+        head_dim=64,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        tie_word_embeddings=True,
+    ),
+    "llama-3.1-8b": _llama3(
+        rope_factor=8.0,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        tie_word_embeddings=False,
+    ),
+    "qwen-2.5-7b": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "hidden_act": "silu",
+        "hidden_size": 3584,
+        "initializer_range": 0.02,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 28,
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "sliding_window": 131072,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 152064,
+    },
+}
+"""The content of ``config.json`` by name of a shape, for random-weight models."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +135,7 @@ class ModelShape:
     max_model_len : int
         Longest request in tokens.
     adapts_vocabulary : bool
-        vLLM also gives its embedding and output layers adapter slots.
+        vLLM also gives its embedding and output layers adapter slots (Llama, until 0.10).
     """
 
     layers: int
@@ -30,7 +144,22 @@ class ModelShape:
     kv_width: int
     vocabulary: int
     max_model_len: int
-    adapts_vocabulary: bool
+    adapts_vocabulary: bool = False
+
+    @classmethod
+    def of_config(cls, config: dict[str, Any], *, adapts_vocabulary: bool = False) -> ModelShape:
+        """Read the shape off a ``config.json``."""
+        heads = config["num_attention_heads"]
+        head_size = config.get("head_dim", config["hidden_size"] // heads)
+        return cls(
+            layers=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            intermediate=config["intermediate_size"],
+            kv_width=config.get("num_key_value_heads", heads) * head_size,
+            vocabulary=config["vocab_size"],
+            max_model_len=config["max_position_embeddings"],
+            adapts_vocabulary=adapts_vocabulary,
+        )
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -38,25 +167,12 @@ class ModelShape:
         return 2 * self.layers * self.kv_width * BYTES_PER_WEIGHT
 
 
-MODEL_SHAPES = {
-    "llama-3.1-8b-instruct": ModelShape(
-        layers=32,
-        hidden=4096,
-        intermediate=14336,
-        kv_width=1024,
-        vocabulary=128256,
-        max_model_len=131072,
-        adapts_vocabulary=True,
+MODEL_SHAPES = {name: ModelShape.of_config(config) for name, config in MODEL_CONFIGS.items()} | {
+    # the models of the published measurements, on vLLM 0.8.5
+    "llama-3.1-8b-instruct": ModelShape.of_config(
+        MODEL_CONFIGS["llama-3.1-8b"], adapts_vocabulary=True
     ),
-    "qwen-2.5-7b-instruct": ModelShape(
-        layers=28,
-        hidden=3584,
-        intermediate=18944,
-        kv_width=512,
-        vocabulary=152064,
-        max_model_len=32768,
-        adapts_vocabulary=False,
-    ),
+    "qwen-2.5-7b-instruct": ModelShape.of_config(MODEL_CONFIGS["qwen-2.5-7b"]),
 }
 
 

@@ -25,7 +25,7 @@ from adapter_twin.scenario import run_to_workload
 from adapter_twin.schemas import PREDICTIONS, RUN_CONFIGURATION, validate
 from adapter_twin.strict import require
 from adapter_twin.twin.records import Simulation
-from adapter_twin.twin.simulate import simulate
+from adapter_twin.twin.simulate import simulate, simulate_run
 
 
 def predict_runs(
@@ -72,10 +72,11 @@ def predict_runs(
     """
     require(seed >= 0, f"seed: must be zero or more, got {seed}")
     require(jobs == -1 or jobs >= 1, f"jobs: must be -1 (all cores) or at least 1, got {jobs}")
-    configurations = validate(runs, RUN_CONFIGURATION, "runs")[list(RUN_CONFIGURATION.columns)]
+    checked = validate(runs, RUN_CONFIGURATION, "runs")
+    configurations = checked[[name for name in RUN_CONFIGURATION.columns if name in checked]]
     calibrations = load_calibrations(calibration, configurations["model"])
     tasks = (
-        joblib.delayed(_predict_run)(row, calibrations[row["model"]], seed, observer)
+        joblib.delayed(predict_run)(row, calibrations[row["model"]], seed, observer)
         for row in configurations.to_dict("records")
     )
     results = joblib.Parallel(n_jobs=jobs, return_as="generator")(tasks)
@@ -172,10 +173,18 @@ def _start(calibration: Calibration, max_loras: int, max_lora_rank: int) -> tupl
     return max(tokens, 0.0), bool(calibration.memory.starts(max_loras, max_lora_rank))
 
 
-def _predict_run(
+def predict_run(
     row: Mapping[str, Any], calibration: Calibration, seed: int, observer: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Predict one run; also return the warnings, which a worker process would swallow."""
+    """Predict one run, as `predict_runs` does.
+
+    Returns
+    -------
+    prediction : dict
+        A row of `adapter_twin.schemas.PREDICTIONS`; figures are missing where a start is refused.
+    messages : list of str
+        The warnings, which a worker process would swallow.
+    """
     started_s = time.perf_counter()
     engine, workload = run_to_workload(row)
     kv_cache_tokens, starts = _start(calibration, engine.max_loras, engine.max_lora_rank)
@@ -190,7 +199,7 @@ def _predict_run(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                run = simulate(workload, engine, calibration, seed=seed, observer=observer)
+                run = simulate_run(row, calibration, seed=seed, observer=observer)
             except AdapterTwinError as error:
                 raise AdapterTwinError(f"run {row['run_id']}: {error}") from None
         messages = [str(warning.message) for warning in caught]

@@ -77,7 +77,7 @@ class Results:
             return read_expected(name)
         table = make()
         self.folder.mkdir(parents=True, exist_ok=True)
-        datasets.write_table(_rounded(table), self.folder / f"{name}.csv")
+        datasets.write_table(rounded(table), self.folder / f"{name}.csv")
         return table
 
     def picture(self, name: str, figure: Figure) -> Figure:
@@ -98,7 +98,7 @@ class Results:
         return "> **Measured.** This chapter was made from the measured tables."
 
 
-def _rounded(table: pd.DataFrame) -> pd.DataFrame:
+def rounded(table: pd.DataFrame) -> pd.DataFrame:
     """Keep six digits, so that a recorded table changes only where a result does."""
     floats = {
         name: [float(f"{value:.6g}") for value in table[name]]

@@ -28,6 +28,7 @@ DEFAULT_MEAN_OUTPUT_TOKENS = 198.0
 """Window and mean lengths of the reference campaign, for runs that failed to start."""
 
 DEFAULT_BATCHED_TOKENS = 2048
+DEFAULT_BLOCK_TOKENS = 16
 
 
 def load_scenario(path: str | Path) -> Scenario:
@@ -44,16 +45,7 @@ def load_scenario(path: str | Path) -> Scenario:
         message names by its path.
     """
     file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise AdapterTwinError(f"{file}: {reason}; give a YAML file that can be read") from None
-    try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError: 2024-13-01 is no date
-        reason = " ".join(str(error).split())
-        raise AdapterTwinError(f"{file}: not valid YAML ({reason})") from None
+    content = read_yaml(file)
     workload = content.get("workload") if isinstance(content, dict) else None
     if isinstance(workload, dict):
         _expand_adapters(workload)
@@ -61,6 +53,26 @@ def load_scenario(path: str | Path) -> Scenario:
         if isinstance(arrivals, dict) and isinstance(arrivals.get("path"), str):
             arrivals["path"] = str(file.parent / arrivals["path"])
     return build(Scenario, content, "")
+
+
+def read_yaml(file: Path) -> Any:
+    """Return the content of a YAML file.
+
+    Raises
+    ------
+    AdapterTwinError
+        The file cannot be read, or is no YAML.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise AdapterTwinError(f"{file}: {reason}; give a YAML file that can be read") from None
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: 2024-13-01 is no date
+        reason = " ".join(str(error).split())
+        raise AdapterTwinError(f"{file}: not valid YAML ({reason})") from None
 
 
 def _expand_adapters(workload: dict[str, Any]) -> None:
@@ -112,7 +124,8 @@ def run_to_workload(row: Mapping[str, Any]) -> tuple[EngineConfig, Workload]:
     row : mapping
         ``model, rates_per_adapter, ranks, served_adapters, adapter_slots, max_lora_rank,
         max_num_seqs, duration_s, mean_input_tokens, mean_requested_output_tokens``; ``run_id`` for
-        messages. Nothing else is read.
+        messages. A campaign of one's own may add ``max_num_batched_tokens, block_size,
+        length_distribution, length_cv``. Nothing else is read.
 
     Raises
     ------
@@ -136,9 +149,18 @@ def _engine(row: Mapping[str, Any]) -> EngineConfig:
         max_cpu_loras=_whole(row, "served_adapters"),
         max_lora_rank=_whole(row, "max_lora_rank"),
         max_num_seqs=max_num_seqs,
-        # the table does not carry the token budget, which may not be smaller than max_num_seqs
-        max_num_batched_tokens=max(DEFAULT_BATCHED_TOKENS, max_num_seqs),
+        # where it is not told, the budget may not be smaller than max_num_seqs
+        max_num_batched_tokens=_option(
+            row, "max_num_batched_tokens", max(DEFAULT_BATCHED_TOKENS, max_num_seqs)
+        ),
+        block_size=_option(row, "block_size", DEFAULT_BLOCK_TOKENS),
     )
+
+
+def run_seed(row: Mapping[str, Any]) -> int | None:
+    """Return the seed of a run's load generator, where its row tells one."""
+    seed = _option(row, "seed", -1)
+    return None if seed < 0 else seed
 
 
 def _workload(row: Mapping[str, Any]) -> Workload:
@@ -154,6 +176,8 @@ def _workload(row: Mapping[str, Any]) -> Workload:
             mean_output_tokens=_number(
                 row, "mean_requested_output_tokens", DEFAULT_MEAN_OUTPUT_TOKENS
             ),
+            distribution=row.get("length_distribution", "sharegpt"),
+            cv=_number(row, "length_cv", 1.0) if "length_cv" in row else 1.0,
         ),
     )
 
@@ -175,6 +199,13 @@ def _number(row: Mapping[str, Any], column: str, default: float | None = None) -
             raise AdapterTwinError(f"{column}: is empty; give a number")
         return default
     return value
+
+
+def _option(row: Mapping[str, Any], column: str, default: int) -> int:
+    """Return a whole number, or `default` where there is no such column or the cell is empty."""
+    if column not in row or math.isnan(_number(row, column, math.nan)):
+        return default
+    return _whole(row, column)
 
 
 def _whole(row: Mapping[str, Any], column: str) -> int:

@@ -1,4 +1,4 @@
-"""Schemas of every table that is read or written, in one place.
+"""Schemas of every table read or written, but for our own campaigns' (`campaign_schemas`).
 
 Columns not named here pass through unchecked: upstream tables carry more than this project reads.
 Importing this module imports pandera (about a second), so the rest of the package imports it late.
@@ -6,15 +6,28 @@ Importing this module imports pandera (about a second), so the rest of the packa
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
 from pandera.errors import SchemaErrors
-from pandera.pandas import Check, Column, DataFrameSchema
+from pandera.pandas import DataFrameSchema
 
-from adapter_twin.config import LORA_RANKS
+from adapter_twin.columns import (
+    BOOL,
+    ITL,
+    OPTIONAL,
+    RANK,
+    THROUGHPUTS,
+    TPOT,
+    TTFT,
+    choice,
+    each,
+    label,
+    number,
+    positive,
+    text,
+    whole,
+)
 from adapter_twin.errors import AdapterTwinError
 
 MODELS = ("llama-3.1-8b-instruct", "qwen-2.5-7b-instruct")
@@ -34,64 +47,23 @@ STATUSES = ("ok", "log_truncated_series_ok", *(f"failed:{failure}" for failure i
 """What became of a one-hour run."""
 
 
-def _number(low: float | None = None, high: float | None = None, **options: Any) -> Column:
-    checks = [Check(lambda x: x.abs() != float("inf"), error="must be finite")]
-    if low is not None:
-        checks.append(Check.ge(low, error=f"must be at least {low:g}"))
-    if high is not None:
-        checks.append(Check.le(high, error=f"must be at most {high:g}"))
-    return Column(**{"dtype": float, "checks": checks, "coerce": True, **options})
-
-
-def _positive(**options: Any) -> Column:
-    checks = [Check.gt(0, error="must be above 0"), Check.lt(float("inf"), error="must be finite")]
-    return Column(float, checks, coerce=True, **options)
-
-
-def _whole(low: int) -> Column:
-    return Column("int64", Check.ge(low, error=f"must be at least {low}"), coerce=True)
-
-
-def _text(pattern: str = r".+", example: str = "", **options: Any) -> Column:
-    error = f"must look like {example}" if example else "must not be empty"
-    return Column(str, Check.str_matches(rf"^(?:{pattern})$", error=error), coerce=True, **options)
-
-
-def _choice(allowed: Iterable[Any], dtype: Any = str, **options: Any) -> Column:
-    values = list(allowed)
-    error = f"must be one of {', '.join(map(str, values))}"
-    return Column(dtype, Check.isin(values, error=error), coerce=True, **options)
-
-
-def _label(*allowed: str) -> Column:
-    # Names repeat over many rows; categories keep the long tables small.
-    return _choice(allowed, "category") if allowed else Column("category", coerce=True)
-
-
-def _each(names: str, column: Column) -> dict[str, Column]:
-    return {name: copy.deepcopy(column) for name in names.split()}
-
-
-_BOOL = Column(bool)
-_RANK = _choice(LORA_RANKS, "int64")
-_OPTIONAL = _number(0, nullable=True)
-_THROUGHPUTS = _each("input_throughput output_throughput total_throughput", _OPTIONAL)
-_TTFT = _each("mean_ttft_ms median_ttft_ms p99_ttft_ms", _OPTIONAL)
-_TPOT = _each("mean_tpot_ms median_tpot_ms p99_tpot_ms", _OPTIONAL)
-_ITL = _each("mean_itl_ms median_itl_ms p99_itl_ms", _OPTIONAL)
-
 RUN_CONFIGURATION = DataFrameSchema(
     {
-        "run_id": _text(unique=True),
-        "model": _text(),
-        "rates_per_adapter": _text(r"\d+(\.\d+)?(-\d+(\.\d+)?)*", "0.1-0.05-0.025"),
-        "ranks": _text(r"\d+(-\d+)*", "8-16"),
-        **_each("served_adapters adapter_slots", _whole(1)),
-        "max_lora_rank": _RANK,
-        "max_num_seqs": _whole(1),
+        "run_id": text(unique=True),
+        "model": text(),
+        "rates_per_adapter": text(r"\d+(\.\d+)?(-\d+(\.\d+)?)*", "0.1-0.05-0.025"),
+        "ranks": text(r"\d+(-\d+)*", "8-16"),
+        **each("served_adapters adapter_slots", whole(1)),
+        "max_lora_rank": RANK,
+        "max_num_seqs": whole(1),
         # A run that never started measured neither its duration nor its lengths.
-        "duration_s": _positive(nullable=True),
-        **_each("mean_input_tokens mean_requested_output_tokens", _number(1, nullable=True)),
+        "duration_s": positive(nullable=True),
+        **each("mean_input_tokens mean_requested_output_tokens", number(1, nullable=True)),
+        # What a campaign of one's own tells besides, so that its very requests can be drawn again.
+        **each("max_num_batched_tokens block_size", positive(nullable=True, required=False)),
+        "length_distribution": choice(("sharegpt", "lognormal", "fixed"), required=False),
+        "length_cv": positive(nullable=True, required=False),
+        "seed": number(0, nullable=True, required=False),
     },
     name="run configuration",
 )
@@ -99,15 +71,15 @@ RUN_CONFIGURATION = DataFrameSchema(
 
 PREDICTIONS = DataFrameSchema(
     {
-        "run_id": _text(unique=True),
-        **_THROUGHPUTS,
-        "completed_requests": _OPTIONAL,
-        **_TTFT,
-        **_ITL,
-        "mean_tpot_ms": _OPTIONAL,
-        **_each("starved feasible_start", _BOOL),
-        "kv_cache_tokens": _OPTIONAL,
-        "wall_s": _number(0),
+        "run_id": text(unique=True),
+        **THROUGHPUTS,
+        "completed_requests": OPTIONAL,
+        **TTFT,
+        **ITL,
+        "mean_tpot_ms": OPTIONAL,
+        **each("starved feasible_start", BOOL),
+        "kv_cache_tokens": OPTIONAL,
+        "wall_s": number(0),
     },
     name="predictions",
 )
@@ -116,37 +88,37 @@ PREDICTIONS = DataFrameSchema(
 RUNS = DataFrameSchema(
     {
         **RUN_CONFIGURATION.columns,
-        "campaign": _choice(("twin_validation", "optimum_grid")),
-        "status": _choice(STATUSES),
-        **_each("sent_is_exact client_collapsed", _BOOL),
-        **_each("offered_request_rate sent_requests completed_requests", _OPTIONAL),
-        **_each("input_tokens output_tokens preemptions", _OPTIONAL),
-        **_THROUGHPUTS,
-        **_TTFT,
-        **_TPOT,
-        **_ITL,
-        **_each("running_mean running_max running_mean_2nd_half", _OPTIONAL),
-        **_each("waiting_mean waiting_max waiting_last", _OPTIONAL),
-        "waiting_slope_2nd_half_per_s": _number(nullable=True),
-        **_each("kv_usage_mean kv_usage_max", _number(0, 1, nullable=True)),
-        "source_path": _text(),
+        "campaign": text(),
+        "status": text(r"ok|log_truncated_series_ok|failed:.+", "ok or failed:oom"),
+        **each("sent_is_exact client_collapsed", BOOL),
+        **each("offered_request_rate sent_requests completed_requests", OPTIONAL),
+        **each("input_tokens output_tokens preemptions", OPTIONAL),
+        **THROUGHPUTS,
+        **TTFT,
+        **TPOT,
+        **ITL,
+        **each("running_mean running_max running_mean_2nd_half", OPTIONAL),
+        **each("waiting_mean waiting_max waiting_last", OPTIONAL),
+        "waiting_slope_2nd_half_per_s": number(nullable=True),
+        **each("kv_usage_mean kv_usage_max", number(0, 1, nullable=True)),
+        "source_path": text(),
     },
     name="runs",
 )
 
 SERIES = DataFrameSchema(
     {
-        "run_id": _label(),
-        "t_s": _number(-600, 7200, dtype="float32"),
-        **_each(
+        "run_id": label(),
+        "t_s": number(-600, 7200, dtype="float32"),
+        **each(
             "running waiting preempted_total stopped_by_eos_total",
-            _number(0, dtype="float32", nullable=True),
+            number(0, dtype="float32", nullable=True),
         ),
-        "kv_usage": _number(0, 1, dtype="float32", nullable=True),
+        "kv_usage": number(0, 1, dtype="float32", nullable=True),
         # The upstream logger loses counters past a million.
-        **_each(
+        **each(
             "prompt_tokens_total generated_tokens_total",
-            _number(0, 1e6, dtype="float32", nullable=True),
+            number(0, 1e6, dtype="float32", nullable=True),
         ),
     },
     name="series",
@@ -154,142 +126,142 @@ SERIES = DataFrameSchema(
 
 WINDOWS = DataFrameSchema(
     {
-        "run_id": _label(),
-        "model": _label(*MODELS),
-        "t_s": _number(0, 3600),
-        **_each("n_samples adapter_slots served_adapters", _whole(1)),
-        "max_lora_rank": _RANK,
-        **_each("dt_s running gen_tps step_ms kv_cap_tokens", _positive()),
-        **_each("running_sd waiting kv_tokens preempt_per_s", _number(0)),
-        "kv_usage": _number(0, 1),
-        "prompt_tps": _OPTIONAL,
-        "expected_distinct_adapters": _number(0),
+        "run_id": label(),
+        "model": label(*MODELS),
+        "t_s": number(0, 3600),
+        **each("n_samples adapter_slots served_adapters", whole(1)),
+        "max_lora_rank": RANK,
+        **each("dt_s running gen_tps step_ms kv_cap_tokens", positive()),
+        **each("running_sd waiting kv_tokens preempt_per_s", number(0)),
+        "kv_usage": number(0, 1),
+        "prompt_tps": OPTIONAL,
+        "expected_distinct_adapters": number(0),
     },
     name="windows",
 )
 
 STEPS = DataFrameSchema(
     {
-        "run_id": _label(),
-        "kind": _label("overhead_initial", "overhead"),
-        "model": _label(*MODELS),
-        **_each("step distinct_adapters adapter_slots served_adapters rank", _whole(0)),
-        **_each("step_ms batched_tokens running", _positive()),
-        "schedule_ms": _number(0),
+        "run_id": label(),
+        "kind": label("overhead_initial", "overhead"),
+        "model": label(*MODELS),
+        **each("step distinct_adapters adapter_slots served_adapters rank", whole(0)),
+        **each("step_ms batched_tokens running", positive()),
+        "schedule_ms": number(0),
         # Rebuilt from counters upstream: below zero in a few steps.
-        "kv_tokens": _number(),
+        "kv_tokens": number(),
     },
     name="steps",
 )
 
 BASE_STEPS = DataFrameSchema(
     {
-        **_each("run_id kind", _text()),
-        "model": _choice(MODELS),
-        **_each("running step_ms", _positive()),
-        "kv_tokens": _OPTIONAL,
-        "full": _BOOL,
+        **each("run_id kind", text()),
+        "model": choice(MODELS),
+        **each("running step_ms", positive()),
+        "kv_tokens": OPTIONAL,
+        "full": BOOL,
     },
     name="base_steps",
 )
 
 PROFILE_RUNS = DataFrameSchema(
     {
-        "run_id": _text(unique=True),
-        "kind": _text(),
-        "model": _choice(MODELS),
-        **_each("slots rank completed", _OPTIONAL),
-        **_each("duration kv_cache_tokens model_load_gib", _positive(nullable=True)),
-        "server_failure": _choice(FAILURES, nullable=True),
-        **_TTFT,
-        **_TPOT,
-        **_ITL,
+        "run_id": text(unique=True),
+        "kind": text(),
+        "model": choice(MODELS),
+        **each("slots rank completed", OPTIONAL),
+        **each("duration kv_cache_tokens model_load_gib", positive(nullable=True)),
+        "server_failure": choice(FAILURES, nullable=True),
+        **TTFT,
+        **TPOT,
+        **ITL,
     },
     name="profile_runs",
 )
 
 ADAPTER_LOADS = DataFrameSchema(
     {
-        "run_id": _text(),
-        "model": _choice(MODELS),
-        "rank": _whole(1),
-        "max_lora_rank": _RANK,
-        "source": _choice(("disk", "memory")),
-        "index": _whole(0),
-        "load_ms": _positive(),
+        "run_id": text(),
+        "model": choice(MODELS),
+        "rank": whole(1),
+        "max_lora_rank": RANK,
+        "source": choice(("disk", "memory")),
+        "index": whole(0),
+        "load_ms": positive(),
     },
     name="adapter_loads",
 )
 
 MEMORY = DataFrameSchema(
     {
-        "model": _choice(MODELS),
-        "adapter_slots": _whole(0),
-        "max_lora_rank": _RANK,
-        **_each(
+        "model": choice(MODELS),
+        "adapter_slots": whole(0),
+        "max_lora_rank": RANK,
+        **each(
             "kv_cache_tokens model_load_gib graph_capture_gib graph_capture_s",
-            _positive(nullable=True),
+            positive(nullable=True),
         ),
-        "server_failure": _choice(FAILURES, nullable=True),
-        "gpu_memory_utilization": _number(0, 1),
-        "max_num_batched_tokens": _whole(1),
+        "server_failure": choice(FAILURES, nullable=True),
+        "gpu_memory_utilization": number(0, 1),
+        "max_num_batched_tokens": whole(1),
     },
     name="memory",
 )
 
 SCHEDULER_RUNS = DataFrameSchema(
     {
-        **_each("gpu_loras cpu_loras rank steps", _whole(1)),
-        **_each("rate adapter_rates mean_itl_ms duration wall_ms_per_step", _positive()),
-        **_each("output_throughput completed_requests avg_batch_size", _number(0)),
-        **_each("avg_waiting_queue mean_loras_by_batch sched_ms_per_step", _number(0)),
+        **each("gpu_loras cpu_loras rank steps", whole(1)),
+        **each("rate adapter_rates mean_itl_ms duration wall_ms_per_step", positive()),
+        **each("output_throughput completed_requests avg_batch_size", number(0)),
+        **each("avg_waiting_queue mean_loras_by_batch sched_ms_per_step", number(0)),
     },
     name="scheduler_runs",
 )
 
 AUTHORS_TWIN = DataFrameSchema(
     {
-        "run_id": _text(unique=True),
-        "mode": _choice(("replay", "from_scratch")),
-        **_each("total_throughput penalised_mean_ttft_ms", _number(0)),
-        **_each("mean_itl_ms wall_s", _positive()),
-        **_each("completed_requests arrivals", _OPTIONAL),
+        "run_id": text(unique=True),
+        "mode": choice(("replay", "from_scratch")),
+        **each("total_throughput penalised_mean_ttft_ms", number(0)),
+        **each("mean_itl_ms wall_s", positive()),
+        **each("completed_requests arrivals", OPTIONAL),
     },
     name="authors_twin",
 )
 
 AUTHORS_TWIN_SWEEP = DataFrameSchema(
     {
-        "model": _label(*MODELS),
-        **_each("adapter_slots served_adapters", _whole(1)),
-        **_each("rates_per_adapter ranks", _label()),
-        **_each("total_throughput penalised_mean_ttft_ms", _number(0)),
-        "mean_itl_ms": _positive(),
+        "model": label(*MODELS),
+        **each("adapter_slots served_adapters", whole(1)),
+        **each("rates_per_adapter ranks", label()),
+        **each("total_throughput penalised_mean_ttft_ms", number(0)),
+        "mean_itl_ms": positive(),
     },
     name="authors_twin_sweep",
 )
 
 OVERHEAD_RUNS_VLLM050 = DataFrameSchema(
     {
-        **_each("source folder", _text()),
-        "model": _choice(("llama-2-7b", "llama-2-13b")),
-        **_each("slots_max_loras served_max_cpu_loras max_lora_rank", _number(1, nullable=True)),
-        "vllm_version": _choice(("0.5.0",)),
-        "status": _text(r"ok|failed:\w+", "ok or failed:oom"),
-        "total_throughput": _OPTIONAL,
-        **_TTFT,
-        **_TPOT,
-        **_ITL,
+        **each("source folder", text()),
+        "model": choice(("llama-2-7b", "llama-2-13b")),
+        **each("slots_max_loras served_max_cpu_loras max_lora_rank", number(1, nullable=True)),
+        "vllm_version": choice(("0.5.0",)),
+        "status": text(r"ok|failed:\w+", "ok or failed:oom"),
+        "total_throughput": OPTIONAL,
+        **TTFT,
+        **TPOT,
+        **ITL,
     },
     name="overhead_runs_vllm050",
 )
 
 SHAREGPT_LENGTHS = DataFrameSchema(
     {
-        "kind": _choice(("prompt", "output")),
-        "bin_left_tokens": _number(0),
-        "bin_right_tokens": _positive(),
-        "count": _number(0),
+        "kind": choice(("prompt", "output")),
+        "bin_left_tokens": number(0),
+        "bin_right_tokens": positive(),
+        "count": number(0),
     },
     name="sharegpt_lengths",
 )
@@ -333,7 +305,8 @@ def validate(frame: pd.DataFrame, schema: DataFrameSchema, source: object) -> pd
     AdapterTwinError
         No rows, a missing column, a value of the wrong type or out of range.
     """
-    missing = [name for name in schema.columns if name not in frame]
+    columns = {n: c for n, c in schema.columns.items() if c.required or n in frame}
+    missing = [name for name in columns if name not in frame]
     if missing:
         raise AdapterTwinError(
             f"{source}: column{'s' if len(missing) > 1 else ''} {', '.join(missing)} missing; "
@@ -341,7 +314,7 @@ def validate(frame: pd.DataFrame, schema: DataFrameSchema, source: object) -> pd
         )
     if frame.empty:
         raise AdapterTwinError(f"{source}: the table has no rows; give at least one")
-    for name, column in schema.columns.items():
+    for name, column in columns.items():
         if str(column.dtype) == "int64":
             # A plain coercion would cut 1.5 to 1.
             whole = pd.to_numeric(frame[name], errors="coerce") % 1 == 0

@@ -5,8 +5,6 @@ Nothing here knows the engine: comparing engines at one seed, they serve the ver
 
 from __future__ import annotations
 
-import heapq
-import random
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -132,7 +130,9 @@ def generate(
     # one request in 1e9 windows is none, and divisions by the rates stay finite
     rates[rates * workload.duration_s < 1e-9] = 0
     if workload.arrivals.process == "agullo2025":
-        arrival_s, source = _reference_arrivals(rates, workload.duration_s)
+        from adapter_twin.reference_client import reference_arrivals
+
+        arrival_s, source = reference_arrivals(rates, workload.duration_s)
     elif workload.arrivals.process == "gamma":
         arrival_s, source = _gamma_arrivals(rates, workload.duration_s, workload.arrivals.cv, rng)
     else:
@@ -167,36 +167,6 @@ def _poisson_arrivals(
     source = np.repeat(np.arange(len(rates), dtype=np.int32), counts)
     rng.shuffle(source)
     return arrival_s, source
-
-
-def _reference_arrivals(rates: Floats, duration_s: float) -> tuple[Floats, Ints]:
-    """Draw what the load generator of Agullo et al. (2025) drew; each of its runs had seed 0.
-
-    It shuffled the adapters with Python's generator, then drew every gap between requests from one
-    NumPy stream: a first gap per adapter in that order, and the next one as each request was sent.
-    """
-    order = np.flatnonzero(rates > 0).tolist()
-    random.Random(0).shuffle(order)
-    stream = np.random.RandomState(0)
-    expected = rates.sum() * duration_s
-    gaps = stream.standard_exponential(int(expected + 6 * np.sqrt(expected)) + len(order) + 10)
-    return _send_in_order(np.array(order, np.int32), rates, gaps, duration_s)
-
-
-def _send_in_order(
-    order: Ints, rates: Floats, gaps: Floats, duration_s: float
-) -> tuple[Floats, Ints]:
-    due = [(gap / rates[source], source) for gap, source in zip(gaps, order.tolist(), strict=False)]
-    heapq.heapify(due)
-    arrival_s, sources = [], []
-    for gap in gaps[len(order) :]:
-        if not due or due[0][0] >= duration_s:
-            break
-        now_s, source = due[0]
-        arrival_s.append(now_s)
-        sources.append(source)
-        heapq.heapreplace(due, (now_s + gap / rates[source], source))
-    return np.array(arrival_s), np.array(sources, np.int32)
 
 
 def _gamma_arrivals(

@@ -52,7 +52,7 @@ CONFIG = {
         },
     },
 }
-VERBS = ("predict", "validate", "simulate", "calibrate", "data", "doctor")
+VERBS = ("predict", "validate", "simulate", "calibrate", "profile", "data", "doctor")
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -110,7 +110,7 @@ def write_measured(folder: Path) -> str:
 def datasets_columns() -> list[str]:
     from adapter_twin.schemas import RUNS
 
-    return list(RUNS.columns)
+    return [name for name, column in RUNS.columns.items() if column.required]
 
 
 def test_help_names_every_verb(run: Cli) -> None:

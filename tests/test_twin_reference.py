@@ -18,7 +18,8 @@ from adapter_twin.workload import BASE_MODEL, Trace
 TICK_S = 2.0**-20
 LAW = StepLaw(
     token_breaks=np.array([8.0]),
-    coefficients=TICK_S * np.array([[64.0, 8, 4, 1, 16, 0, 0], [128.0, 4, 2, 1, 8, 0, 32]]),
+    coefficients=TICK_S
+    * np.array([[64.0, 8, 4, 1, 16, 0, 0, 0, 2], [128.0, 4, 2, 1, 8, 0, 32, 64, 0]]),
     tile=4,
     per_waiting=TICK_S,
     scheduling=TICK_S * np.array([8.0, 2, 1]),
@@ -204,7 +205,9 @@ class Engine:
         context = sum(request.computed - request.decoding for request in scheduled)
         c = LAW.coefficients[0 if tokens <= LAW.token_breaks[0] else 1]
         tiles = -(-tokens // LAW.tile)
-        model_s = c @ [1, tokens, decodes, context, len(adapters), len(adapters) * tiles, tiles]
+        n, adapted = len(adapters), bool(adapters)
+        model_s = c[:7] @ [1, tokens, decodes, context, n, n * tiles, tiles]
+        model_s += c[7:] @ [adapted, adapted * tokens]
         model_s += LAW.per_waiting * len(self.waiting)
         scheduling_s = LAW.scheduling @ [1, len(self.running), self.scanned]
         end_s = now_s + model_s + scheduling_s + load_s

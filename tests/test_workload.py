@@ -275,7 +275,7 @@ def test_correlation_leaves_the_lengths_distributions_alone():
 
 
 def test_sharegpt_lengths_need_the_histogram():
-    with pytest.raises(AdapterTwinError, match="sharegpt needs the measured"):
+    with pytest.raises(AdapterTwinError, match="sharegpt needs measured"):
         generate(workload(), np.random.default_rng(0))
 
 

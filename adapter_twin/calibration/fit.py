@@ -13,17 +13,18 @@ from numpy.typing import NDArray
 
 from adapter_twin import __version__
 from adapter_twin.calibration.calibration import Calibration
+from adapter_twin.calibration.client_side import fit_overhead, fit_scrapes, observe
 from adapter_twin.calibration.front_end import FIRST_USE_WINDOW_S, FrontEndLaw, MeasurementLaw
 from adapter_twin.calibration.lengths import EarlyStopLaw, LengthLaw
 from adapter_twin.calibration.loading import LoadingLaw
 from adapter_twin.calibration.memory import MemoryLaw
-from adapter_twin.calibration.scheduling import SchedulingLaw
+from adapter_twin.calibration.scheduling import SchedulingLaw, of_scheduler_runs
 from adapter_twin.calibration.step_observations import step_observations
 from adapter_twin.calibration.step_time import StepTimeLaw
 from adapter_twin.lengths import LengthMarginals
 from adapter_twin.metrics import summarize
 from adapter_twin.scenario import run_to_workload
-from adapter_twin.twin.simulate import simulate
+from adapter_twin.twin.simulate import simulate_run
 
 TABLES = (
     "runs",
@@ -51,8 +52,8 @@ LONGEST_OUTPUTS = (np.inf, 1000.0, 900.0, 800.0, 700.0)
 GATED_WAITING = 600.0
 """Mean waiting requests from which on a run counts as gated by its slots."""
 
-SETTLED_S = 300.0
-"""Scrapes before that are disturbed by first uses."""
+CLIENT_SIDE_RUNS = 3
+"""Of the completed runs every that many are simulated to fit the client's side."""
 
 
 def calibrate(
@@ -88,19 +89,15 @@ def calibrate(
     Calibration
     """
     runs = tables["runs"][tables["runs"].model == model]
-    unsaturated = unsaturated_runs(runs)
+    clean = runs[(runs.status == "ok") & ~runs.client_collapsed]
+    unsaturated = unsaturated_runs(clean)
     windows = tables["windows"]
     busy = windows[windows.run_id.isin(unsaturated.run_id) & (windows.running > 5)]
     lengths = LengthLaw().fit(marginals, busy)
-    scheduling = SchedulingLaw().fit(tables["scheduler_runs"])
+    scheduling = SchedulingLaw().fit(of_scheduler_runs(tables["scheduler_runs"]))
     memory = MemoryLaw(model).fit(tables["memory"])
     observations = step_observations(tables, model, lengths, scheduling, memory)
     series = tables["series"][tables["series"].run_id.isin(unsaturated.run_id)]
-    front_end = FrontEndLaw().fit_first_use(_with_adapters_used(unsaturated), series)
-    front_end.overhead_ms_ = front_end.overhead_per_running_ms_ = 0.0
-    measurement = MeasurementLaw()
-    measurement.scrape_ms_ = 7.0
-    measurement.scrape_ms_per_label_ = measurement.scrape_ms_per_name_ = 0.0
     ranges = runs.dropna(subset=["duration_s"])[list(RANGE_COLUMNS)].agg(["min", "max"])
     calibration = Calibration(
         name=f"{model}@{gpu}-vllm{engine_version}",
@@ -111,10 +108,10 @@ def calibrate(
         step_time=StepTimeLaw().fit(observations),
         loading=LoadingLaw(model).fit(tables["adapter_loads"]),
         scheduling=scheduling,
-        front_end=front_end,
+        front_end=FrontEndLaw().fit_first_use(_with_adapters_used(unsaturated), series),
         early_stop=EarlyStopLaw().fit(unsaturated, series),
         lengths=lengths,
-        measurement=measurement,
+        measurement=MeasurementLaw(),
         valid_range={column: ranges[column].tolist() for column in RANGE_COLUMNS},
         provenance={
             "source": source,
@@ -123,21 +120,22 @@ def calibrate(
             "version": __version__,
         },
     )
-    calibration = _choose_longest_output(calibration, runs, marginals, busy, jobs)
+    calibration = _choose_longest_output(calibration, clean, marginals, busy, jobs)
+    observed = clean.assign(unsaturated=clean.run_id.isin(unsaturated.run_id))
+    observed = observed.iloc[::CLIENT_SIDE_RUNS]
     for _ in range(2):  # the overhead depends a little on the scrapes, and they on the overhead
-        _fit_client_side(calibration, unsaturated, series, jobs)
+        seen = observe(calibration, observed, jobs)
+        fit_overhead(calibration, observed, seen)
+        fit_scrapes(calibration, observed, seen, tables["series"])
     return calibration
 
 
 def unsaturated_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Select the runs that served all that was offered, without a queue."""
+    """Select, among completed runs, those that served all that was offered, without a queue."""
     offered = runs.offered_request_rate * (
         runs.mean_input_tokens + runs.mean_requested_output_tokens
     )
-    served = (
-        (runs.status == "ok") & ~runs.client_collapsed & (runs.total_throughput > 0.97 * offered)
-    )
-    return runs[served & (runs.waiting_mean < 1)]
+    return runs[(runs.total_throughput > 0.97 * offered) & (runs.waiting_mean < 1)]
 
 
 def _choose_longest_output(
@@ -153,7 +151,7 @@ def _choose_longest_output(
     figure, is the least certain part of it.
     """
     gated = (runs.adapter_slots < runs.served_adapters) & (runs.waiting_mean > GATED_WAITING)
-    rows = runs[(runs.status == "ok") & ~runs.client_collapsed & gated].iloc[::2]
+    rows = runs[gated].iloc[::2]
     candidates: dict[str, Calibration] = {}
     errors: dict[str, NDArray[np.float64]] = {}
     for longest in LONGEST_OUTPUTS:
@@ -174,8 +172,7 @@ def _choose_longest_output(
 
 
 def _served(calibration: Calibration, row: dict[str, Any]) -> float:
-    engine, workload = run_to_workload(row)
-    run = simulate(workload, engine, calibration, observer=True)
+    run = simulate_run(row, calibration)
     return summarize(run.records, run.gaps, run.duration_s)["total_throughput"]
 
 
@@ -187,39 +184,3 @@ def _with_adapters_used(runs: pd.DataFrame) -> pd.DataFrame:
         rates = np.array([adapter.request_rate for adapter in workload.adapters])
         used.append(float((1 - np.exp(-rates * FIRST_USE_WINDOW_S)).sum()))
     return runs.assign(adapters_used=used)
-
-
-def _fit_client_side(
-    calibration: Calibration, runs: pd.DataFrame, series: pd.DataFrame, jobs: int
-) -> None:
-    rows = runs.to_dict("records")
-    seen = Parallel(n_jobs=jobs)(delayed(_observe)(calibration, row) for row in rows)
-    ttft_ms, running, pauses = zip(*seen, strict=True)
-    overhead_ms = calibration.front_end.overhead_s[0] * 1e3
-    per_running_ms = calibration.front_end.overhead_s[1] * 1e3
-    engine_ttft_ms = np.array(ttft_ms) - overhead_ms - per_running_ms * np.array(running)
-    calibration.front_end.fit_overhead(
-        np.array(running), engine_ttft_ms, runs.median_ttft_ms.to_numpy()
-    )
-    labels, names, scrape_ms = [], [], []
-    by_run = dict(tuple(series.groupby("run_id", observed=True)))
-    for row, pause in zip(rows, pauses, strict=True):
-        t_s = by_run[row["run_id"]].t_s.to_numpy()
-        gap_s, at_s = np.diff(t_s), t_s[1:]
-        for low_s in np.arange(SETTLED_S, row["duration_s"] - 300, 600.0):
-            here = (at_s > low_s) & (at_s < low_s + 300)
-            if here.any():
-                k = np.searchsorted(pause.start_s, low_s + 150)
-                labels.append(pause.labels[k - 1])
-                names.append(pause.names[k - 1])
-                period_ms = 1e3 * calibration.measurement.scrape_period_s
-                scrape_ms.append(1e3 * float(np.median(gap_s[here])) - period_ms)
-    calibration.measurement.fit(np.array(labels), np.array(names), np.array(scrape_ms))
-
-
-def _observe(calibration: Calibration, row: dict[str, Any]) -> tuple[float, float, Any]:
-    """Simulate a run as it was measured: median TTFT in ms, mean running, pauses."""
-    engine, workload = run_to_workload(row)
-    run = simulate(workload, engine, calibration, observer=True)
-    summary = summarize(run.records, run.gaps, run.duration_s)
-    return summary["median_ttft_ms"], float(run.steps.running.mean()), run.pauses

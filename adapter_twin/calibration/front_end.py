@@ -2,14 +2,14 @@
 
 The front end is one Python process next to the engine. It pauses when an adapter is used for the
 first time (vLLM 0.8.5 then loads the adapter's tokenizer), and when somebody reads its metrics:
-0.8.5 keeps a label set for every distinct combination of running and waiting adapters, and writes
-all of them at each read. The reference measurement read them every two seconds, so it slowed itself
-down.
+0.8.5 keeps a label set for every distinct pair of sets of running and waiting adapters (named in
+the order of their first use, so order tells nothing apart) and writes all of them at each read. The
+reference measurement read them every two seconds, so it slowed itself down.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,10 +41,9 @@ class FrontEndLaw(Estimator):
         95 % intervals, by attribute.
     """
 
-    interval_: dict[str, list[float]]
-    overhead_ms_: float
-    overhead_per_running_ms_: float
-    first_use_ms_: float
+    def __init__(self) -> None:
+        self.overhead_ms_ = self.overhead_per_running_ms_ = self.first_use_ms_ = 0.0
+        self.interval_: dict[str, list[float]] = {}
 
     def fit_first_use(self, runs: pd.DataFrame, series: pd.DataFrame) -> FrontEndLaw:
         """Fit the pause to the first seconds of runs with many adapters.
@@ -97,23 +96,28 @@ class FrontEndLaw(Estimator):
 
 
 class MeasurementLaw(Estimator):
-    """What the reference measurement did to itself.
+    """What a measurement did to itself.
 
     Attributes
     ----------
+    arrivals : str
+        Process that its load generator drew Poisson arrivals by.
     scrape_period_s, in_flight_cap : float, int
-        Of the reference client.
+        Of its client.
     scrape_ms_, scrape_ms_per_label_, scrape_ms_per_name_ : float
         Duration of a read of the metrics: a constant, per label set, per adapter name in them.
     """
 
-    scrape_ms_: float
-    scrape_ms_per_label_: float
-    scrape_ms_per_name_: float
-
-    def __init__(self, scrape_period_s: float = 2.0, in_flight_cap: int = 25_500) -> None:
+    def __init__(
+        self,
+        arrivals: Literal["poisson", "agullo2025"] = "agullo2025",
+        scrape_period_s: float = 2.0,
+        in_flight_cap: int = 25_500,
+    ) -> None:
+        self.arrivals: Literal["poisson", "agullo2025"] = arrivals
         self.scrape_period_s = scrape_period_s
         self.in_flight_cap = in_flight_cap
+        self.scrape_ms_ = self.scrape_ms_per_label_ = self.scrape_ms_per_name_ = 0.0
 
     def fit(self, labels: Floats, names: Floats, scrape_ms: Floats) -> MeasurementLaw:
         """Fit to measured durations of reads, given simulated numbers of label sets and names."""

@@ -88,8 +88,10 @@ class LengthLaw(Estimator):
         return float(held) - self.kv_tokens_per_request_
 
     @property
-    def marginals(self) -> LengthMarginals:
-        """The distributions in the form that `adapter_twin.workload.generate` takes."""
+    def marginals(self) -> LengthMarginals | None:
+        """The distributions in the form that `adapter_twin.workload.generate` takes, if fitted."""
+        if not hasattr(self, "prompt_quantiles_"):
+            return None
         return LengthMarginals(
             self.prompt_quantiles_,
             np.diff(self.prompt_levels_).tolist(),
@@ -109,6 +111,13 @@ class EarlyStopLaw(Estimator):
     kept_ : float
         Mean share of the requested output that such a request emits (uniform on 0 to twice that).
     """
+
+    @classmethod
+    def never(cls) -> EarlyStopLaw:
+        """Return the law of requests that ignore the end of the sequence."""
+        law = cls()
+        law.probability_ = law.kept_ = 0.0
+        return law
 
     def fit(self, runs: pd.DataFrame, series: pd.DataFrame) -> EarlyStopLaw:
         """Fit to unsaturated runs (tables ``runs`` and ``series``)."""

@@ -5,7 +5,7 @@ left for the KV cache. The slots' size follows from the model's shape; what PyTo
 allocator takes for them is larger, because it hands out memory in segments: 2 MiB ones for tensors
 up to 1 MiB, 20 MiB ones up to 10 MiB, and multiples of 2 MiB above
 (``c10/cuda/CUDACachingAllocator``). Counting segments leaves one number to fit: the memory that
-slots and KV cache share.
+slots and KV cache share. On a CPU the user says how much the KV cache takes, and slots leave it be.
 """
 
 from __future__ import annotations
@@ -79,6 +79,10 @@ class MemoryLaw(Estimator):
         Memory that slots and KV cache share: the GPU's share less weights and activations.
     available_gib_interval_ : tuple of float
         95 % interval of the mean.
+    reserved_ : bool
+        The KV cache has a size of its own, whatever the slots take.
+    max_model_len_ : int
+        Longest request in tokens; one must fit.
     capture_s_, capture_s_per_slot_ : float
         CUDA-graph capture at start-up.
     max_relative_error_ : float
@@ -92,8 +96,12 @@ class MemoryLaw(Estimator):
         """Fit to measured server starts (table ``memory``: one row per start)."""
         starts = starts[starts.model == self.model]
         shape = model_shape(self.model)
+        told = "max_model_len" in starts
+        self.max_model_len_ = int(starts.max_model_len.max()) if told else shape.max_model_len
         started = starts.dropna(subset=["kv_cache_tokens"])
-        kv_gib = started.kv_cache_tokens.to_numpy() * shape.kv_bytes_per_token / GIB
+        kv_gib = started.kv_cache_tokens.to_numpy(float) * shape.kv_bytes_per_token / GIB
+        # Slots of different sizes that leave the same KV cache do not share its memory.
+        self.reserved_ = len(started) > 1 and bool(np.ptp(kv_gib) < 1e-3 * kv_gib.mean())
         available_gib = kv_gib + self._slots_gib(started.adapter_slots, started.max_lora_rank)
         # Relative errors in KV tokens count: weight by the tokens left.
         weight = kv_gib**-2
@@ -101,8 +109,10 @@ class MemoryLaw(Estimator):
         half = 1.96 * available_gib.std(ddof=1) / np.sqrt(len(available_gib))
         self.available_gib_interval_ = (self.available_gib_ - half, self.available_gib_ + half)
         captured = starts.dropna(subset=["graph_capture_s"])
-        slope, intercept = np.polyfit(captured.adapter_slots, captured.graph_capture_s, 1)
-        self.capture_s_, self.capture_s_per_slot_ = float(intercept), float(slope)
+        self.capture_s_ = self.capture_s_per_slot_ = 0.0  # a CPU captures no graphs
+        if len(captured):
+            slope, intercept = np.polyfit(captured.adapter_slots, captured.graph_capture_s, 1)
+            self.capture_s_, self.capture_s_per_slot_ = float(intercept), float(slope)
         predicted = self.kv_cache_tokens(started.adapter_slots, started.max_lora_rank)
         error = np.abs(predicted / started.kv_cache_tokens.to_numpy() - 1)
         self.max_relative_error_ = float(error.max())
@@ -111,7 +121,7 @@ class MemoryLaw(Estimator):
     def _slots_gib(self, max_loras: ArrayLike, max_lora_rank: ArrayLike) -> NDArray[np.float64]:
         pairs = np.broadcast_arrays(np.asarray(max_loras, int), np.asarray(max_lora_rank, int))
         slots = [
-            slots_gib(self.model, int(g), int(r))
+            0.0 if self.reserved_ else slots_gib(self.model, int(g), int(r))
             for g, r in zip(*map(np.ravel, pairs), strict=True)
         ]
         return np.array(slots).reshape(pairs[0].shape)
@@ -126,8 +136,7 @@ class MemoryLaw(Estimator):
 
     def starts(self, max_loras: ArrayLike, max_lora_rank: ArrayLike) -> NDArray[np.bool_]:
         """Return whether vLLM starts: one request of the longest length must fit."""
-        longest = model_shape(self.model).max_model_len
-        return np.asarray(self.kv_cache_tokens(max_loras, max_lora_rank) >= longest)
+        return np.asarray(self.kv_cache_tokens(max_loras, max_lora_rank) >= self.max_model_len_)
 
     def startup_s(self, max_loras: ArrayLike) -> NDArray[np.float64]:
         """Return the CUDA-graph capture time in seconds."""
@@ -142,7 +151,7 @@ class MemoryLaw(Estimator):
             vLLM would refuse to start.
         """
         tokens = int(self.kv_cache_tokens(engine.max_loras, engine.max_lora_rank))
-        longest = model_shape(self.model).max_model_len
+        longest = self.max_model_len_
         if tokens < longest:
             raise AdapterTwinError(
                 f"max_loras: {engine.max_loras} slots of rank {engine.max_lora_rank} leave "

@@ -59,8 +59,8 @@ def step_observations(
     hours = whole_hours(one_model["runs"], tables["series"], memory)
     return StepObservations.concatenate(
         [
-            _of_windows(windows, WINDOWS_WEIGHT, lengths, scheduling),
-            _of_windows(hours, HOURS_WEIGHT, lengths, scheduling),
+            _of_windows(windows, WINDOWS_WEIGHT, lengths, scheduling, decides=False),
+            _of_windows(hours, HOURS_WEIGHT, lengths, scheduling, decides=True),
             _of_steps(one_model["steps"], scheduling),
             _of_base_steps(one_model["base_steps"], scheduling),
         ]
@@ -110,7 +110,12 @@ def _distinct_adapters(row: dict[Any, Any]) -> float:
 
 
 def _of_windows(
-    w: pd.DataFrame, weight: float, lengths: LengthLaw, scheduling: SchedulingLaw
+    w: pd.DataFrame,
+    weight: float,
+    lengths: LengthLaw,
+    scheduling: SchedulingLaw,
+    *,
+    decides: bool,
 ) -> StepObservations:
     """Stretches of whole runs.
 
@@ -148,6 +153,7 @@ def _of_windows(
         slots=w.adapter_slots.to_numpy(float),
         rank=w.max_lora_rank.to_numpy(float),
         group=(w.rates_per_adapter.astype(str) + " " + w.ranks.astype(str)).to_numpy(str),
+        decides=np.full(len(w), decides),
         weight=np.full(len(w), weight / len(w)),
     )
 
@@ -201,5 +207,6 @@ def _of_single_batches(
         slots=slots.to_numpy(float),
         rank=np.where(slots > 0, CALIBRATION_RANK, 0.0),
         group=np.full(n, ""),
+        decides=np.zeros(n, bool),
         weight=np.full(n, weight / n),
     )

@@ -5,6 +5,9 @@ adapter kernels. These launch a grid of (tiles of 32 tokens) x (slots): idle slo
 tile, active adapters also per tile and per rank. Coefficients change where the kernels switch
 tiling (128 tokens on vLLM 0.8.5) and where the batch leaves the CUDA graphs (512 tokens). How much
 of this structure the data supports is decided by cross-validation over whole workloads.
+
+A CPU has no such kernels: it gathers each token's adapter at the padded rank, so there the cost
+follows tokens x ``max_lora_rank`` as soon as a batch holds an adapter at all.
 """
 
 from __future__ import annotations
@@ -20,7 +23,17 @@ from adapter_twin.calibration.estimator import Estimator
 
 Floats = NDArray[np.float64]
 
-FEATURES = ("launch", "tokens", "decodes", "context_tokens", "adapters", "adapters_tiles", "tiles")
+FEATURES = (
+    "launch",
+    "tokens",
+    "decodes",
+    "context_tokens",
+    "adapters",
+    "adapters_tiles",
+    "tiles",
+    "adapted",  # one if the batch holds an adapter
+    "adapted_tokens",  # all its tokens then
+)
 """What a step does, in the order of the compiled law (`adapter_twin.twin.clock.StepLaw`)."""
 
 TILE = 32
@@ -42,6 +55,16 @@ _COMMON: tuple[Term, ...] = (
 _TILED: tuple[Term, ...] = (("adapters_tiles", "1"), ("tiles", "G"), ("tiles", "GR"))
 
 _ADAPTED: tuple[Term, ...] = (("tokens", "L"),)
+_GATHERED: tuple[Term, ...] = (
+    ("launch", "1"),
+    ("tokens", "1"),
+    ("decodes", "1"),
+    ("context_tokens", "1"),
+    ("adapters", "1"),
+    ("adapted", "1"),
+    ("adapted_tokens", "1"),
+    ("adapted_tokens", "R"),
+)
 
 FORMS: dict[str, tuple[tuple[float, ...], tuple[Term, ...]]] = {
     "additive": ((), _COMMON),
@@ -49,6 +72,12 @@ FORMS: dict[str, tuple[tuple[float, ...], tuple[Term, ...]]] = {
     "tiles": ((128.0, 512.0), _COMMON + _TILED),
     "tiles, long prefills apart": ((128.0, 512.0, 1024.0), _COMMON + _TILED),
     "tiles and tokens of adapters": ((128.0, 512.0, 1024.0), _COMMON + _TILED + _ADAPTED),
+    "the same, finer within the graphs": (
+        (128.0, 256.0, 384.0, 512.0, 1024.0),
+        _COMMON + _TILED + _ADAPTED,
+    ),
+    "tokens x padded rank": ((), _GATHERED),
+    "tokens x padded rank, few tokens apart": ((32.0,), _GATHERED),
 }
 """Candidate forms: batch sizes past which the coefficients change, and the terms of each regime."""
 
@@ -68,6 +97,8 @@ class StepObservations:
     slots, rank : float64, shape (n,)
     group : shape (n,)
         The workload, left out as a whole in cross-validation; empty for calibration runs.
+    decides : bool, shape (n,)
+        Whole runs: what the twin is to predict, so the form is chosen by their errors.
     weight : float64, shape (n,)
     """
 
@@ -77,6 +108,7 @@ class StepObservations:
     slots: Floats
     rank: Floats
     group: NDArray[np.str_]
+    decides: NDArray[np.bool_]
     weight: Floats
 
     @classmethod
@@ -85,7 +117,7 @@ class StepObservations:
         samples = max(part.batches.shape[1] for part in parts)
         columns: dict[str, Any] = {
             name: np.concatenate([getattr(part, name) for part in parts])
-            for name in ("step_ms", "waiting", "slots", "rank", "group", "weight")
+            for name in ("step_ms", "waiting", "slots", "rank", "group", "decides", "weight")
         }
         batches = [np.repeat(p.batches, samples // p.batches.shape[1], axis=1) for p in parts]
         return cls(batches=np.concatenate(batches), **columns)
@@ -96,8 +128,17 @@ def batch_features(
 ) -> Floats:
     """Return `FEATURES` of batches along a new last axis."""
     tiles = np.ceil(tokens / TILE)
+    adapted = np.asarray(adapters) > 0
     columns = np.broadcast_arrays(
-        1.0, tokens, decodes, context_tokens, adapters, adapters * tiles, tiles
+        1.0,
+        tokens,
+        decodes,
+        context_tokens,
+        adapters,
+        adapters * tiles,
+        tiles,
+        adapted,
+        adapted * tokens,
     )
     return np.stack(columns, axis=-1)
 
@@ -122,14 +163,13 @@ class StepTimeLaw(Estimator):
     waiting_ms_ : float
         What each waiting request costs the engine's process in a step, besides scheduling.
     cv_error_percent_ : dict
-        MAPE over left-out workloads, by form; windows and whole hours count alike.
+        MAPE of whole runs of left-out workloads, by form.
     """
 
     def fit(self, observed: StepObservations) -> StepTimeLaw:
         """Choose the form by leave-one-workload-out error, then fit it to everything."""
-        weight = observed.weight[observed.group != ""]
         self.cv_error_percent_ = {
-            form: float(100 * np.average(np.abs(self.cv_errors(observed, form)), weights=weight))
+            form: float(100 * np.abs(self.cv_errors(observed, form)[observed.decides]).mean())
             for form in FORMS
         }
         self.form_ = min(self.cv_error_percent_, key=self.cv_error_percent_.__getitem__)
@@ -158,7 +198,7 @@ class StepTimeLaw(Estimator):
 
     @staticmethod
     def cv_errors(observed: StepObservations, form: str) -> Floats:
-        """Return relative errors of the observations whose workload the fit has not seen."""
+        """Return relative errors with each workload unseen by the fit; NaN for calibration runs."""
         design, _ = _design(observed, form)
         error = np.full(len(design), np.nan)
         for group in np.unique(observed.group[observed.group != ""]):
@@ -167,7 +207,7 @@ class StepTimeLaw(Estimator):
                 design[~left_out], observed.step_ms[~left_out], observed.weight[~left_out]
             )
             error[left_out] = design[left_out] @ values / observed.step_ms[left_out] - 1
-        return np.asarray(error[observed.group != ""])
+        return error
 
     def for_engine(self, max_loras: int, max_lora_rank: int) -> Floats:
         """Return the coefficients in ms for an engine, shape (regimes, features)."""

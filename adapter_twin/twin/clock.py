@@ -63,7 +63,8 @@ class StepLaw(NamedTuple):
     """Step and scheduling time of one engine configuration, in seconds."""
 
     token_breaks: NDArray[np.float64]  # the regime changes past these batch sizes
-    # regimes x (1, tokens, decodes, context tokens, adapters, adapters x tiles, tiles)
+    # regimes x (1, tokens, decodes, context tokens, adapters, adapters x tiles, tiles; with
+    # adapters in the batch: 1, tokens)
     coefficients: NDArray[np.float64]
     tile: int  # tokens per tile of the adapter kernels
     per_waiting: float  # what each waiting request costs the engine's process besides scheduling
@@ -99,6 +100,8 @@ def step_seconds(law: StepLaw, batch: Batch, running: int, waiting: int) -> tupl
         + c[6] * tiles
         + law.per_waiting * waiting
     )
+    if batch.adapters > 0:
+        model += c[7] + c[8] * batch.tokens
     s = law.scheduling
     return model, s[0] + s[1] * running + s[2] * batch.scanned
 

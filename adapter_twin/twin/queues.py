@@ -69,35 +69,10 @@ def count_waiting(limits: Limits, state: State, adapter: int, change: int) -> No
         _add_member(state.waiting_list, state.waiting_index, count.waiting_adapters, adapter)
         count.waiting_adapters += 1
         count.label_hash ^= state.waiting_label[adapter]
-        _note_presence(limits, state, adapter)
     elif before + change == 0:
         _drop_member(state.waiting_list, state.waiting_index, count.waiting_adapters, adapter)
         count.waiting_adapters -= 1
         count.label_hash ^= state.waiting_label[adapter]
-        _note_presence(limits, state, adapter)
-
-
-@helper
-def _note_presence(limits: Limits, state: State, adapter: int) -> None:
-    """Keep the adapters that have requests in the order in which they came, as vLLM's metrics do.
-
-    The hash covers that order: each adapter together with the one before it.
-    """
-    if adapter == limits.base_model:
-        return
-    present = state.running_by_adapter[adapter] > 0 or state.waiting_by_adapter[adapter] > 0
-    if present == state.present[adapter]:
-        return
-    state.present[adapter] = present
-    if present:
-        append(state.present_next, state.present_previous, adapter, limits.base_model)
-    before, after = state.present_previous[adapter], state.present_next[adapter]
-    running, waiting = state.running_label, state.waiting_label
-    state.count.label_hash ^= running[before] * waiting[adapter]
-    state.count.label_hash ^= running[adapter] * waiting[after]
-    state.count.label_hash ^= running[before] * waiting[after]
-    if not present:
-        remove(state.present_next, state.present_previous, adapter)
 
 
 @helper
@@ -183,7 +158,6 @@ def start_running(
     count.active += 1
     count.eligible_waiting += state.waiting_by_adapter[adapter]
     count.label_hash ^= state.running_label[adapter]
-    _note_presence(limits, state, adapter)
     return _make_resident(limits, state, adapter)
 
 
@@ -201,7 +175,6 @@ def stop_running(limits: Limits, requests: Requests, state: State, request: int)
     count.active -= 1
     count.eligible_waiting -= state.waiting_by_adapter[adapter]
     count.label_hash ^= state.running_label[adapter]
-    _note_presence(limits, state, adapter)
     append(state.gpu_next, state.gpu_previous, adapter, limits.base_model + 1)
     append(state.host_next, state.host_previous, adapter, limits.base_model + 1)
 

@@ -182,9 +182,10 @@ def _new_state(
     # A list that is empty points to its own sentinel.
     nodes = np.arange(n_requests + n + 1 + limits.horizon, dtype=np.int32)
     idle = np.arange(n + 2, dtype=np.int32)
-    # Only to tell lists of adapters apart; products of two fit in 64 bits.
-    labels = np.random.default_rng(0)
-    count.label_hash = labels.integers(1, 2**63, dtype=np.uint64)  # both sets empty
+    # Only to tell sets of adapters apart; the base model is in none of vLLM's label sets.
+    labels = np.random.default_rng(0).integers(1, 2**63, (2, n + 1), dtype=np.uint64)
+    count.label_hash = labels[0, n]  # both sets empty
+    labels[:, n] = 0
     base_model = np.zeros(1)
     return State(
         count=count,
@@ -205,11 +206,8 @@ def _new_state(
         active_index=np.zeros(n + 1, np.int32),
         waiting_list=np.zeros(n + 1, np.int32),
         waiting_index=np.zeros(n + 1, np.int32),
-        running_label=labels.integers(1, 2**32, n + 1, dtype=np.uint64),
-        waiting_label=labels.integers(1, 2**32, n + 1, dtype=np.uint64),
-        present=np.zeros(n, np.bool_),
-        present_next=np.arange(n + 1, dtype=np.int32),
-        present_previous=np.arange(n + 1, dtype=np.int32),
+        running_label=labels[0],
+        waiting_label=labels[1],
         gpu_next=idle,
         gpu_previous=idle.copy(),
         host_next=idle.copy(),

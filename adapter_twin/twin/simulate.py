@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from adapter_twin import __version__
 from adapter_twin.calibration import Calibration
 from adapter_twin.config import Arrivals, EngineConfig, Workload, config_hash
+from adapter_twin.scenario import run_seed, run_to_workload
 from adapter_twin.twin.records import Simulation, make_gaps, make_records
 from adapter_twin.twin.server import run_in_simpy
 from adapter_twin.twin.session import new_session
@@ -37,7 +39,7 @@ def simulate(
         Same seed, same records, bit for bit. The traffic does not depend on the engine, so engines
         are compared on the same requests.
     observer : bool
-        Include what the reference measurement did to itself: its load generator and its scrapes.
+        Include what the measurement did to itself: its load generator and its scrapes.
     clock : {"compiled", "simpy"}
         Who turns the engine loop; the records are the same.
 
@@ -54,7 +56,7 @@ def simulate(
     calibration.warn_outside_range(engine, workload)
     traffic, stops = np.random.default_rng(seed).spawn(2)
     if observer and workload.arrivals.process == "poisson":
-        workload = replace(workload, arrivals=Arrivals(process="agullo2025"))
+        workload = replace(workload, arrivals=Arrivals(process=calibration.measurement.arrivals))
     trace = generate(workload, traffic, calibration.lengths.marginals)
     output_tokens = calibration.early_stop.apply(trace.output_tokens, stops)
     trace = Trace(trace.arrival_s, trace.adapter, trace.prompt_tokens, output_tokens)
@@ -85,3 +87,24 @@ def simulate(
             "calibration": calibration.name,
         },
     )
+
+
+def simulate_run(
+    row: Mapping[str, Any], calibration: Calibration, *, seed: int = 0, observer: bool = True
+) -> Simulation:
+    """Predict a measured run from the configuration columns of its row.
+
+    Parameters
+    ----------
+    row : mapping
+        See `adapter_twin.scenario.run_to_workload`.
+    calibration : Calibration
+    seed : int
+        Of the traffic, where the row does not tell the seed of its load generator.
+    observer : bool
+        As for `simulate`.
+    """
+    engine, workload = run_to_workload(row)
+    own = run_seed(row)
+    seed = own if observer and own is not None else seed
+    return simulate(workload, engine, calibration, seed=seed, observer=observer)

@@ -27,7 +27,7 @@ COUNTERS = np.dtype(
         ("gpu_adapters", np.int64),  # adapters in GPU slots
         ("host_adapters", np.int64),  # adapters in the host-memory cache
         ("waiting_adapters", np.int64),  # adapters with a waiting request
-        ("label_hash", np.uint64),  # identifies the lists of running and waiting adapters
+        ("label_hash", np.uint64),  # identifies the sets of running and waiting adapters
     ]
 )
 
@@ -104,10 +104,6 @@ class State(NamedTuple):
     waiting_index: NDArray[np.int32]
     running_label: NDArray[np.uint64]
     waiting_label: NDArray[np.uint64]
-    # adapters that have requests, in the order in which they came; the base model is the sentinel
-    present: NDArray[np.bool_]
-    present_next: NDArray[np.int32]
-    present_previous: NDArray[np.int32]
     # least recently used first: adapters in a slot, and in the host cache, that no request uses
     gpu_next: NDArray[np.int32]
     gpu_previous: NDArray[np.int32]
