@@ -158,9 +158,10 @@ def validate(
     if datasets.find("memory") is not None:
         memory = datasets.load("memory")
         memory = memory[memory["model"].isin(measured["model"])]
-        starts = predict_starts(memory, calibration)
+        starts = predict_starts(memory, calibration) if len(memory) else None
     if datasets.find("authors_twin") is not None:
         authors = datasets.load("authors_twin")
+        authors = authors if authors["run_id"].isin(measured["run_id"]).any() else None
     result = validate_runs(measured, predictions, starts=starts, authors=authors)
     content = summary(result, predictions)
     if out is not None:

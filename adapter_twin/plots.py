@@ -262,3 +262,27 @@ def curves(table: pd.DataFrame, figures: list[str]) -> Figure:
         bottom.set_xlabel("served adapters")
     panels[0, 0].legend(frameon=False)
     return _finish(figure)
+
+
+def against_measured(table: pd.DataFrame, by: str) -> Figure:
+    """Draw predictions over measurements, a panel per figure; the line is agreement.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Columns ``figure``, ``measured``, ``predicted`` and `by`, which gives the colours.
+    by : str
+    """
+    figures = list(dict.fromkeys(table["figure"]))
+    width = min(3.2 * len(figures) + 1.4, 10.5)
+    figure, panels = plt.subplots(1, len(figures), figsize=(width, 3.4), squeeze=False)
+    for name, axes in zip(figures, panels[0], strict=True):
+        part = table[table["figure"] == name]
+        for label, points in part.groupby(by, sort=False):
+            axes.plot(points["measured"], points["predicted"], "o", ms=4, alpha=0.7, label=label)
+        ends = part[["measured", "predicted"]].stack().agg(["min", "max"])
+        axes.plot(ends, ends, color="0.3", lw=0.8)
+        axes.set(xscale="log", yscale="log", title=LABELS.get(name, name), xlabel="measured")
+    panels[0, 0].set_ylabel("predicted")
+    panels[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _finish(figure)

@@ -30,7 +30,7 @@ from adapter_twin.twin.simulate import simulate, simulate_run
 
 def predict_runs(
     runs: pd.DataFrame,
-    calibration: str = "auto",
+    calibration: str | Calibration = "auto",
     *,
     seed: int = 0,
     jobs: int = -1,
@@ -47,8 +47,8 @@ def predict_runs(
     ----------
     runs : pandas.DataFrame
         Columns of `adapter_twin.schemas.RUN_CONFIGURATION`; no other column is read.
-    calibration : str
-        Name or path of a calibration, or ``auto``: the one of each run's model.
+    calibration : str or Calibration
+        A calibration, its name or path, or ``auto``: the one of each run's model.
     seed : int
     jobs : int
         Processes; -1 is one per core.
@@ -135,8 +135,12 @@ def predict_scenario(scenario: Scenario) -> tuple[Simulation, dict[str, Any]]:
     }
 
 
-def load_calibrations(name: str, models: pd.Series[Any]) -> dict[str, Calibration]:
-    """Load the calibration of each model that occurs."""
+def load_calibrations(name: str | Calibration, models: pd.Series[Any]) -> dict[str, Calibration]:
+    """Load the calibration of each model that occurs, or check that the given one is of it."""
+    if isinstance(name, Calibration):
+        for model in models.unique():
+            require(model == name.model, f"calibration: {name.name} is not of {model}; use auto")
+        return {name.model: name}
     return {model: load_calibration(name, model) for model in sorted(models.unique())}
 
 

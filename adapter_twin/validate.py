@@ -45,6 +45,15 @@ BARS = (
     ("p99_itl_ms", "median_error", 25.0),
 )
 COLLAPSED_BAR = ("total_throughput", "mape", 6.0)
+HELD_OUT_BARS = (
+    ("total_throughput", "mape", 5.0),
+    ("mean_itl_ms", "mape", 10.0),
+    ("median_ttft_ms", "mape", 25.0),
+)
+"""Of a campaign of one's own, on the runs that were held out from fitting."""
+
+HELD_OUT = ", held out"
+"""Added to the name of the campaign for these runs."""
 REACHED = ("within_25", "macro_f1", "right")
 
 RESAMPLES = 500
@@ -90,7 +99,8 @@ def validate_runs(
     ----------
     measured : pandas.DataFrame
         As `adapter_twin.schemas.RUNS`. Figures are scored on runs with status ok, those that are
-        ``client_collapsed`` apart; starts on runs that started or were refused.
+        ``client_collapsed`` apart; starts on runs that started or were refused. Where there is a
+        column ``held_out``, the bars are those of one's own campaign, on these runs.
     predictions : pandas.DataFrame
         As `adapter_twin.schemas.PREDICTIONS`, one row per measured run. A figure that is not
         predicted counts as zero, an error of 100 %.
@@ -138,7 +148,10 @@ def _describe(runs: pd.DataFrame) -> pd.DataFrame:
     cases = [runs["client_collapsed"], ratio < STARVATION_THRESHOLD, runs["waiting_mean"] < 1]
     regime = np.select(cases, [COLLAPSED, STARVED, LIGHT], NEAR)
     workload = runs["model"] + " " + runs["rates_per_adapter"] + " " + runs["ranks"]
-    return runs.assign(ratio=ratio, regime=regime, workload=workload)
+    campaign = runs["campaign"]
+    if "held_out" in runs:
+        campaign = campaign.mask(runs["held_out"].astype(bool), campaign + HELD_OUT)
+    return runs.assign(ratio=ratio, regime=regime, workload=workload, campaign=campaign)
 
 
 def _pair(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
@@ -228,9 +241,13 @@ def _worst(pairs: pd.DataFrame) -> pd.DataFrame:
 
 def _figure_bars(errors: pd.DataFrame) -> Iterator[dict[str, Any]]:
     ours = errors[(errors["twin"] == "ours") & (errors["runs"] == "all")]
-    headline = (ours["model"] != "all") & (ours["campaign"] == "all")
-    for model, part in ours[headline].groupby("model"):
+    held_out = ours["campaign"].str.endswith(HELD_OUT)
+    if held_out.any():
+        headline, bars = held_out, [(bar, "all") for bar in HELD_OUT_BARS]
+    else:
+        headline = (ours["model"] != "all") & (ours["campaign"] == "all")
         bars = [(bar, "all") for bar in BARS] + [(COLLAPSED_BAR, COLLAPSED)]
+    for model, part in ours[headline].groupby("model"):
         for (figure, measure, bar), regime in bars:
             key = (part[["figure", "measure", "regime"]] == [figure, measure, regime]).all(axis=1)
             for value, n_runs in part.loc[key, ["value", "n_runs"]].to_numpy():

@@ -65,7 +65,9 @@ def test_accuracy_table_has_a_column_per_model_and_pooled_figures_in_each():
 
 def test_readme_keeps_its_text_around_the_table():
     text = f"above\n{results.BEGIN}\nold\n{results.END}\nbelow\n"
-    renewed = update_readme(text, BARS)
+    left_out = BARS.assign(value=BARS["value"] + 1)
+    renewed = update_readme(text, BARS, left_out)
+    assert accuracy_table(left_out) in renewed
     assert renewed.startswith("above\n")
     assert renewed.endswith("\nbelow\n")
     assert "old" not in renewed
@@ -79,6 +81,8 @@ def test_record_takes_over_tables_pictures_and_readme(monkeypatch, tmp_path):
     (run / "service.png").write_bytes(b"png")
     for name in ("EXPECTED", "IMAGES", "README"):
         monkeypatch.setattr(results, name, tmp_path / name)
+    (tmp_path / "EXPECTED").mkdir()
+    BARS.to_csv(tmp_path / "EXPECTED" / "bars_left_out.csv", index=False)
     (tmp_path / "README").write_text(f"{results.BEGIN}\n{results.END}")
     written = record(run)
     assert {path.name for path in written} == {"bars.csv", "service.png", "README"}

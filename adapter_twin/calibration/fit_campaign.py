@@ -62,6 +62,7 @@ def calibrate_campaign(
     runs = tables["runs"]
     fitted = runs[(runs.status == "ok") & ~runs.held_out]
     batches = median_steps(tables["micro_steps"])
+    ranges = runs[list(RANGE_COLUMNS)].agg(["min", "max"])
     starts = tables["engine_starts"].rename(columns={"capture_s": "graph_capture_s"})
     calibration = Calibration(
         name=f"{model}@{gpu}-vllm{engine_version}",
@@ -78,7 +79,7 @@ def calibrate_campaign(
         early_stop=EarlyStopLaw.never(),
         lengths=LengthLaw(),  # the runs tell their own distribution
         measurement=MeasurementLaw(arrivals="poisson", in_flight_cap=int(UNLIMITED)),
-        valid_range={column: [runs[column].min(), runs[column].max()] for column in RANGE_COLUMNS},
+        valid_range={column: ranges[column].tolist() for column in RANGE_COLUMNS},
         provenance={
             "source": source,
             "rows": {"runs": len(fitted), "step_times": len(batches)},

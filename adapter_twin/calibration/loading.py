@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin.calibration.estimator import Estimator
+from adapter_twin.strict import require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,13 +39,20 @@ class LoadingLaw(Estimator):
         """Fit to measured loads (table ``adapter_loads``: one row per load)."""
         loads = loads[loads.model == self.model]
         memory, disk = (loads[loads.source == source] for source in ("memory", "disk"))
+        for source, part in (("memory", memory), ("disk", disk)):
+            require(
+                len(part) > 0, f"adapter_loads: none of {self.model} from {source}; measure some"
+            )
         full = memory["rank"] == memory.max_lora_rank
         self.interval_: dict[str, tuple[float, float]] = {}
-        self.full_slot_ms_ = self._median("full_slot_ms_", memory.load_ms[full])
-        self.padded_slot_ms_ = self._median("padded_slot_ms_", memory.load_ms[~full])
+        # Where only one kind was measured it stands for the other.
+        self.full_slot_ms_ = self._median("full_slot_ms_", memory.load_ms[full | ~full.any()])
+        self.padded_slot_ms_ = self._median("padded_slot_ms_", memory.load_ms[~full | full.all()])
         # Medians by rank: the first read of a file is an outlier of up to a second.
         by_rank = disk.groupby("rank").load_ms.median() - self.full_slot_ms_
-        slope, intercept = np.polyfit(by_rank.index.to_numpy(float), by_rank.to_numpy(), 1)
+        degree = min(1, len(by_rank) - 1)
+        *slopes, intercept = np.polyfit(by_rank.index.to_numpy(float), by_rank.to_numpy(), degree)
+        slope = slopes[0] if slopes else 0.0
         self.read_ms_, self.read_ms_per_rank_ = float(intercept), float(slope)
         return self
 
@@ -52,8 +60,9 @@ class LoadingLaw(Estimator):
         """Median and its order-statistics interval (binomial, normal approximation)."""
         ordered = np.sort(values.to_numpy())
         half = 0.98 * np.sqrt(len(ordered))
-        low, high = len(ordered) / 2 - half, len(ordered) / 2 + half
-        self.interval_[name] = (float(ordered[int(low)]), float(ordered[int(np.ceil(high))]))
+        low = max(int(len(ordered) / 2 - half), 0)
+        high = min(int(np.ceil(len(ordered) / 2 + half)), len(ordered) - 1)
+        self.interval_[name] = (float(ordered[low]), float(ordered[high]))
         return float(np.median(ordered))
 
     def load_s(self, ranks: NDArray[np.int64], max_lora_rank: int) -> Floats:
