@@ -39,15 +39,15 @@ class LoadingLaw(Estimator):
         """Fit to measured loads (table ``adapter_loads``: one row per load)."""
         loads = loads[loads.model == self.model]
         memory, disk = (loads[loads.source == source] for source in ("memory", "disk"))
-        for source, part in (("memory", memory), ("disk", disk)):
-            require(
-                len(part) > 0, f"adapter_loads: none of {self.model} from {source}; measure some"
-            )
+        both = len(memory) > 0 and len(disk) > 0
+        require(both, f"adapter_loads: {self.model} needs some from memory and some from disk")
         full = memory["rank"] == memory.max_lora_rank
         self.interval_: dict[str, tuple[float, float]] = {}
         # Where only one kind was measured it stands for the other.
-        self.full_slot_ms_ = self._median("full_slot_ms_", memory.load_ms[full | ~full.any()])
-        self.padded_slot_ms_ = self._median("padded_slot_ms_", memory.load_ms[~full | full.all()])
+        self.full_slot_ms_ = self._median("full_slot_ms_", memory.load_ms[full | (not full.any())])
+        self.padded_slot_ms_ = self._median(
+            "padded_slot_ms_", memory.load_ms[~full | bool(full.all())]
+        )
         # Medians by rank: the first read of a file is an outlier of up to a second.
         by_rank = disk.groupby("rank").load_ms.median() - self.full_slot_ms_
         degree = min(1, len(by_rank) - 1)
