@@ -12,6 +12,8 @@ asks, and its counters to be missing.
 
 from __future__ import annotations
 
+import math
+import operator
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,7 +210,8 @@ def read_traffic(log: str, folder: Path) -> dict[str, Any]:
     return {
         "rate_values": " ".join(rates[1].split()),
         "rate_counts": " ".join(rates[2].split()),
-        "offered_request_rate": float(np.dot(values, counts)),
+        # exactly rounded, so that the sum does not depend on the machine
+        "offered_request_rate": math.fsum(map(operator.mul, values, counts)),
         "mean_input_tokens": input_tokens / prompts,
         "mean_requested_output_tokens": output_tokens / prompts,
     }

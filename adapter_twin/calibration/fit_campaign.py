@@ -15,7 +15,7 @@ import pandas as pd
 from adapter_twin import __version__
 from adapter_twin.calibration.calibration import UNLIMITED, Calibration
 from adapter_twin.calibration.client_side import fit_overhead, observe
-from adapter_twin.calibration.fit import RANGE_COLUMNS, unsaturated_runs
+from adapter_twin.calibration.fit import RANGE_COLUMNS
 from adapter_twin.calibration.front_end import FrontEndLaw, MeasurementLaw
 from adapter_twin.calibration.lengths import EarlyStopLaw, LengthLaw
 from adapter_twin.calibration.loading import LoadingLaw
@@ -57,7 +57,7 @@ def calibrate_campaign(
     Raises
     ------
     AdapterTwinError
-        No serving run that was fully served is left to fit the front end to.
+        Too few serving runs without a queue are left to fit the front end to.
     """
     runs = tables["runs"]
     fitted = runs[(runs.status == "ok") & ~runs.held_out]
@@ -87,11 +87,12 @@ def calibrate_campaign(
             "version": __version__,
         },
     )
-    light = unsaturated_runs(fitted)
+    served = fitted.completed_requests > 0.9 * fitted.sent_requests
+    light = fitted[served & (fitted.waiting_mean < 1)]
     if len(light) < 3:
         raise AdapterTwinError(
-            f"runs: {len(light)} of the runs to fit to were served in full; at least 3 are needed "
-            "for the front end's overhead: add lightly loaded runs to the campaign"
+            f"runs: {len(light)} of the runs to fit to were served without a queue; at least 3 are "
+            "needed for the front end's overhead: add lightly loaded runs to the campaign"
         )
     light = light.assign(unsaturated=True)
     fit_overhead(calibration, light, observe(calibration, light, jobs))

@@ -121,14 +121,13 @@ async def replay(
     window = asyncio.timeout_at(end_s)
     client = _Client(f"{base_url}/v1/completions", due, lambda: now_s() - start_s, free, window)
     bodies = _bodies(trace, model_names, vocabulary, seed)
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
-    timeout = aiohttp.ClientTimeout(total=None)
+    session = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
+        timeout=aiohttp.ClientTimeout(total=None),
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
     try:
-        async with (
-            aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
-            window,
-            asyncio.TaskGroup() as tasks,
-        ):
+        async with session, window, asyncio.TaskGroup() as tasks:
             for index, body in zip(range(due), bodies, strict=False):
                 await asyncio.sleep(start_s + trace.arrival_s[index] - now_s())
                 tasks.create_task(client.request(session, index, body))
