@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from adapter_twin.metrics import STARVATION_THRESHOLD
 from adapter_twin.perfetto import step_starts_s
@@ -283,6 +284,12 @@ def against_measured(table: pd.DataFrame, by: str) -> Figure:
         ends = part[["measured", "predicted"]].stack().agg(["min", "max"])
         axes.plot(ends, ends, color="0.3", lw=0.8)
         axes.set(xscale="log", yscale="log", title=LABELS.get(name, name), xlabel="measured")
+        steps = (1, 2, 5) if ends["max"] < 50 * ends["min"] else (1,)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=steps))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
     panels[0, 0].set_ylabel("predicted")
-    panels[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    title = by.replace("_", " ")
+    panels[0, -1].legend(title=title, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return _finish(figure)

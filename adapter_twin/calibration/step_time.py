@@ -78,6 +78,7 @@ FORMS: dict[str, tuple[tuple[float, ...], tuple[Term, ...]]] = {
     ),
     "tokens x padded rank": ((), _GATHERED),
     "tokens x padded rank, few tokens apart": ((32.0,), _GATHERED),
+    "tokens x padded rank, few and many apart": ((32.0, 256.0), _GATHERED),
 }
 """Candidate forms: batch sizes past which the coefficients change, and the terms of each regime."""
 
