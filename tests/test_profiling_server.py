@@ -160,10 +160,12 @@ def test_an_exception_leaves_no_process_behind(
 
 
 OWNER = """\
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from adapter_twin.profiling.engine_flags import EngineFlags
 from adapter_twin.profiling.server import Server, free_port
+# Where the tests run in the background, the shell has told them to ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 model = Path(sys.argv[1])
 flags = EngineFlags(max_loras=2, max_lora_rank=16, max_cpu_loras=4)
 with Server(model, {}, flags, free_port(), model / "log") as server:
@@ -186,6 +188,7 @@ def test_the_server_ends_with_its_owner(tmp_path: Path, death: signal.Signals) -
         assert is_running(leader)
         assert is_running(child)
         owner.send_signal(death)
+        owner.wait(60)
     assert ends(leader)
     assert ends(child)
 
