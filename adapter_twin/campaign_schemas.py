@@ -24,6 +24,8 @@ from adapter_twin.schemas import RUNS
 CAMPAIGN_RUNS = DataFrameSchema(
     {
         **RUNS.columns,
+        "campaign": text(),
+        "status": text(r"ok|failed:.+", "ok or failed:port in use"),
         "held_out": BOOL,
         **each("repeat seed", whole(0)),
         "max_num_batched_tokens": whole(1),

@@ -7,8 +7,7 @@ import pandas as pd
 
 from adapter_twin.calibration import Calibration
 from adapter_twin.calibration.fit_campaign import median_steps, observations
-from adapter_twin.metrics import STARVATION_THRESHOLD
-from adapter_twin.validate import HELD_OUT, HELD_OUT_BARS, Validation
+from adapter_twin.validate import HELD_OUT, HELD_OUT_BARS, Validation, pair_runs
 
 FIGURES = [figure for figure, _, _ in HELD_OUT_BARS]
 
@@ -31,19 +30,14 @@ def step_fit(calibration: Calibration, steps: pd.DataFrame) -> pd.DataFrame:
     """
     batches = median_steps(steps)
     observed = observations(batches)
-    predicted = [
-        float(calibration.step_time.predict_ms(batch, int(slots), int(rank), float(waiting))[0])
-        for batch, slots, rank, waiting in zip(
-            observed.batches, observed.slots, observed.rank, observed.waiting, strict=True
-        )
-    ]
+    predicted = calibration.step_time.expected_ms(observed)
     kinds = [batches.prompts > 0, batches.distinct_adapters > 0]
     return pd.DataFrame(
         {
             "figure": np.select(kinds, ["with a prompt (ms)", "decodes (ms)"], "base model (ms)"),
             "measured": observed.step_ms,
             "predicted": predicted,
-            "error": 100 * (np.array(predicted) / observed.step_ms - 1),
+            "error": 100 * (predicted / observed.step_ms - 1),
             "spread": 100 * batches.spread,
             "max_lora_rank": batches.max_lora_rank,
         }
@@ -51,26 +45,14 @@ def step_fit(calibration: Calibration, steps: pd.DataFrame) -> pd.DataFrame:
 
 
 def served(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
-    """Return measured and predicted service, a row per run and figure.
+    """Return measured and predicted service, a row per run and figure that is scored.
 
-    TTFT of runs that starve is left out: it is the length of their queue.
+    ``runs`` says whether a run was held out.
     """
-    by_run = predictions.set_index("run_id")
-    tokens = runs.mean_input_tokens + runs.mean_requested_output_tokens
-    starved = runs.total_throughput < STARVATION_THRESHOLD * runs.offered_request_rate * tokens
-    parts = [
-        pd.DataFrame(
-            {
-                "run_id": runs.run_id,
-                "figure": figure,
-                "measured": runs[figure],
-                "predicted": by_run.loc[runs.run_id, figure].to_numpy(),
-                "runs": np.where(runs.held_out, "held out", "fitted"),
-            }
-        )[~starved if "ttft" in figure else slice(None)]
-        for figure in FIGURES
-    ]
-    return pd.concat(parts, ignore_index=True)
+    pairs = pair_runs(runs, predictions)
+    held_out = pairs["campaign"].str.endswith(HELD_OUT)
+    pairs = pairs.assign(runs=np.where(held_out, "held out", "fitted"))
+    return pairs[pairs["figure"].isin(FIGURES)]
 
 
 def repeat_spread(runs: pd.DataFrame) -> pd.Series[float]:

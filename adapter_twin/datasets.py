@@ -189,10 +189,12 @@ def read_runs(path: str | Path) -> pd.DataFrame:
 
 
 def read_measured_runs(path: str | Path) -> pd.DataFrame:
-    """Read a table of runs with its measured columns; raises as `read_runs`."""
-    from adapter_twin.schemas import RUNS
+    """Read a table of runs, published or of a campaign; raises as `read_runs`."""
+    from adapter_twin.campaign_schemas import CAMPAIGN_RUNS
+    from adapter_twin.schemas import RUNS, validate
 
-    return read_table(path, RUNS)
+    frame = _read_frame(path)
+    return validate(frame, CAMPAIGN_RUNS if "held_out" in frame else RUNS, path)
 
 
 def read_table(
@@ -201,6 +203,11 @@ def read_table(
     """Read a Parquet or CSV file and check it against `schema`; raises as `read_runs`."""
     from adapter_twin.schemas import validate
 
+    return validate(_read_frame(path, columns), schema, path)
+
+
+def _read_frame(path: str | Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Read a Parquet or CSV file that is there, whole and not empty."""
     path = Path(path)
     _require_suffix(path)
     if not path.is_file():
@@ -208,14 +215,13 @@ def read_table(
     if path.stat().st_size == 0:
         raise AdapterTwinError(f"{path}: the file is empty; fetch or write it again")
     try:
-        frame = _read(path, columns)
+        return _read(path, columns)
     except (ValueError, OSError) as error:  # Arrow's and pandas' reading errors are ValueErrors.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise AdapterTwinError(
             f"{path}: malformed or truncated {path.suffix[1:]} table ({reason.rstrip('.')}); "
             "fetch or write it again"
         ) from None
-    return validate(frame, schema, path)
 
 
 def _read(path: Path, columns: Sequence[str] | None) -> pd.DataFrame:

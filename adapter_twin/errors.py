@@ -1,4 +1,12 @@
-"""The one exception that a user's input can cause."""
+"""The one exception that a user's input can cause, and reasons in one line."""
+
+LONGEST_REASON = 300
+
+
+def one_line(reason: object) -> str:
+    """Return an error or a text as one line that fits into a table."""
+    line = " ".join(str(reason).split()) or type(reason).__name__
+    return line if len(line) <= LONGEST_REASON else f"{line[: LONGEST_REASON - 3]}..."
 
 
 class AdapterTwinError(ValueError):

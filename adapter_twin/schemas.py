@@ -88,8 +88,8 @@ PREDICTIONS = DataFrameSchema(
 RUNS = DataFrameSchema(
     {
         **RUN_CONFIGURATION.columns,
-        "campaign": text(),
-        "status": text(r"ok|log_truncated_series_ok|failed:.+", "ok or failed:oom"),
+        "campaign": choice(("twin_validation", "optimum_grid")),
+        "status": choice(STATUSES),
         **each("sent_is_exact client_collapsed", BOOL),
         **each("offered_request_rate sent_requests completed_requests", OPTIONAL),
         **each("input_tokens output_tokens preemptions", OPTIONAL),

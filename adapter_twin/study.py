@@ -156,20 +156,14 @@ def step_residuals(calibration: Calibration, tables: dict[str, pd.DataFrame]) ->
     observed = step_observations(
         tables, calibration.model, calibration.lengths, calibration.scheduling, calibration.memory
     )
-    law = calibration.step_time
-    expected = [
-        law.predict_ms(batches, int(slots), int(rank), float(waiting)).mean()
-        for batches, slots, rank, waiting in zip(
-            observed.batches, observed.slots, observed.rank, observed.waiting, strict=True
-        )
-    ]
+    expected_ms = calibration.step_time.expected_ms(observed)
     tokens = observed.batches[:, :, 1].mean(axis=1).clip(min=1)
     rows = pd.DataFrame(
         {
             "model": calibration.model,
             "source": np.where(observed.group == "", "calibration steps", "one-hour runs"),
             "tokens": 2.0 ** np.log2(tokens).round(),
-            "error": 100 * (np.array(expected) / observed.step_ms - 1),
+            "error": 100 * (expected_ms / observed.step_ms - 1),
         }
     )
     return _quantiles(rows, ["model", "source", "tokens"], "error")

@@ -141,6 +141,14 @@ def validate_runs(
     return Validation(errors, _worst(pairs), pd.DataFrame(bars), counts)
 
 
+def pair_runs(measured: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
+    """Return a row per completed run and figure: measured, predicted and signed error in percent.
+
+    Arguments as for `validate_runs`; a figure is left out of runs on which it is not scored.
+    """
+    return _pair(_describe(measured[measured["status"] == "ok"]), predictions)
+
+
 def _describe(runs: pd.DataFrame) -> pd.DataFrame:
     """Add ``ratio`` (of the offered load that is served), ``regime`` and ``workload``."""
     tokens = runs["mean_input_tokens"] + runs["mean_requested_output_tokens"]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
 
-__all__ = ["BASE_MODEL", "LengthMarginals", "Trace", "generate", "read_trace"]
+__all__ = ["BASE_MODEL", "LengthMarginals", "Trace", "generate", "generators", "read_trace"]
 
 BASE_MODEL = -1
 """In `Trace.adapter`: the request goes to the base model."""
@@ -107,6 +107,15 @@ def _column(frame: pd.DataFrame, name: str, lowest: int, path: str | Path) -> Fl
     kind = "a time" if name == "arrival_s" else "a whole number"
     require(bool(fits.all()), f"{path}: {name} must be {kind} of at least {lowest} in every row")
     return values
+
+
+def generators(seed: int) -> tuple[np.random.Generator, np.random.Generator]:
+    """Return the random numbers of a run: of its traffic, and of what ends requests early.
+
+    A load generator that draws its traffic from the first one sends what the twin serves.
+    """
+    traffic, stops = np.random.default_rng(seed).spawn(2)
+    return traffic, stops
 
 
 def generate(

@@ -9,7 +9,11 @@ import pytest
 
 from adapter_twin import campaign_study, datasets
 from adapter_twin.calibration import Calibration
-from adapter_twin.calibration.fit_campaign import calibrate_campaign, median_steps
+from adapter_twin.calibration.fit_campaign import (
+    calibrate_campaign,
+    median_steps,
+    scheduling_times,
+)
 from adapter_twin.calibration.from_tables import calibrate_tables, device_name
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.metrics import summarize
@@ -222,6 +226,11 @@ def test_steps_that_load_an_adapter_are_no_observations_of_the_step_law() -> Non
     steps = micro_steps()
     with_load = pd.concat([steps, steps.assign(loads=1, step_ms=1e4)])
     assert median_steps(with_load).equals(median_steps(steps))
+
+
+def test_requests_beside_a_prompt_wait_for_the_budget_and_are_not_scanned() -> None:
+    batches = pd.DataFrame({"engine_id": "e", "prompts": [0, 2], "waiting": [64.0, 64.0]})
+    assert scheduling_times(batches)["scanned"].tolist() == [64, 0]
 
 
 def test_repeats_tell_how_far_the_same_traffic_scatters() -> None:

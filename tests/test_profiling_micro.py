@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, one_line
 from adapter_twin.profiling import micro, recorder
 from adapter_twin.profiling.engine_flags import EngineFlags
 from adapter_twin.profiling.micro import EngineProfile, profile_engine, run_child
-from adapter_twin.profiling.micro_engine import reason, visits
+from adapter_twin.profiling.micro_engine import visits
 from adapter_twin.profiling.micro_plan import MicroPlan, Point, check_plan, design
 from adapter_twin.profiling.model_folder import write_adapters, write_model
 from adapter_twin.profiling.recorder import Recorder
@@ -273,9 +273,9 @@ def test_an_engine_that_dies_keeps_the_steps_measured_until_then(profile: Any) -
 
 
 def test_a_reason_is_one_short_line() -> None:
-    assert reason(ValueError("too\n  little ")) == "too little"
-    assert reason(ValueError()) == "ValueError"
-    assert len(reason(ValueError("x" * 1000))) == 300
+    assert one_line(ValueError("too\n  little ")) == "too little"
+    assert one_line(ValueError()) == "ValueError"
+    assert len(one_line(ValueError("x" * 1000))) == 300
 
 
 LIVE = MicroPlan(

@@ -123,7 +123,7 @@ class Calibration:
         """Return the calibration as JSON text."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         plain = {k: v.to_dict() if isinstance(v, Estimator) else v for k, v in values.items()}
-        return json.dumps(plain, indent=1) + "\n"
+        return json.dumps(plain, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, path: Path) -> Calibration:

@@ -55,18 +55,15 @@ def fit_overhead(calibration: Calibration, runs: pd.DataFrame, seen: list[Observ
     ----------
     calibration : Calibration
     runs : DataFrame
-        Measured; those marked ``unsaturated`` count, where TTFT is not the length of a queue.
+        Measured without a queue, whose length TTFT would be.
     seen : list of Observed
         The same runs in the twin of `calibration`.
     """
-    light = runs.unsaturated.to_numpy(bool)
-    running = np.array([run.running for run in seen])[light]
+    running = np.array([run.running for run in seen])
     constant_ms, per_running_ms = 1e3 * calibration.front_end.overhead_s
-    ttft_ms = np.array([run.median_ttft_ms for run in seen])[light]
+    ttft_ms = np.array([run.median_ttft_ms for run in seen])
     engine_ttft_ms = ttft_ms - constant_ms - per_running_ms * running
-    calibration.front_end.fit_overhead(
-        running, engine_ttft_ms, runs.median_ttft_ms.to_numpy(float)[light]
-    )
+    calibration.front_end.fit_overhead(running, engine_ttft_ms, runs.median_ttft_ms.to_numpy(float))
 
 
 def fit_scrapes(

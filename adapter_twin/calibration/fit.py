@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import compress
 from typing import Any, cast
 
 import numpy as np
@@ -46,8 +47,8 @@ RANGE_COLUMNS = (
     "mean_requested_output_tokens",
 )
 
-LONGEST_OUTPUTS = (np.inf, 1000.0, 900.0, 800.0, 700.0)
-"""Candidates, in tokens of the histogram."""
+LONGEST_OUTPUTS = (None, 1000.0, 900.0, 800.0, 700.0)
+"""Candidates, in tokens of the histogram; None does not cut."""
 
 GATED_WAITING = 600.0
 """Mean waiting requests from which on a run counts as gated by its slots."""
@@ -121,11 +122,11 @@ def calibrate(
         },
     )
     calibration = _choose_longest_output(calibration, clean, marginals, busy, jobs)
-    observed = clean.assign(unsaturated=clean.run_id.isin(unsaturated.run_id))
-    observed = observed.iloc[::CLIENT_SIDE_RUNS]
+    observed = clean.iloc[::CLIENT_SIDE_RUNS]
+    light = observed.run_id.isin(unsaturated.run_id)
     for _ in range(2):  # the overhead depends a little on the scrapes, and they on the overhead
         seen = observe(calibration, observed, jobs)
-        fit_overhead(calibration, observed, seen)
+        fit_overhead(calibration, observed[light], list(compress(seen, light)))
         fit_scrapes(calibration, observed, seen, tables["series"])
     return calibration
 
@@ -160,8 +161,9 @@ def _choose_longest_output(
         served = Parallel(n_jobs=jobs)(
             delayed(_served)(candidate, row) for row in rows.to_dict("records")
         )
-        candidates[f"{longest:g}"] = candidate
-        errors[f"{longest:g}"] = 100 * np.abs(np.array(served) / rows.total_throughput - 1)
+        name = f"{longest or np.inf:g}"
+        candidates[name] = candidate
+        errors[name] = 100 * np.abs(np.array(served) / rows.total_throughput - 1)
     means = {longest: float(error.mean()) for longest, error in errors.items()}
     best = min(means, key=means.__getitem__)
     # One standard error: the least change to the histogram that does about as well as the best.

@@ -72,9 +72,7 @@ def calibrate_campaign(
         memory=MemoryLaw(model).fit(starts),
         step_time=StepTimeLaw().fit(observations(batches)),
         loading=LoadingLaw(model).fit(tables["adapter_loads"]),
-        scheduling=SchedulingLaw().fit(
-            batches.rename(columns={"waiting": "scanned", "engine_id": "group"})
-        ),
+        scheduling=SchedulingLaw().fit(scheduling_times(batches)),
         front_end=FrontEndLaw(),
         early_stop=EarlyStopLaw.never(),
         lengths=LengthLaw(),  # the runs tell their own distribution
@@ -94,7 +92,6 @@ def calibrate_campaign(
             f"runs: {len(light)} of the runs to fit to were served without a queue; at least 3 are "
             "needed for the front end's overhead: add lightly loaded runs to the campaign"
         )
-    light = light.assign(unsaturated=True)
     fit_overhead(calibration, light, observe(calibration, light, jobs))
     return calibration
 
@@ -112,6 +109,15 @@ def median_steps(steps: pd.DataFrame) -> pd.DataFrame:
         lambda ms: np.subtract(*np.percentile(ms, [75, 25])) / np.median(ms)
     )
     return medians.assign(spread=spread).reset_index()
+
+
+def scheduling_times(batches: pd.DataFrame) -> pd.DataFrame:
+    """Return single batches (`median_steps`) as what `SchedulingLaw` fits.
+
+    Beside a prompt the token budget is spent, and the scheduler looks at no waiting request.
+    """
+    scanned = batches.waiting.where(batches.prompts == 0, 0)
+    return batches.assign(scanned=scanned, group=batches.engine_id)
 
 
 def observations(batches: pd.DataFrame) -> StepObservations:

@@ -27,7 +27,7 @@ class LengthLaw(Estimator):
 
     Parameters
     ----------
-    longest_output : float
+    longest_output : float, optional
         Outputs of the histogram are cut off there, in its tokens. The longest outputs decide how
         long an adapter keeps its slot, so slot-gated runs tell how long they are.
 
@@ -43,7 +43,7 @@ class LengthLaw(Estimator):
         MAPE of the twin's throughput of slot-gated runs, by candidate for `longest_output`.
     """
 
-    def __init__(self, longest_output: float = np.inf) -> None:
+    def __init__(self, longest_output: float | None = None) -> None:
         self.longest_output = longest_output
 
     def fit(self, marginals: LengthMarginals, windows: pd.DataFrame) -> LengthLaw:
@@ -59,8 +59,9 @@ class LengthLaw(Estimator):
                 levels = np.sqrt(levels)
             quantiles = np.interp(levels, cumulative[kept], np.asarray(edges)[kept])
             if side == "output":  # edges must increase, so the cap is not quite flat
-                over = np.maximum(quantiles - self.longest_output, 0)
-                quantiles = np.minimum(quantiles, self.longest_output) + 0.01 * over
+                longest = self.longest_output or np.inf
+                over = np.maximum(quantiles - longest, 0)
+                quantiles = np.minimum(quantiles, longest) + 0.01 * over
             setattr(self, f"{side}_quantiles_", quantiles.tolist())
             setattr(self, f"{side}_levels_", levels.tolist())
         per_request = windows.groupby("run_id", observed=True)[["kv_tokens", "running"]].sum()

@@ -100,8 +100,9 @@ class MemoryLaw(Estimator):
         self.max_model_len_ = int(starts.max_model_len.max()) if told else shape.max_model_len
         started = starts.dropna(subset=["kv_cache_tokens"])
         kv_gib = started.kv_cache_tokens.to_numpy(float) * shape.kv_bytes_per_token / GIB
-        # Slots of different sizes that leave the same KV cache do not share its memory.
-        self.reserved_ = len(started) > 1 and bool(np.ptp(kv_gib) < 1e-3 * kv_gib.mean())
+        # A CPU's KV cache is as large as was asked for; a GPU's is what is left.
+        asked_gib = started.get("cpu_kv_cache_gib", 0.0)
+        self.reserved_ = bool(np.allclose(kv_gib, asked_gib, rtol=0.01))
         available_gib = kv_gib + self._slots_gib(started.adapter_slots, started.max_lora_rank)
         # Relative errors in KV tokens count: weight by the tokens left.
         weight = kv_gib**-2

@@ -227,6 +227,16 @@ class StepTimeLaw(Estimator):
         coefficients = self.for_engine(max_loras, max_lora_rank)[regime]
         return np.asarray((batches * coefficients).sum(axis=-1) + self.waiting_ms_ * waiting)
 
+    def expected_ms(self, observed: StepObservations) -> Floats:
+        """Return the law's step times of observations in ms, shape (n,)."""
+        rows = zip(observed.batches, observed.slots, observed.rank, observed.waiting, strict=True)
+        return np.array(
+            [
+                self.predict_ms(batches, int(slots), int(rank), float(waiting)).mean()
+                for batches, slots, rank, waiting in rows
+            ]
+        )
+
 
 def _design(observed: StepObservations, form: str) -> tuple[Floats, list[tuple[int, str, str]]]:
     """Return the expected terms per observation, by regime and term; waiting requests last."""

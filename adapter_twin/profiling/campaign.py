@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from adapter_twin.config import Lengths, Workload, deal_adapters
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.models import MODEL_CONFIGS
@@ -17,7 +15,7 @@ from adapter_twin.profiling.micro_plan import MicroPlan
 from adapter_twin.profiling.model_folder import check_model
 from adapter_twin.scenario import read_yaml
 from adapter_twin.strict import build, require, require_positive, suggestion
-from adapter_twin.workload import Trace, generate
+from adapter_twin.workload import Trace, generate, generators
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,8 +128,7 @@ class Serving:
             from adapter_twin.datasets import sharegpt_lengths
 
             marginals = sharegpt_lengths()
-        traffic, _ = np.random.default_rng(seed).spawn(2)
-        return generate(workload, traffic, marginals)
+        return generate(workload, generators(seed)[0], marginals)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

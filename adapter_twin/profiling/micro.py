@@ -24,6 +24,7 @@ from adapter_twin.profiling.engine_flags import EngineFlags, environment
 from adapter_twin.profiling.machine import require_engine
 from adapter_twin.profiling.micro_plan import MicroPlan, check_plan
 from adapter_twin.profiling.model_folder import adapter_rank, check_model
+from adapter_twin.profiling.server import telling_line
 from adapter_twin.profiling.vllm_cli import PARENT
 
 STEP_COLUMNS = [
@@ -127,8 +128,7 @@ def run_child(command: Sequence[str], variables: dict[str, str], log: Path) -> s
         return None
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), f"exit status {status}")
+    return telling_line(log)
 
 
 def _collect(results: Path, flags: EngineFlags, failure: str | None) -> EngineProfile:

@@ -20,14 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from adapter_twin.errors import one_line
 from adapter_twin.profiling.engine_flags import GIB, EngineFlags
 from adapter_twin.profiling.micro_plan import WARM_UP_STEPS, MicroPlan, Point, design
 from adapter_twin.profiling.model_folder import check_model
 from adapter_twin.profiling.recorder import Recorder, model_runner, worker_adapters
 from adapter_twin.profiling.vllm_cli import PARENT, answer_version, end_with_parent
 from adapter_twin.strict import build
-
-_LONGEST_REASON = 300
 
 
 @dataclass(slots=True)
@@ -210,12 +209,6 @@ def _capture_times() -> Iterator[list[float]]:
             runner.capture_model = capture
 
 
-def reason(error: BaseException) -> str:
-    """Say in one line why an engine refused to start."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 3]}..."
-
-
 def visits(points: int, repeats: int, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
     """Yield (repeat, point): every repeat visits all points, in another random order."""
     for repeat in range(repeats):
@@ -232,7 +225,7 @@ def run(folder: Path) -> None:
     try:
         engine, start = start_engine(spec["model"], flags)
     except Exception as error:  # whatever the engine's reason, it is the result
-        started.write_text(json.dumps({"server_failure": reason(error)}), encoding="utf-8")
+        started.write_text(json.dumps({"server_failure": one_line(error)}), encoding="utf-8")
         return
     started.write_text(json.dumps(start), encoding="utf-8")
     cache = start["kv_cache_tokens"], start["block_size"]

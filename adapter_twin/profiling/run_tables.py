@@ -12,11 +12,10 @@ import pandas as pd
 
 from adapter_twin.campaign_schemas import CAMPAIGN_RUNS
 from adapter_twin.config import deal_adapters
+from adapter_twin.errors import one_line
 from adapter_twin.profiling.campaign import Campaign
 from adapter_twin.profiling.engine_flags import EngineFlags
 from adapter_twin.strict import require
-
-_LONGEST_REASON = 300
 
 
 def run_row(
@@ -79,9 +78,7 @@ def run_id(campaign: Campaign, index: int, repeat: int) -> str:
 
 def failed(reason: str) -> str:
     """Return the status of a run that failed, in one line."""
-    line = " ".join(reason.split()) or "no reason given"
-    line = line if len(line) <= _LONGEST_REASON else f"{line[: _LONGEST_REASON - 3]}..."
-    return f"failed:{line}"
+    return f"failed:{one_line(reason or 'no reason given')}"
 
 
 def kv_cache(base_url: str) -> dict[str, float]:

@@ -15,7 +15,7 @@ from adapter_twin.scenario import run_seed, run_to_workload
 from adapter_twin.twin.records import Simulation, make_gaps, make_records
 from adapter_twin.twin.server import run_in_simpy
 from adapter_twin.twin.session import new_session
-from adapter_twin.workload import Trace, generate
+from adapter_twin.workload import Trace, generate, generators
 
 
 def simulate(
@@ -54,7 +54,7 @@ def simulate(
     """
     kv_cache_tokens = calibration.memory.require_start(engine)
     calibration.warn_outside_range(engine, workload)
-    traffic, stops = np.random.default_rng(seed).spawn(2)
+    traffic, stops = generators(seed)
     if observer and workload.arrivals.process == "poisson":
         workload = replace(workload, arrivals=Arrivals(process=calibration.measurement.arrivals))
     trace = generate(workload, traffic, calibration.lengths.marginals)
