@@ -180,14 +180,14 @@ def test_committed_campaigns_can_be_read(file: Path) -> None:
     assert campaign.micro is not None
 
 
-def test_the_recorded_campaign_has_enough_runs_and_ends_within_the_hour() -> None:
+def test_the_recorded_campaign_has_enough_runs_and_ends_within_the_budget() -> None:
     campaign = load_campaign(datasets.REPOSITORY / "campaigns" / "cpu-small.yaml")
     assert campaign.serving is not None
     assert campaign.serving.duration_s >= 60
     runs = campaign.serving.runs
     assert sum(run.repeats for run in runs) >= 30
     assert sum(run.held_out for run in runs) >= 8
-    assert campaign.budget_s <= 3600
+    assert campaign.budget_s <= 5400
     serving_s = sum(run.repeats for run in runs) * (campaign.serving.duration_s + 5)
     assert serving_s < campaign.budget_s
 
