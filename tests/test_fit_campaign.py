@@ -255,6 +255,13 @@ def test_a_folder_of_a_campaign_is_known_and_its_machine_names_the_calibration(
         calibrate_tables(tmp_path)
 
 
+def test_one_profiled_engine_cannot_tell_the_forms_apart(tables: dict[str, pd.DataFrame]) -> None:
+    steps = tables["micro_steps"]
+    one = tables | {"micro_steps": steps[steps["engine_id"] == steps["engine_id"].iloc[0]]}
+    with pytest.raises(AdapterTwinError, match=r"micro_steps: of 1 engine; .* add one"):
+        calibrate_campaign(one, "small", gpu="cpu", engine_version="0", source={})
+
+
 def test_too_few_light_runs_are_refused_with_a_remedy(tables: dict[str, pd.DataFrame]) -> None:
     starved = tables["runs"].assign(completed_requests=0.0)
     with pytest.raises(AdapterTwinError, match="add lightly loaded runs"):

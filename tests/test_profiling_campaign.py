@@ -18,9 +18,11 @@ import yaml
 
 from adapter_twin import cli, datasets, report
 from adapter_twin.calibration import load_calibration
+from adapter_twin.calibration.from_tables import calibrate_tables
 from adapter_twin.campaign_schemas import CAMPAIGN_TABLES
 from adapter_twin.config import EngineConfig, Workload, deal_adapters
 from adapter_twin.errors import AdapterTwinError
+from adapter_twin.predict import predict_runs
 from adapter_twin.profiling import run_campaign as runner
 from adapter_twin.profiling.campaign import load_campaign
 from adapter_twin.profiling.client import ScheduleError
@@ -552,7 +554,7 @@ def test_live_no_step_has_more_adapters_than_slots_or_more_tokens_than_its_budge
 ) -> None:
     steps = datasets.read_table(smoke / "micro_steps.parquet", CAMPAIGN_TABLES["micro_steps"])
     assert (steps["distinct_adapters"] <= steps["adapter_slots"]).all()
-    assert set(steps["distinct_adapters"]) == {0, 1, 2}
+    assert set(steps["distinct_adapters"]) >= {0, 1, 2}
     assert (steps["batched_tokens"] == steps["decodes"] + steps["prefill_tokens"]).all()
     assert (steps["batched_tokens"] <= 512).all()
     assert steps["waiting"].max() > 0
@@ -567,6 +569,15 @@ def test_live_the_server_never_runs_more_adapters_than_slots(
     together = watched[1].combinations()
     assert set.union(*together) == {f"adapter-{i}" for i in range(4)}
     assert max(map(len, together)) == 2
+
+
+@pytest.mark.live
+def test_live_what_was_measured_can_be_calibrated_and_predicted(smoke: Path) -> None:
+    calibration = calibrate_tables(smoke)
+    runs = datasets.read_measured_runs(smoke / "runs.parquet")
+    predicted = predict_runs(runs, calibration)
+    assert calibration.model == "tiny"
+    assert np.allclose(predicted["total_throughput"], runs["total_throughput"], rtol=0.5)
 
 
 @pytest.mark.live

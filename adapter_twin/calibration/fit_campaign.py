@@ -23,6 +23,7 @@ from adapter_twin.calibration.memory import MemoryLaw
 from adapter_twin.calibration.scheduling import SchedulingLaw
 from adapter_twin.calibration.step_time import StepObservations, StepTimeLaw, batch_features
 from adapter_twin.errors import AdapterTwinError
+from adapter_twin.strict import require
 
 TABLES = ("runs", "micro_steps", "adapter_loads", "engine_starts")
 """Tables that a calibration is fitted to."""
@@ -57,8 +58,15 @@ def calibrate_campaign(
     Raises
     ------
     AdapterTwinError
-        Too few serving runs without a queue are left to fit the front end to.
+        Fewer than two engines were profiled, or too few serving runs without a queue are left to
+        fit the front end to.
     """
+    engines = tables["micro_steps"].engine_id.nunique()
+    require(
+        engines >= 2,
+        f"micro_steps: of {engines} engine; at least 2 with different slots or ranks are needed to "
+        "choose the form of the step-time law: add one to the campaign",
+    )
     runs = tables["runs"]
     fitted = runs[(runs.status == "ok") & ~runs.held_out]
     batches = median_steps(tables["micro_steps"])
@@ -85,8 +93,7 @@ def calibrate_campaign(
             "version": __version__,
         },
     )
-    served = fitted.completed_requests > 0.9 * fitted.sent_requests
-    light = fitted[served & (fitted.waiting_mean < 1)]
+    light = fitted[fitted.waiting_mean < 1]
     if len(light) < 3:
         raise AdapterTwinError(
             f"runs: {len(light)} of the runs to fit to were served without a queue; at least 3 are "
