@@ -263,7 +263,7 @@ def test_one_profiled_engine_cannot_tell_the_forms_apart(tables: dict[str, pd.Da
 
 
 def test_too_few_light_runs_are_refused_with_a_remedy(tables: dict[str, pd.DataFrame]) -> None:
-    starved = tables["runs"].assign(completed_requests=0.0)
+    starved = tables["runs"].assign(waiting_mean=50.0)
     with pytest.raises(AdapterTwinError, match="add lightly loaded runs"):
         calibrate_campaign(
             tables | {"runs": starved}, "small", gpu="cpu", engine_version="0", source={}
