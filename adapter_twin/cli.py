@@ -274,6 +274,110 @@ def profile(
     print(f"{out}: {summary.complete} of {summary.pieces} pieces; rows: {rows or 'none'}")
 
 
+@app.command(
+    epilog="Example: adapter-twin optimum --model llama-3.1-8b-instruct --rates 0.4-0.1-0.05 "
+    "--ranks 8-16 --json"
+)
+def optimum(
+    model: Annotated[str, typer.Option(help="Model with a calibration.")],
+    rates: Annotated[
+        str, typer.Option(metavar="R-R-...", help="Requests/s, dealt over the adapters.")
+    ],
+    ranks: Annotated[str, typer.Option(metavar="R-R-...", help="Ranks, dealt alike.")],
+    calibration: CALIBRATION = "auto",
+    served_grid: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Served adapters to choose from.")
+    ] = None,
+    slots_grid: Annotated[
+        str | None, typer.Option(metavar="G,G,...", help="Adapter slots to choose from.")
+    ] = None,
+    slo: Annotated[
+        Path | None,
+        typer.Option(metavar="CONFIG.yaml", help="File with ttft_ms, itl_ms, percentile."),
+    ] = None,
+    margin: Annotated[
+        float | None, typer.Option(help="Safety margin on the served share of the load.")
+    ] = None,
+    mean_input_tokens: Annotated[
+        float | None, typer.Option(help="Mean prompt length; left out, the reference study's.")
+    ] = None,
+    mean_output_tokens: Annotated[
+        float | None, typer.Option(help="Mean output length, likewise.")
+    ] = None,
+    seed: SEED = 0,
+    jobs: JOBS = -1,
+    as_json: JSON = False,
+) -> None:
+    """Find how many adapters a GPU can serve, with how many slots, at the highest throughput."""
+    import pandas as pd
+
+    from adapter_twin.planning.choice import MARGIN, Criterion
+    from adapter_twin.planning.grid import GRID
+    from adapter_twin.planning.optimum import find_optimum
+    from adapter_twin.scenario import load_slo, parse_grid
+
+    workload = {
+        "model": model,
+        "rates_per_adapter": rates,
+        "ranks": ranks,
+        "mean_input_tokens": mean_input_tokens,
+        "mean_requested_output_tokens": mean_output_tokens,
+    }
+    found = find_optimum(
+        workload,
+        calibration,
+        served_grid=GRID if served_grid is None else parse_grid("served_grid", served_grid),
+        slots_grid=GRID if slots_grid is None else parse_grid("slots_grid", slots_grid),
+        criterion=Criterion(
+            margin=MARGIN if margin is None else margin, slo=None if slo is None else load_slo(slo)
+        ),
+        seed=seed,
+        jobs=jobs,
+    )
+    if as_json:
+        print_json(found)
+        return
+    alternatives = pd.DataFrame(found.pop("alternatives"))
+    print_mapping(found, f"{model}, {rates} requests/s, ranks {ranks}")
+    print_table(alternatives, "Alternatives")
+
+
+@app.command(epilog="Example: adapter-twin sweep designs/quick.yaml --out data/external/quick")
+def sweep(
+    design: Annotated[Path, typer.Argument(metavar="DESIGN.yaml", help="What to predict.")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for the parts; run again to go on in it.")
+    ],
+    calibration: CALIBRATION = "auto",
+    jobs: JOBS = -1,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(metavar="tcp://HOST:PORT", help="Dask scheduler whose workers do the work."),
+    ] = None,
+    as_json: JSON = False,
+) -> None:
+    """Predict the workloads of a design on a grid of configurations."""
+    from adapter_twin.planning.sweep import read_sweep, run_sweep
+
+    check_target(out)
+    with progress() as tell:
+        done = run_sweep(
+            design, out, calibration=calibration, jobs=jobs, scheduler=scheduler, tell=tell
+        )
+    runs = read_sweep(out)
+    content = {
+        "out": str(out),
+        "workloads": int(runs["workload_id"].nunique()),
+        "workloads_now": done,
+        "runs": len(runs),
+        "simulated": int(runs["simulated"].sum()),
+    }
+    if as_json:
+        print_json(content)
+    else:
+        print_mapping(content, str(design))
+
+
 @app.command(epilog="Example: adapter-twin data --import ~/GPULLMAdapterOptimization")
 def data(
     repository: Annotated[

@@ -6,14 +6,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from adapter_twin.config import (
+    Adapter,
+    Arrivals,
     EngineConfig,
     Lengths,
     Scenario,
+    Slo,
     Workload,
     check_ranks,
     deal_adapters,
@@ -21,6 +24,9 @@ from adapter_twin.config import (
 )
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.strict import build, require
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DEFAULT_DURATION_S = 3600.0
 DEFAULT_MEAN_INPUT_TOKENS = 223.0
@@ -116,6 +122,30 @@ def _parse_cell(column: str, text: object, number: type[Any], example: str) -> l
     return values
 
 
+def parse_grid(name: str, text: str) -> tuple[int, ...]:
+    """Parse a grid of whole numbers as options give it.
+
+    >>> parse_grid("slots_grid", "8,16,32")
+    (8, 16, 32)
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise AdapterTwinError(
+            f"{name}: expected whole numbers joined by ',', as in '8,16,32', got {text!r}"
+        ) from None
+
+
+def load_slo(path: str | Path) -> Slo:
+    """Read a YAML file with the keys of `adapter_twin.config.Slo`."""
+    return build(Slo, read_yaml(Path(path)), "")
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows of a table, by column name."""
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
 def run_to_workload(row: Mapping[str, Any]) -> tuple[EngineConfig, Workload]:
     """Turn the configuration columns of one run into what the twin takes.
 
@@ -125,7 +155,8 @@ def run_to_workload(row: Mapping[str, Any]) -> tuple[EngineConfig, Workload]:
         ``model, rates_per_adapter, ranks, served_adapters, adapter_slots, max_lora_rank,
         max_num_seqs, duration_s, mean_input_tokens, mean_requested_output_tokens``; ``run_id`` for
         messages. A campaign of one's own may add ``max_num_batched_tokens, block_size,
-        length_distribution, length_cv``. Nothing else is read.
+        length_distribution, length_cv``, a sweep ``zipf_exponent, arrival_cv``. Nothing else is
+        read.
 
     Raises
     ------
@@ -164,12 +195,9 @@ def run_seed(row: Mapping[str, Any]) -> int | None:
 
 
 def _workload(row: Mapping[str, Any]) -> Workload:
+    arrival_cv = _setting(row, "arrival_cv", 1.0)
     return Workload(
-        adapters=deal_adapters(
-            _whole(row, "served_adapters"),
-            parse_rates(_cell(row, "rates_per_adapter")),
-            parse_ranks(_cell(row, "ranks")),
-        ),
+        adapters=_adapters(row),
         duration_s=_number(row, "duration_s", DEFAULT_DURATION_S),
         lengths=Lengths(
             mean_input_tokens=_number(row, "mean_input_tokens", DEFAULT_MEAN_INPUT_TOKENS),
@@ -177,9 +205,21 @@ def _workload(row: Mapping[str, Any]) -> Workload:
                 row, "mean_requested_output_tokens", DEFAULT_MEAN_OUTPUT_TOKENS
             ),
             distribution=row.get("length_distribution", "sharegpt"),
-            cv=_number(row, "length_cv", 1.0) if "length_cv" in row else 1.0,
+            cv=_setting(row, "length_cv", 1.0),
         ),
+        arrivals=Arrivals() if arrival_cv == 1 else Arrivals(process="gamma", cv=arrival_cv),
     )
+
+
+def _adapters(row: Mapping[str, Any]) -> tuple[Adapter, ...]:
+    """Deal rates and ranks; with a Zipf exponent, the one rate is the adapters' mean."""
+    count, ranks = _whole(row, "served_adapters"), parse_ranks(_cell(row, "ranks"))
+    rates = parse_rates(_cell(row, "rates_per_adapter"))
+    exponent = _setting(row, "zipf_exponent", 0.0)
+    if exponent == 0:
+        return deal_adapters(count, rates, ranks)
+    require(len(rates) == 1, "rates_per_adapter: with a zipf_exponent give one rate, the mean")
+    return zipf_adapters(count, count * rates[0], exponent, ranks)
 
 
 def _cell(row: Mapping[str, Any], column: str) -> Any:
@@ -201,11 +241,14 @@ def _number(row: Mapping[str, Any], column: str, default: float | None = None) -
     return value
 
 
+def _setting(row: Mapping[str, Any], column: str, default: float) -> float:
+    """Return a number, or `default` where there is no such column or the cell is empty."""
+    return _number(row, column, default) if column in row else default
+
+
 def _option(row: Mapping[str, Any], column: str, default: int) -> int:
     """Return a whole number, or `default` where there is no such column or the cell is empty."""
-    if column not in row or math.isnan(_number(row, column, math.nan)):
-        return default
-    return _whole(row, column)
+    return default if math.isnan(_setting(row, column, math.nan)) else _whole(row, column)
 
 
 def _whole(row: Mapping[str, Any], column: str) -> int:

@@ -64,6 +64,9 @@ RUN_CONFIGURATION = DataFrameSchema(
         "length_distribution": choice(("sharegpt", "lognormal", "fixed"), required=False),
         "length_cv": positive(nullable=True, required=False),
         "seed": number(0, nullable=True, required=False),
+        # What a sweep varies besides.
+        "zipf_exponent": number(0, nullable=True, required=False),
+        "arrival_cv": positive(nullable=True, required=False),
     },
     name="run configuration",
 )

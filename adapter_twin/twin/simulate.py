@@ -26,6 +26,7 @@ def simulate(
     seed: int = 0,
     observer: bool = False,
     clock: Literal["compiled", "simpy"] = "compiled",
+    trace: Trace | None = None,
 ) -> Simulation:
     """Predict how an engine serves a workload, from configuration alone.
 
@@ -42,6 +43,8 @@ def simulate(
         Include what the measurement did to itself: its load generator and its scrapes.
     clock : {"compiled", "simpy"}
         Who turns the engine loop; the records are the same.
+    trace : Trace, optional
+        What `draw_requests` returns for these arguments, where several engines share it.
 
     Returns
     -------
@@ -54,12 +57,8 @@ def simulate(
     """
     kv_cache_tokens = calibration.memory.require_start(engine)
     calibration.warn_outside_range(engine, workload)
-    traffic, stops = generators(seed)
-    if observer and workload.arrivals.process == "poisson":
-        workload = replace(workload, arrivals=Arrivals(process=calibration.measurement.arrivals))
-    trace = generate(workload, traffic, calibration.lengths.marginals)
-    output_tokens = calibration.early_stop.apply(trace.output_tokens, stops)
-    trace = Trace(trace.arrival_s, trace.adapter, trace.prompt_tokens, output_tokens)
+    if trace is None:
+        trace = draw_requests(workload, calibration, seed=seed, observer=observer)
     ranks = np.array([adapter.rank for adapter in workload.adapters])
     session = new_session(
         trace,
@@ -87,6 +86,21 @@ def simulate(
             "calibration": calibration.name,
         },
     )
+
+
+def draw_requests(
+    workload: Workload, calibration: Calibration, *, seed: int = 0, observer: bool = False
+) -> Trace:
+    """Draw the requests of a workload, with the output lengths that the model will give them.
+
+    Parameters are those of `simulate`.
+    """
+    traffic, stops = generators(seed)
+    if observer and workload.arrivals.process == "poisson":
+        workload = replace(workload, arrivals=Arrivals(process=calibration.measurement.arrivals))
+    trace = generate(workload, traffic, calibration.lengths.marginals)
+    output_tokens = calibration.early_stop.apply(trace.output_tokens, stops)
+    return replace(trace, output_tokens=output_tokens)
 
 
 def simulate_run(

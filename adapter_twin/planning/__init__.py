@@ -1,0 +1,1 @@
+"""Planning with the twin: sweeps, the optimum of a traffic mix, recommendations."""

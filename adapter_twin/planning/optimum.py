@@ -1,0 +1,103 @@
+"""How many adapters can this GPU serve, with how many slots: a search with the twin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adapter_twin.calibration import load_calibration
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.planning.choice import MARGIN, Criterion
+from adapter_twin.planning.grid import GRID, check_grid, evaluate, grid_runs
+from adapter_twin.scenario import records, run_to_workload
+
+CONFIGURATION = ("served_adapters", "adapter_slots")
+SERVICE = ("total_throughput", "mean_ttft_ms", "p99_ttft_ms")
+
+ALTERNATIVES = 10
+"""So many of the next best configurations are shown beside those that tie."""
+
+
+def find_optimum(
+    workload: Mapping[str, Any],
+    calibration: str = "auto",
+    *,
+    served_grid: Sequence[int] = GRID,
+    slots_grid: Sequence[int] = GRID,
+    criterion: Criterion | None = None,
+    duration_s: float = 3600.0,
+    seed: int = 0,
+    jobs: int = -1,
+) -> dict[str, Any]:
+    """Find the configuration with the highest throughput that starves no request.
+
+    Parameters
+    ----------
+    workload : mapping
+        ``model``, ``rates_per_adapter`` and ``ranks``, dealt over however many adapters are served,
+        ``mean_input_tokens`` and ``mean_requested_output_tokens``, as in a runs table.
+    calibration : str
+    served_grid, slots_grid : sequence of int
+        Numbers of served adapters and of slots to choose from.
+    criterion : Criterion, optional
+        The paper's rule with a safety margin of `MARGIN` if left out.
+    duration_s : float
+        Window of each simulated run.
+    seed : int
+    jobs : int
+        Processes; -1 is one per core.
+
+    Returns
+    -------
+    dict
+        ``served_adapters``, ``adapter_slots``; ``total_throughput`` in tokens/s, ``mean_ttft_ms``
+        and ``p99_ttft_ms`` predicted for it; ``starved``; ``criterion`` in words; ``at_edge``: the
+        grid ends at the chosen number of adapters, more might be served; ``alternatives``: the
+        configurations that tie, then the next best ones.
+
+    Raises
+    ------
+    AdapterTwinError
+        Bad input, or no configuration of the grid satisfies the criterion.
+    """
+    check_grid("served_grid", served_grid)
+    check_grid("slots_grid", slots_grid)
+    criterion = criterion or Criterion(margin=MARGIN)
+    runs = grid_runs(workload, served_grid, slots_grid, duration_s)
+    if runs.empty:
+        raise AdapterTwinError("slots_grid: all are above served_grid; lower the slots")
+    fitted = load_calibration(calibration, workload["model"])
+    table = evaluate(runs, fitted, seed=seed, slo=criterion.slo, jobs=jobs)
+    ranked = criterion.ranked(table)
+    if ranked.empty:
+        raise AdapterTwinError(_why_none(table, criterion))
+    best = ranked.iloc[0]
+    fitted.warn_outside_range(*run_to_workload(records(ranked)[0]))
+    shown = ranked.iloc[1 : int(ranked.tied.sum()) + ALTERNATIVES]
+    return {
+        **{name: best[name] for name in CONFIGURATION + SERVICE},
+        "starved": False,
+        "criterion": str(criterion),
+        "at_edge": bool(best.served_adapters == max(served_grid)),
+        "calibration": fitted.name,
+        "alternatives": shown[[*CONFIGURATION, *SERVICE, "tied"]].to_dict("records"),
+    }
+
+
+def _why_none(table: Any, criterion: Criterion) -> str:
+    """Say what stands in the way of every configuration."""
+    if not table.feasible_start.any():
+        return (
+            f"slots_grid: the GPU starts with none of these slots at rank "
+            f"{table.max_lora_rank.iloc[0]}; give fewer slots"
+        )
+    if criterion.slo is not None and Criterion(margin=criterion.margin).feasible(table).any():
+        best = table.slo_attainment.max()
+        return (
+            f"slo: no configuration of the grid meets it; the best one does for {best:.1%} of the "
+            f"requests, {criterion.slo.percentile:g} % are asked: relax it or serve fewer adapters"
+        )
+    return (
+        "served_grid: every configuration starves; give fewer served adapters (the least now is "
+        f"{table.served_adapters.min()}) or lower rates"
+    )

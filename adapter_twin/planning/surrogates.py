@@ -1,0 +1,162 @@
+"""Interpretable models of the optimum, and of starvation: fitted to a sweep, judged by workload.
+
+Workloads that share their rates are never split: they differ in ranks only, and one of them would
+give the others away. The last folds of the rates are a test set that no choice has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import clone
+from sklearn.compose import TransformedTargetRegressor
+from sklearn.ensemble import HistGradientBoostingRegressor, RandomForestRegressor
+from sklearn.linear_model import LinearRegression, RidgeCV
+from sklearn.model_selection import GroupKFold, GroupShuffleSplit, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.tree import DecisionTreeRegressor
+
+from adapter_twin.metrics import half_smape, mape
+from adapter_twin.planning.features import paper_features, traffic_features
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Floats = NDArray[np.float64]
+
+TARGETS = ("served_adapters", "adapter_slots", "total_throughput")
+"""The optimum: N*, G*, and the throughput there in tokens/s."""
+
+FEATURES: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
+    "paper": paper_features,
+    "traffic": traffic_features,
+}
+"""Sets of features, by name."""
+
+FOLDS = 5
+TEST_SHARE = 0.2
+
+
+def _logarithms(values: Any) -> Any:
+    """Positive features act through their logarithm, which also tames zeros."""
+    return np.log(np.asarray(values, dtype=float) + 1e-3)
+
+
+def _linear(model: Any) -> Any:
+    return make_pipeline(FunctionTransformer(_logarithms), StandardScaler(), model)
+
+
+def _boosted_gam() -> Any:
+    from interpret.glassbox import ExplainableBoostingRegressor
+
+    return ExplainableBoostingRegressor(
+        interactions=6, outer_bags=2, max_rounds=800, n_jobs=1, random_state=0
+    )
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "linear": lambda: _linear(LinearRegression()),
+    "ridge": lambda: _linear(RidgeCV(np.logspace(-3, 3, 13))),
+    "small tree, depth 2": lambda: DecisionTreeRegressor(max_depth=2, random_state=0),
+    "small tree, depth 4": lambda: DecisionTreeRegressor(max_depth=4, random_state=0),
+    "small tree, depth 6": lambda: DecisionTreeRegressor(max_depth=6, random_state=0),
+    "decision tree": lambda: DecisionTreeRegressor(min_samples_leaf=3, random_state=0),
+    "random forest": lambda: RandomForestRegressor(200, min_samples_leaf=2, random_state=0),
+    "gradient boosting": lambda: HistGradientBoostingRegressor(max_iter=200, random_state=0),
+    "explainable boosting": _boosted_gam,
+}
+"""The models that are compared, by name, simplest first."""
+
+
+def make_model(name: str) -> Any:
+    """Return an unfitted model of `MODELS`.
+
+    It learns the logarithm of its target: errors count relatively, and no prediction is negative.
+    """
+    return TransformedTargetRegressor(MODELS[name](), func=np.log, inverse_func=np.exp)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Labelled workloads of one model, split by their rates.
+
+    Attributes
+    ----------
+    train, test : pandas.DataFrame
+        Rows of `adapter_twin.planning.labels.label` that have an optimum.
+    """
+
+    train: pd.DataFrame
+    test: pd.DataFrame
+
+
+def split(labels: pd.DataFrame, seed: int = 0) -> Split:
+    """Set a fifth of the rates apart, with all their workloads."""
+    labelled = labels[labels.has_optimum].reset_index(drop=True)
+    shuffle = GroupShuffleSplit(1, test_size=TEST_SHARE, random_state=seed)
+    train, test = next(shuffle.split(labelled, groups=labelled.rates_per_adapter))
+    return Split(labelled.iloc[train], labelled.iloc[test])
+
+
+def cross_validate(train: pd.DataFrame, features: str, target: str, model: str) -> Floats:
+    """Return predictions for every workload by a model that has not seen its rates."""
+    return np.asarray(
+        cross_val_predict(
+            make_model(model),
+            FEATURES[features](train),
+            train[target],
+            groups=train.rates_per_adapter,
+            cv=GroupKFold(FOLDS),
+        )
+    )
+
+
+def compare(
+    parts: Split, targets: tuple[str, ...] = TARGETS, models: tuple[str, ...] = tuple(MODELS)
+) -> pd.DataFrame:
+    """Return the errors of every model, set of features and target, cross-validated and on test.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``target, features, model``; ``cv_half_smape`` and ``cv_mape`` of workloads left out in
+        training, which models are chosen by; ``test_half_smape``, ``test_mape``; in percent.
+    """
+    import pandas as pd
+
+    rows = []
+    for target in targets:
+        for features in FEATURES:
+            for model in models:
+                left_out = cross_validate(parts.train, features, target, model)
+                fitted = fit(parts.train, features, target, model)
+                unseen = fitted.predict(FEATURES[features](parts.test))
+                rows.append(
+                    {
+                        "target": target,
+                        "features": features,
+                        "model": model,
+                        "cv_half_smape": half_smape(parts.train[target], left_out),
+                        "cv_mape": mape(parts.train[target], left_out),
+                        "test_half_smape": half_smape(parts.test[target], unseen),
+                        "test_mape": mape(parts.test[target], unseen),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def fit(train: pd.DataFrame, features: str, target: str, model: str) -> Any:
+    """Fit one model to labelled workloads."""
+    return clone(make_model(model)).fit(FEATURES[features](train), train[target])
+
+
+def to_grid(values: Floats, grid: tuple[int, ...]) -> NDArray[np.int64]:
+    """Round predictions of N or G to the nearest number of a grid, by ratio."""
+    steps = np.sort(np.asarray(grid, dtype=np.int64))
+    distance = np.abs(np.log(np.asarray(values)[:, None]) - np.log(steps))
+    return np.asarray(steps[distance.argmin(axis=1)])
