@@ -27,6 +27,7 @@ Tell = Callable[[int, int, str], None]
 
 DESIGN = "design.yaml"
 PARTS = "parts"
+CONNECT_S = 10.0
 
 
 def run_sweep(
@@ -137,7 +138,7 @@ def _backend(scheduler: str | None) -> Iterator[dict[str, Any]]:
             "scheduler: needs Dask; pip install 'adapter-twin[distributed]'"
         ) from None
     try:
-        client: Any = Client(scheduler, timeout="10s")  # type: ignore[no-untyped-call]
+        client: Any = Client(scheduler, timeout=CONNECT_S)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise AdapterTwinError(
