@@ -134,8 +134,9 @@ def analyse(
     pandas.DataFrame
         One row per engine: ``feasible_start``, ``kv_cache_tokens``; ``offered_tokens_per_s`` and
         ``capacity_tokens_per_s``, the most that it can serve of this mix; ``utilisation``, their
-        ratio; ``total_throughput`` in tokens/s; ``mean_itl_ms``; ``running`` requests and
-        ``distinct_adapters`` in a mean batch; ``slot_wait_s``, what an adapter waits for a slot;
+        ratio; ``total_throughput`` in tokens/s; ``mean_itl_ms``; ``mean_ttft_ms``, which is a step
+        and the wait for a slot, without the front end and waits for KV blocks; ``running`` requests
+        and ``distinct_adapters`` in a mean batch; ``slot_wait_s``, what an adapter waits for a slot;
         ``binds`` (arrival, slots, kv, requests or compute); ``starved``; ``holds``, false near
         saturation and where slots starve requests: there the model claims a verdict, no accuracy.
         Where a start is refused there are no figures, and ``utilisation`` is infinite.
@@ -177,6 +178,7 @@ def _analyse_few(
         "capacity_tokens_per_s": capacity,
         "total_throughput": throughput,
         "mean_itl_ms": 1e3 * state.step_s,
+        "mean_ttft_ms": 1e3 * (state.step_s + (mix.load_share * visits.wait_s).sum(axis=1)),
         "running": state.running,
         "distinct_adapters": state.adapters,
         "slot_wait_s": visits.head_wait_s,

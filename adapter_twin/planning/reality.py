@@ -1,0 +1,188 @@
+"""Picks against measured grids: what each way of choosing a configuration would have cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from adapter_twin.calibration import load_calibration
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.metrics import half_smape
+from adapter_twin.planning.analytic import predict_analytic
+from adapter_twin.planning.choice import Criterion
+from adapter_twin.planning.grid import evaluate, grid_runs
+from adapter_twin.scenario import (
+    DEFAULT_MEAN_INPUT_TOKENS,
+    DEFAULT_MEAN_OUTPUT_TOKENS,
+    records,
+)
+from adapter_twin.study import offered_tokens_per_s
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WORKLOAD = ["model", "rates_per_adapter", "ranks"]
+CONFIGURATION = ["served_adapters", "adapter_slots"]
+
+THUMBS: Mapping[str, Any] = {
+    "G = N": lambda n, grid: n,
+    "G = N/4": lambda n, grid: max((g for g in grid if g <= n / 4), default=grid[0]),
+    "fewest slots": lambda n, grid: grid[0],
+}
+"""Rules of thumb for the slots, given the twin's number of adapters."""
+
+
+def measured_grids(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the measured runs of the grids with what `Criterion` reads.
+
+    Parameters
+    ----------
+    runs : pandas.DataFrame
+        Table ``runs``.
+    """
+    means = {
+        "mean_input_tokens": DEFAULT_MEAN_INPUT_TOKENS,
+        "mean_requested_output_tokens": DEFAULT_MEAN_OUTPUT_TOKENS,
+    }
+    grids = runs[runs.campaign == "optimum_grid"].fillna(means)
+    return grids.assign(
+        feasible_start=grids.status == "ok",
+        offered_tokens_per_s=offered_tokens_per_s(grids).to_numpy(),
+    )
+
+
+def mixes(grids: pd.DataFrame) -> pd.DataFrame:
+    """Return the workloads of measured grids with their mean lengths, as `grid_runs` takes them."""
+    lengths = ["mean_input_tokens", "mean_requested_output_tokens"]
+    return grids.groupby(WORKLOAD, as_index=False, observed=True)[lengths].mean()
+
+
+def measured_optima(grids: pd.DataFrame) -> pd.DataFrame:
+    """Return the best measured configuration of each workload, by the paper's rule."""
+    return _best(grids, Criterion())
+
+
+def twin_picks(
+    grids: pd.DataFrame, margin: float, *, seed: int = 0, jobs: int = -1
+) -> pd.DataFrame:
+    """Return what a search with the twin picks for each workload, from configuration alone."""
+    import pandas as pd
+
+    tables = [
+        evaluate(runs, load_calibration("auto", runs.model.iloc[0]), seed=seed, jobs=jobs)
+        for runs in _grids_of(grids)
+    ]
+    return _best(pd.concat(tables, ignore_index=True), Criterion(margin=margin))
+
+
+def analytic_picks(grids: pd.DataFrame, margin: float) -> pd.DataFrame:
+    """Return what the analytic model picks for each workload."""
+    import pandas as pd
+
+    runs = pd.concat(_grids_of(grids), ignore_index=True)
+    figures = predict_analytic(runs)
+    return _best(runs.join(figures), Criterion(margin=margin))
+
+
+def authors_picks(sweep: pd.DataFrame) -> pd.DataFrame:
+    """Return the labels that the reference study trained on, from its own twin's sweep.
+
+    Its rule keeps the first point of a curve over N where none is feasible, and takes the highest
+    throughput over the curves.
+
+    Parameters
+    ----------
+    sweep : pandas.DataFrame
+        Table ``authors_twin_sweep``.
+    """
+    offered = sweep.offered_rate_req_s * (sweep.pool_in + sweep.pool_out)
+    table = sweep.assign(feasible=sweep.total_throughput >= 0.9 * offered)
+    curves = table.groupby([*WORKLOAD, "adapter_slots"], observed=True)
+    first = table.served_adapters == curves.served_adapters.transform("min")
+    kept = table[table.feasible | (first & ~curves.feasible.transform("any"))]
+    best = kept.groupby(WORKLOAD, observed=True).total_throughput.idxmax()
+    return table.loc[best, [*WORKLOAD, *CONFIGURATION, "total_throughput"]].reset_index(drop=True)
+
+
+def thumb_picks(twin: pd.DataFrame, grids: pd.DataFrame, rule: str) -> pd.DataFrame:
+    """Return the twin's numbers of adapters with slots by a rule of `THUMBS`."""
+    slots = sorted(grids.adapter_slots.unique())
+    return twin.assign(adapter_slots=[THUMBS[rule](n, slots) for n in twin.served_adapters])
+
+
+def _grids_of(grids: pd.DataFrame) -> list[pd.DataFrame]:
+    """Return the configurations that were asked of each workload, without what was measured."""
+    return [
+        grid_runs(
+            mix,
+            sorted(grids.served_adapters.unique()),
+            sorted(grids.adapter_slots.unique()),
+            3600.0,
+        )
+        for mix in records(mixes(grids))
+    ]
+
+
+def _best(table: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
+    """Return the first of each workload's ranked configurations."""
+    import pandas as pd
+
+    best = []
+    for key, runs in table.groupby(WORKLOAD, observed=True):
+        ranked = criterion.ranked(runs)
+        if ranked.empty:
+            raise AdapterTwinError(f"{' '.join(map(str, key))}: every configuration starves")
+        best.append(ranked.iloc[[0]])
+    columns = [*WORKLOAD, *CONFIGURATION, "total_throughput", "mean_ttft_ms"]
+    return pd.concat(best, ignore_index=True)[columns]
+
+
+def cost(picks: pd.DataFrame, grids: pd.DataFrame) -> pd.DataFrame:
+    """Return what was measured where a method picked, against the best measured point.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per workload: the pick, ``best_served``, ``best_slots``, ``best_throughput``; the
+        pick's ``predicted``, ``measured`` throughput in tokens/s; ``regret`` in percent (all of it
+        where the start was refused or the run starved); ``ttft_ratio`` of the pick's mean TTFT to
+        the best point's; ``starves``.
+    """
+    names = {
+        "served_adapters": "best_served",
+        "adapter_slots": "best_slots",
+        "total_throughput": "best_throughput",
+        "mean_ttft_ms": "best_ttft_ms",
+    }
+    best = measured_optima(grids).rename(columns=names)
+    measured = grids.assign(
+        served=Criterion().feasible(grids),
+        measured=grids.total_throughput,
+        measured_ttft_ms=grids.mean_ttft_ms,
+    )[[*WORKLOAD, *CONFIGURATION, "served", "measured", "measured_ttft_ms"]]
+    table = (
+        picks.rename(columns={"total_throughput": "predicted"})
+        .drop(columns="mean_ttft_ms", errors="ignore")
+        .merge(best, on=WORKLOAD)
+        .merge(measured, on=[*WORKLOAD, *CONFIGURATION], how="left")
+    )
+    served = table.served.fillna(False).astype(bool)
+    kept = (table.measured / table.best_throughput).where(served, 0.0)
+    return table.assign(
+        regret=100 * (1 - kept),
+        ttft_ratio=(table.measured_ttft_ms / table.best_ttft_ms).where(served),
+        starves=~served,
+    ).drop(columns=["served", "measured_ttft_ms", "best_ttft_ms"])
+
+
+def paper_style(costs: pd.DataFrame) -> dict[str, float]:
+    """Return the paper's halved SMAPE of N*, G* and throughput*, and regret, over workloads."""
+    return {
+        "half_smape_served": half_smape(costs.best_served, costs.served_adapters),
+        "half_smape_slots": half_smape(costs.best_slots, costs.adapter_slots),
+        "half_smape_throughput": half_smape(costs.best_throughput, costs.predicted),
+        "regret": float(costs.regret.mean()),
+        "largest_regret": float(costs.regret.max()),
+        "median_ttft_ratio": float(costs.ttft_ratio.median()),
+        "starving_picks": int(costs.starves.sum()),
+    }
