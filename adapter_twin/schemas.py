@@ -88,6 +88,23 @@ PREDICTIONS = DataFrameSchema(
 )
 """What `predict` writes, in this order: one row per run, no figures where the start is refused."""
 
+SWEEP = DataFrameSchema(
+    {
+        **each("workload_id model rates_per_adapter ranks", label()),
+        **each("served_adapters adapter_slots", whole(1)),
+        "max_lora_rank": RANK,
+        **each("mean_input_tokens mean_requested_output_tokens duration_s", positive()),
+        "zipf_exponent": number(0),
+        "arrival_cv": positive(),
+        **each("feasible_start simulated", BOOL),
+        "offered_tokens_per_s": number(0),
+        **each("total_throughput mean_ttft_ms", OPTIONAL),
+        "slo_attainment": number(0, 1, nullable=True),
+    },
+    name="sweep",
+)
+"""What is read of a sweep: a row per run, no figures where it was not simulated."""
+
 RUNS = DataFrameSchema(
     {
         **RUN_CONFIGURATION.columns,

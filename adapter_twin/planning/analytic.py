@@ -135,8 +135,8 @@ def analyse(
         One row per engine: ``feasible_start``, ``kv_cache_tokens``; ``offered_tokens_per_s`` and
         ``capacity_tokens_per_s``, the most that it can serve of this mix; ``utilisation``, their
         ratio; ``total_throughput`` in tokens/s; ``mean_itl_ms``; ``mean_ttft_ms``, which is a step
-        and the wait for a slot, without the front end and waits for KV blocks; ``running`` requests
-        and ``distinct_adapters`` in a mean batch; ``slot_wait_s``, what an adapter waits for a slot;
+        and the wait for a slot, without the front end and waits for KV blocks; requests
+        ``running`` and ``distinct_adapters`` in a mean batch; ``slot_wait_s`` of an adapter;
         ``binds`` (arrival, slots, kv, requests or compute); ``starved``; ``holds``, false near
         saturation and where slots starve requests: there the model claims a verdict, no accuracy.
         Where a start is refused there are no figures, and ``utilisation`` is infinite.

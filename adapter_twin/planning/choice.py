@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapter_twin.config import Slo
 from adapter_twin.metrics import STARVATION_THRESHOLD
@@ -55,20 +56,29 @@ class Criterion:
             feasible &= runs.slo_attainment >= self.slo.percentile / 100
         return feasible
 
-    def ranked(self, runs: pd.DataFrame) -> pd.DataFrame:
+    def ranked(self, runs: pd.DataFrame, within: Sequence[str] = ()) -> pd.DataFrame:
         """Return the feasible runs, the best first.
 
         Highest throughput first; those within `TIE` of the best are ranked by mean TTFT, and marked
         in the column ``tied``. Empty if no run is feasible: there is no second-best rule.
+
+        Parameters
+        ----------
+        runs : pandas.DataFrame
+            As for `feasible`, and ``mean_ttft_ms``.
+        within : sequence of str
+            Columns that tell apart the workloads of which each gets its own ranking.
         """
         served = runs[self.feasible(runs)]
-        tied = served.total_throughput >= (1 - TIE) * served.total_throughput.max()
+        throughput = served.total_throughput
+        highest: Any = throughput.max()
+        if within:
+            groups = served.groupby(list(within), observed=True, sort=False)
+            highest = groups.total_throughput.transform("max")
+        tied = throughput >= (1 - TIE) * highest
         return (
-            served.assign(
-                tied=tied,
-                by=served.mean_ttft_ms.where(tied, -served.total_throughput),
-            )
-            .sort_values(["tied", "by"], ascending=[False, True], kind="stable")
+            served.assign(tied=tied, by=served.mean_ttft_ms.where(tied, -throughput))
+            .sort_values([*within, "tied", "by"], ascending=[*[True] * len(within), False, True])
             .drop(columns="by")
         )
 

@@ -43,22 +43,22 @@ def label(runs: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
         that serve as many adapters within the tie, joined by ``-``; ``censored``: the optimum is at
         the grid's largest number of adapters, so the true one may lie beyond.
     """
-    import pandas as pd
-
     configuration = ["served_adapters", "adapter_slots"]
-    largest = runs.served_adapters.max()
-    labels = []
-    for key, table in runs.groupby(WORKLOAD, sort=False, observed=True):
-        means = table.groupby(configuration, as_index=False).mean(numeric_only=True)
-        ranked = criterion.ranked(means.assign(feasible_start=means.feasible_start > 0))
-        row = dict(zip(WORKLOAD, key, strict=True)) | {"has_optimum": not ranked.empty}
-        if not ranked.empty:
-            best = ranked.iloc[0]
-            ties = ranked[ranked.tied & (ranked.served_adapters == best.served_adapters)]
-            row |= {
-                **best[[*configuration, "total_throughput", "mean_ttft_ms"]],
-                "tied_slots": "-".join(str(slots) for slots in sorted(ties.adapter_slots)),
-                "censored": best.served_adapters == largest,
-            }
-        labels.append(row)
-    return pd.DataFrame(labels)
+    workloads = runs.drop_duplicates("workload_id")[WORKLOAD]
+    if runs.seed.nunique() > 1:
+        numbers = runs.groupby(["workload_id", *configuration], observed=True, as_index=False)
+        means = numbers.mean(numeric_only=True)
+        runs = means.assign(feasible_start=means.feasible_start > 0)
+    ranked = criterion.ranked(runs, within=["workload_id"])
+    best = ranked.drop_duplicates("workload_id").set_index("workload_id")
+    shown = best[[*configuration, "total_throughput", "mean_ttft_ms"]]
+    labels = workloads.join(shown, on="workload_id")
+    chosen = ranked.workload_id.map(best.served_adapters).astype(float)
+    ties = ranked[ranked.tied & (ranked.served_adapters == chosen)]
+    by_workload = ties.sort_values("adapter_slots").groupby("workload_id", observed=True)
+    tied_slots = by_workload.adapter_slots.agg(lambda slots: "-".join(map(str, slots)))
+    return labels.assign(
+        has_optimum=labels.served_adapters.notna(),
+        tied_slots=labels.workload_id.map(tied_slots),
+        censored=labels.served_adapters == runs.served_adapters.max(),
+    ).reset_index(drop=True)

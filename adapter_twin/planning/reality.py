@@ -125,16 +125,13 @@ def _grids_of(grids: pd.DataFrame) -> list[pd.DataFrame]:
 
 def _best(table: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
     """Return the first of each workload's ranked configurations."""
-    import pandas as pd
-
-    best = []
-    for key, runs in table.groupby(WORKLOAD, observed=True):
-        ranked = criterion.ranked(runs)
-        if ranked.empty:
-            raise AdapterTwinError(f"{' '.join(map(str, key))}: every configuration starves")
-        best.append(ranked.iloc[[0]])
+    best = criterion.ranked(table, within=WORKLOAD).drop_duplicates(WORKLOAD)
+    served = set(best[WORKLOAD].itertuples(index=False, name=None))
+    for workload in table[WORKLOAD].drop_duplicates().itertuples(index=False, name=None):
+        if workload not in served:
+            raise AdapterTwinError(f"{' '.join(workload)}: every configuration starves")
     columns = [*WORKLOAD, *CONFIGURATION, "total_throughput", "mean_ttft_ms"]
-    return pd.concat(best, ignore_index=True)[columns]
+    return best[columns].reset_index(drop=True)
 
 
 def cost(picks: pd.DataFrame, grids: pd.DataFrame) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from sklearn.ensemble import HistGradientBoostingRegressor, RandomForestRegresso
 from sklearn.linear_model import LinearRegression, RidgeCV
 from sklearn.model_selection import GroupKFold, GroupShuffleSplit, cross_val_predict
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, SplineTransformer, StandardScaler
 from sklearn.tree import DecisionTreeRegressor
 
 from adapter_twin.metrics import half_smape, mape
@@ -51,17 +51,23 @@ def _linear(model: Any) -> Any:
     return make_pipeline(FunctionTransformer(_logarithms), StandardScaler(), model)
 
 
+def _bent(model: Any) -> Any:
+    """Let each feature act along a line with bends: optima stop growing at the grid's edges."""
+    return make_pipeline(SplineTransformer(n_knots=8, degree=1), model)
+
+
 def _boosted_gam() -> Any:
     from interpret.glassbox import ExplainableBoostingRegressor
 
     return ExplainableBoostingRegressor(
-        interactions=6, outer_bags=2, max_rounds=800, n_jobs=1, random_state=0
+        interactions=4, outer_bags=1, max_rounds=300, learning_rate=0.05, n_jobs=1, random_state=0
     )
 
 
 MODELS: dict[str, Callable[[], Any]] = {
     "linear": lambda: _linear(LinearRegression()),
     "ridge": lambda: _linear(RidgeCV(np.logspace(-3, 3, 13))),
+    "piecewise linear": lambda: _linear(_bent(RidgeCV(np.logspace(-3, 3, 13)))),
     "small tree, depth 2": lambda: DecisionTreeRegressor(max_depth=2, random_state=0),
     "small tree, depth 4": lambda: DecisionTreeRegressor(max_depth=4, random_state=0),
     "small tree, depth 6": lambda: DecisionTreeRegressor(max_depth=6, random_state=0),

@@ -12,10 +12,10 @@ import joblib
 from adapter_twin import __version__
 from adapter_twin.calibration import Calibration, load_calibration
 from adapter_twin.config import config_hash
-from adapter_twin.datasets import replacing, write_table
+from adapter_twin.datasets import read_table, replacing, write_table
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.planning.design import Design, load_design
-from adapter_twin.planning.grid import evaluate, grid_runs
+from adapter_twin.planning.grid import FIGURES, evaluate, grid_runs
 from adapter_twin.scenario import records
 from adapter_twin.strict import require
 
@@ -84,13 +84,41 @@ def run_sweep(
     return len(todo)
 
 
-def read_sweep(out: Path) -> pd.DataFrame:
-    """Return the runs of a sweep that are there so far, one row per run."""
+def read_sweep(path: Path) -> pd.DataFrame:
+    """Return the runs of a sweep, one row each: of its folder so far, or of a `compact` table.
+
+    Raises
+    ------
+    AdapterTwinError
+        There are none, or the table is not of a sweep.
+    """
     import pandas as pd
 
-    parts = sorted((out / PARTS).glob("*/*.parquet"))
-    require(bool(parts), f"{out}: holds no part of a sweep; run adapter-twin sweep first")
-    return pd.concat(map(pd.read_parquet, parts), ignore_index=True)
+    from adapter_twin.schemas import SWEEP, validate
+
+    if path.suffix == ".parquet":
+        return read_table(path, SWEEP)
+    parts = sorted((path / PARTS).glob("*/*.parquet"))
+    require(bool(parts), f"{path}: holds no part of a sweep; run adapter-twin sweep first")
+    return validate(pd.concat(map(pd.read_parquet, parts), ignore_index=True), SWEEP, path)
+
+
+def compact(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return a sweep that packs small: figures to four digits, text as categories."""
+    import numpy as np
+
+    def rounded(figure: pd.Series[float]) -> Any:
+        digits = 3 - np.floor(np.log10(figure.where(figure > 0, 1)))
+        return (np.rint(figure * 10**digits) / 10**digits).astype("float32")
+
+    figures = [*FIGURES, "offered_tokens_per_s", "slo_attainment"]
+    names = ["workload_id", "model", "rates_per_adapter", "ranks"]
+    grid = ["served_adapters", "adapter_slots", "max_lora_rank", "max_num_seqs"]
+    return runs.drop(columns="run_id").assign(
+        **{name: rounded(runs[name]) for name in figures},
+        **{name: runs[name].astype("category") for name in names},
+        **{name: runs[name].astype("int16") for name in grid},
+    )
 
 
 def _predict(
