@@ -342,6 +342,38 @@ def optimum(
     print_table(alternatives, "Alternatives")
 
 
+@app.command(epilog="Example: adapter-twin recommend examples/recommend.yaml --json")
+def recommend(
+    workload: Annotated[
+        Path, typer.Argument(metavar="WORKLOAD.yaml", help="Adapters, traffic and SLO.")
+    ],
+    as_json: JSON = False,
+) -> None:
+    """Choose slots and flags for a set of adapters, and tell the service to expect."""
+    import pandas as pd
+
+    from adapter_twin.planning.demand import load_demand
+    from adapter_twin.planning.recommend import recommend
+
+    with working("simulating"):
+        answer = recommend(load_demand(workload))
+    if as_json:
+        print_json(answer)
+        return
+    reason, vllm, sglang = (answer.pop(key) for key in ("reason", "vllm_args", "sglang_args"))
+    what_if = pd.DataFrame(answer.pop("what_if"))
+    expected = pd.DataFrame(answer.pop("expected")).T.rename_axis("figure").reset_index()
+    worst = answer.pop("worst_served")
+    print_mapping(answer, str(workload))
+    print_table(expected, "Expected service, 95 %")
+    if worst is not None:
+        print_mapping(worst, "Worst-served adapter")
+    print_table(what_if, "What if")
+    print(reason)
+    print("vllm serve MODEL", *vllm)
+    print("python -m sglang.launch_server --model-path MODEL", *sglang)
+
+
 @app.command(epilog="Example: adapter-twin sweep designs/quick.yaml --out data/external/quick")
 def sweep(
     design: Annotated[Path, typer.Argument(metavar="DESIGN.yaml", help="What to predict.")],
@@ -376,6 +408,35 @@ def sweep(
         print_json(content)
     else:
         print_mapping(content, str(design))
+
+
+@app.command(epilog="Example: adapter-twin train data/sweeps/paper.parquet --out models")
+def train(
+    sweep_table: Annotated[
+        Path, typer.Argument(metavar="SWEEP", help="Folder of a sweep, or a compact table.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the models.")],
+    margin: Annotated[
+        float | None, typer.Option(help="Safety margin on the served share of the load.")
+    ] = None,
+    as_json: JSON = False,
+) -> None:
+    """Fit interpretable models to the optima of a sweep."""
+    from adapter_twin.planning.choice import MARGIN, Criterion
+    from adapter_twin.planning.sweep import read_sweep
+    from adapter_twin.planning.training import train as fit_models
+
+    check_target(out)
+    criterion = Criterion(margin=MARGIN if margin is None else margin)
+    with progress() as tell:
+        comparison = fit_models(read_sweep(sweep_table), out, criterion, tell=tell)
+    best = comparison.loc[
+        comparison.groupby(["language_model", "target"], sort=False)["cv_half_smape"].idxmin()
+    ]
+    if as_json:
+        print_json({"out": str(out), "chosen": best.to_dict("records")})
+    else:
+        print_table(best, f"Chosen by cross-validation, in {out}")
 
 
 @app.command(epilog="Example: adapter-twin data --import ~/GPULLMAdapterOptimization")

@@ -193,7 +193,7 @@ def read_measured_runs(path: str | Path) -> pd.DataFrame:
     from adapter_twin.campaign_schemas import CAMPAIGN_RUNS
     from adapter_twin.schemas import RUNS, validate
 
-    frame = _read_frame(path)
+    frame = read_frame(path)
     return validate(frame, CAMPAIGN_RUNS if "held_out" in frame else RUNS, path)
 
 
@@ -203,10 +203,10 @@ def read_table(
     """Read a Parquet or CSV file and check it against `schema`; raises as `read_runs`."""
     from adapter_twin.schemas import validate
 
-    return validate(_read_frame(path, columns), schema, path)
+    return validate(read_frame(path, columns), schema, path)
 
 
-def _read_frame(path: str | Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
+def read_frame(path: str | Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """Read a Parquet or CSV file that is there, whole and not empty."""
     path = Path(path)
     _require_suffix(path)

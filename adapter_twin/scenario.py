@@ -54,7 +54,7 @@ def load_scenario(path: str | Path) -> Scenario:
     content = read_yaml(file)
     workload = content.get("workload") if isinstance(content, dict) else None
     if isinstance(workload, dict):
-        _expand_adapters(workload)
+        expand_adapters(workload, "workload.adapters")
         arrivals = workload.get("arrivals")
         if isinstance(arrivals, dict) and isinstance(arrivals.get("path"), str):
             arrivals["path"] = str(file.parent / arrivals["path"])
@@ -81,13 +81,13 @@ def read_yaml(file: Path) -> Any:
         raise AdapterTwinError(f"{file}: not valid YAML ({reason})") from None
 
 
-def _expand_adapters(workload: dict[str, Any]) -> None:
-    """Replace the short forms of `workload["adapters"]` by the list they stand for."""
-    short = workload.get("adapters")
+def expand_adapters(owner: dict[str, Any], path: str) -> None:
+    """Replace the short forms of `owner["adapters"]`, at `path`, by the list they stand for."""
+    short = owner.get("adapters")
     if isinstance(short, dict):
         is_zipf = "zipf_exponent" in short or "total_request_rate" in short
-        adapters = build(zipf_adapters if is_zipf else deal_adapters, short, "workload.adapters")
-        workload["adapters"] = [asdict(adapter) for adapter in adapters]
+        adapters = build(zipf_adapters if is_zipf else deal_adapters, short, path)
+        owner["adapters"] = [asdict(adapter) for adapter in adapters]
 
 
 def parse_rates(text: object) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from adapter_twin.errors import AdapterTwinError
@@ -69,18 +70,25 @@ def build(make: Callable[..., T], given: object, path: str) -> T:
     """
     if not isinstance(given, Mapping):
         raise AdapterTwinError(f"{path or 'file'}: expected a mapping of keys, got {_show(given)}")
-    parameters = inspect.signature(make).parameters
+    parameters, hints = _signature(make)
     for key in given:
-        require(key in parameters, f"{_join(path, key)}: unknown key{suggestion(key, parameters)}")
+        if key not in parameters:
+            raise AdapterTwinError(f"{_join(path, key)}: unknown key{suggestion(key, parameters)}")
     for name, parameter in parameters.items():
         needed = parameter.default is inspect.Parameter.empty
         require(name in given or not needed, f"{_join(path, name)}: missing; add this key")
-    hints = get_type_hints(make)
     arguments = {key: convert(hints[key], value, _join(path, key)) for key, value in given.items()}
     try:
         return make(**arguments)
     except AdapterTwinError as error:
         raise AdapterTwinError(_join(path, str(error))) from None
+
+
+@lru_cache
+def _signature(
+    make: Callable[..., Any],
+) -> tuple[Mapping[str, inspect.Parameter], Mapping[str, Any]]:
+    return inspect.signature(make).parameters, get_type_hints(make)
 
 
 def convert(hint: Any, value: object, path: str) -> Any:

@@ -47,7 +47,16 @@ POINTS = 4
 ROWS = 128
 """Worked on together: more would fill memory, not save time."""
 
-KNEE = (0.95, 1.1)
+TURNS = 4
+"""Rounds in which waiting slows the steps down and slow steps let requests wait."""
+
+OVERLAP = 0.2
+"""Share of a burst that runs at the same time; chosen by the twin's latencies of half a sample."""
+
+WIDEST_SWING = 0.9
+"""Of the running requests around their mean, relatively."""
+
+KNEE = (0.94, 1.2)
 """Between these utilisations a small error decides whether a queue builds up."""
 
 
@@ -163,11 +172,11 @@ def _analyse_few(
 
     mix = _Mix.of([workload for workload, _ in pairs], calibration)
     batches = _Batches.of([engine for _, engine in pairs], mix, calibration)
-    served, extra_s = np.ones(len(pairs)), np.zeros(len(pairs))
-    for _ in range(4):  # what waits slows the steps down, and what is lost is not served
-        state = batches.balance(mix, served, extra_s)
-        served, extra_s = _losses(mix, batches, state, calibration)
-    visits = state.visits
+    delays = _Delays(np.ones(len(pairs)), *np.zeros((3, len(pairs))))
+    for _ in range(TURNS):
+        state = batches.balance(mix, delays)
+        delays = _delays(mix, batches, state, delays, calibration)
+    served, visits = delays.served, state.visits
     capacity = state.capacity_per_s * mix.tokens
     throughput = np.minimum(served * mix.request_rate * mix.tokens, capacity)
     utilisation = mix.request_rate / state.capacity_per_s
@@ -177,7 +186,7 @@ def _analyse_few(
     figures = {
         "capacity_tokens_per_s": capacity,
         "total_throughput": throughput,
-        "mean_itl_ms": 1e3 * state.step_s,
+        "mean_itl_ms": 1e3 * (state.step_s + batches.burst_s(state)),
         "mean_ttft_ms": 1e3 * (state.step_s + (mix.load_share * visits.wait_s).sum(axis=1)),
         "running": state.running,
         "distinct_adapters": state.adapters,
@@ -282,6 +291,26 @@ class _State:
 
 
 @dataclass(frozen=True, slots=True)
+class _Delays:
+    """What waiting does to the service; arrays of shape (n,).
+
+    Attributes
+    ----------
+    served : float64
+        Share of the requests that are served at all.
+    loads_s, queue_s : float64
+        Added to every step by loads, and to the window's last step by the queue.
+    scanning : float64
+        Share of the steps in which the scheduler scans the queue.
+    """
+
+    served: Floats
+    loads_s: Floats
+    queue_s: Floats
+    scanning: Floats
+
+
+@dataclass(frozen=True, slots=True)
 class _Batches:
     """Step times of n engines over their ranges of running requests.
 
@@ -329,20 +358,26 @@ class _Batches:
             bound=np.array(["kv", "requests", "compute"])[limits.argmin(axis=0)],
         )
 
-    def balance(self, mix: _Mix, served: Floats, extra_s: Floats) -> _State:
-        """Find the running requests at which as many complete as arrive, by Little's law.
+    def burst_s(self, state: _State) -> Floats:
+        """Return what bursts add to the mean step: they swing the batch between two points."""
+        swing = np.minimum(np.sqrt(OVERLAP * state.visits.burst / state.running), WIDEST_SWING)
+        factors = np.stack([1 - swing, 1 + swing, np.ones_like(swing)], axis=-1)
+        spacing = np.log(self.running[:, -1] / self.running[:, 0])[:, None] / (NODES - 1)
+        place = np.log(factors * (state.running / self.running[:, 0])[:, None]) / spacing
+        place = np.clip(place, 0, NODES - 1)
+        low = np.minimum(place.astype(np.int64), NODES - 2)
+        below, above = (np.take_along_axis(self.step_s, low + i, axis=1) for i in (0, 1))
+        step_s = below + (place - low) * (above - below)
+        return np.asarray((factors * step_s)[:, :2].mean(axis=1) - step_s[:, 2])
 
-        Parameters
-        ----------
-        mix : _Mix
-        served : float64, shape (n,)
-            Share of the requests that are served at all.
-        extra_s : float64, shape (n,)
-            Added to every step.
-        """
-        step_s = self.step_s + extra_s[:, None]
+    def balance(self, mix: _Mix, delays: _Delays) -> _State:
+        """Find the running requests at which as many complete as arrive, by Little's law."""
+        step_s = self.step_s + delays.loads_s[:, None]
+        # The queue's part grows evenly from nothing: steps/s average to those of this step.
+        growth = np.maximum(delays.queue_s[:, None] / step_s, 1e-9)
+        step_s = step_s * growth / np.log1p(growth)
         completed_per_s = self.running / (mix.output_tokens[:, None] * step_s)
-        wanted = mix.request_rate * served
+        wanted = mix.request_rate * delays.served
         enough = completed_per_s >= wanted[:, None]
         high = np.where(enough.any(axis=1), enough.argmax(axis=1), NODES - 1)
         rows, low = np.arange(len(high)), np.maximum(high - 1, 0)
@@ -368,22 +403,25 @@ class _Batches:
         )
 
 
-def _losses(
-    mix: _Mix, batches: _Batches, state: _State, calibration: Calibration
-) -> tuple[Floats, Floats]:
-    """Return the share of the requests that complete, and what waiting and loads add to a step."""
+def _delays(
+    mix: _Mix, batches: _Batches, state: _State, before: _Delays, calibration: Calibration
+) -> _Delays:
+    """Return what waits and is lost in a state, and what that adds to a step."""
     visits, residence_s = state.visits, mix.output_tokens * state.step_s
     late = np.minimum((visits.wait_s + residence_s[:, None]) / mix.duration_s[:, None], 1)
     of_base_model = (1 - mix.load_share.sum(axis=1)) * (1 - residence_s / mix.duration_s)
-    served = (mix.load_share * (1 - late)).sum(axis=1) / visits.crowding + of_base_model
-    gated = (1 - served) * mix.request_rate * mix.duration_s / 2
-    excess = np.maximum(mix.request_rate - state.capacity_per_s, 0) * mix.duration_s / 2
-    # The scheduler scans past requests that wait for a slot, but stops at one that lacks KV blocks.
-    scan_ms = calibration.scheduling.per_scanned_ms_ * np.where(visits.head_wait_s > 0, gated, 0)
-    waiting_ms = calibration.step_time.waiting_ms_ * (gated + excess)
+    served = (mix.load_share * visits.admitted * (1 - late)).sum(axis=1) + of_base_model
+    wanted = served * mix.request_rate
+    unserved_per_s = mix.request_rate - np.minimum(wanted, state.capacity_per_s)
+    # The scheduler scans past requests that wait for a slot, until KV blocks or tokens run out. A
+    # scan slows steps, which fills the batch and so ends the scans: half a turn back settles it.
+    scans = (visits.head_wait_s > 0) & (wanted < state.capacity_per_s)
+    scanning = (before.scanning + scans) / 2
+    scan_ms = calibration.scheduling.per_scanned_ms_ * scanning
+    queue_ms = (scan_ms + calibration.step_time.waiting_ms_) * unserved_per_s * mix.duration_s
     loads_ms = calibration.loading.padded_slot_ms_ * visits.per_s * state.step_s
     has_to_load = batches.slots < mix.adapters.sum(axis=1)
-    return served, (scan_ms + waiting_ms + np.where(has_to_load, loads_ms, 0)) / 1e3
+    return _Delays(served, np.where(has_to_load, loads_ms, 0) / 1e3, queue_ms / 1e3, scanning)
 
 
 def _step_s(

@@ -17,13 +17,13 @@ from adapter_twin.config import (
     Slo,
     Workload,
 )
-from adapter_twin.datasets import _read_frame
+from adapter_twin.datasets import read_frame
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.planning.grid import MAX_NUM_SEQS, check_grid, slot_rank
 from adapter_twin.scenario import (
     DEFAULT_BATCHED_TOKENS,
     DEFAULT_BLOCK_TOKENS,
-    _expand_adapters,
+    expand_adapters,
     read_yaml,
 )
 from adapter_twin.strict import build, require, suggestion
@@ -98,11 +98,14 @@ class Demand:
 
     def workload(self, duration_s: float, load: float = 1.0) -> Workload:
         """Return the traffic of a window, all rates multiplied by `load`."""
-        adapters = tuple(
-            replace(adapter, request_rate=load * adapter.request_rate) for adapter in self.adapters
-        )
+        adapters = self.adapters
+        if load != 1:
+            adapters = tuple(
+                Adapter(name=a.name, rank=a.rank, request_rate=load * a.request_rate)
+                for a in adapters
+            )
         return Workload(
-            adapters=self.adapters if load == 1 else adapters,
+            adapters=adapters,
             duration_s=duration_s,
             lengths=self.lengths,
             arrivals=self.arrivals,
@@ -155,7 +158,7 @@ def load_demand(path: str | Path) -> Demand:
     content = read_yaml(file)
     if not isinstance(content, dict):
         return build(Demand, content, "")
-    _expand_adapters(content)
+    expand_adapters(content, "adapters")
     log = content.pop("request_log", None)
     if log is None:
         _require_rates(content.get("adapters"))
@@ -186,7 +189,7 @@ def read_log(path: Path) -> pd.DataFrame:
     AdapterTwinError
         It cannot be read, has an unknown column or lacks one, or holds a value no request can have.
     """
-    log = _read_frame(path)
+    log = read_frame(path)
     for name in log.columns:
         known = name in LOG_COLUMNS
         require(known, f"{path}: unknown column {name!r}{suggestion(name, LOG_COLUMNS)}")
@@ -235,7 +238,7 @@ def measure(log: pd.DataFrame, adapters: object) -> dict[str, Any]:
     rates = counts / span_s
     return {
         "adapters": [_with_rate(adapter, i, rates) for i, adapter in enumerate(listed)],
-        "base_model_request_rate": float(rates.get("", 0.0)),
+        "base_model_request_rate": float((names == "").sum() / span_s),
         "lengths": _lengths(log),
     }
 
@@ -252,7 +255,7 @@ def _lengths(log: pd.DataFrame) -> dict[str, Any]:
     columns = log[["prompt_tokens", "output_tokens"]].astype(float)
     mean, deviation = columns.mean(), columns.std(ddof=0)
     constant = bool((deviation == 0).any())
-    correlation = 0.0 if constant else columns.corr("spearman").iloc[0, 1]
+    correlation = 0.0 if constant else columns.corr("spearman").to_numpy()[0, 1]
     return {
         "distribution": "lognormal",
         "mean_input_tokens": float(mean.prompt_tokens),

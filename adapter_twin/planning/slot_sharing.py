@@ -4,7 +4,8 @@ An adapter in a slot serves all its requests at once (M/M/infinity), and leaves 
 While more adapters have requests than there are slots, the one whose head has waited longest comes
 next, so all wait about the same time ``W`` for a slot. ``W`` is such that just as many adapters are
 active as there are slots: the requests that gather meanwhile lengthen a visit by the logarithm of
-their number only, so waiting is what makes room.
+their number only, so waiting is what makes room. Where even the longest wait does not make enough,
+the adapters that came first keep their slots, and the others get none.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ HEAVIEST = 30.0
 SHORTEST_WAIT_S = 1e-4
 HALVINGS = 25
 
+EARLIEST_S, LATEST_S = 1e-3, 1e6
+"""Between these the last adapter that gets a slot has its first request."""
+
 
 @dataclass(frozen=True, slots=True)
 class Visits:
@@ -34,18 +38,22 @@ class Visits:
     ----------
     head_wait_s : float64, shape (n,)
         What an adapter that has requests waits for a slot.
-    crowding : float64, shape (n,)
-        Adapters that want a slot even after the longest wait, by slots; 1 if the slots suffice.
+    admitted : float64, shape (n, g)
+        Share of a group's adapters that get a slot at all; below 1 where more adapters than slots
+        want one even after the longest wait.
     wait_s : float64, shape (n, g)
         Mean wait of a request; those that find their adapter in a slot do not wait.
     per_s : float64, shape (n,)
         Visits of all adapters per second.
+    burst : float64, shape (n,)
+        Requests that had gathered before the visit, as a mean request finds them.
     """
 
     head_wait_s: Floats
-    crowding: Floats
+    admitted: Floats
     wait_s: Floats
     per_s: Floats
+    burst: Floats
 
 
 def share_slots(
@@ -81,13 +89,33 @@ def share_slots(
         head_wait_s = np.where(crowded, high_s, 0.0)
     visit_s, wait_s = visits(head_wait_s), head_wait_s[:, None]
     cycle_s = 1 / rates + wait_s + visit_s
+    gathered = rates * wait_s
+    requests_per_s = np.maximum((adapters * rates).sum(axis=1), 1e-12)
     return Visits(
         head_wait_s,
-        np.maximum((adapters * visit_s / cycle_s).sum(axis=1) / slots, 1),
+        _admitted(slots, rates, adapters * visit_s / cycle_s),
         # Of the requests in a cycle the first waits all of W, those that join it half on average.
         (wait_s + rates * wait_s**2 / 2) / (1 + rates * (wait_s + visit_s)),
         (adapters / cycle_s).sum(axis=1),
+        (adapters * gathered**2 / cycle_s).sum(axis=1) / requests_per_s,
     )
+
+
+def _admitted(slots: Floats, rates: Floats, active: Floats) -> Floats:
+    """Return the share of each group's adapters that came early enough to get a slot.
+
+    After ``t`` seconds ``1 - exp(-rate t)`` of a group have had a first request, so frequent
+    adapters are ahead. `active`, of shape (n, g), are those that would hold a slot if all came.
+    """
+    crowded = active.sum(axis=1) > 1.001 * slots  # the wait is found to within a rounding error
+    if not crowded.any():
+        return np.ones_like(active)
+    low_s, high_s = np.full_like(slots, EARLIEST_S), np.full_like(slots, LATEST_S)
+    for _ in range(HALVINGS):
+        middle_s = np.sqrt(low_s * high_s)
+        above = (active * -np.expm1(-rates * middle_s[:, None])).sum(axis=1) > slots
+        low_s, high_s = np.where(above, low_s, middle_s), np.where(above, middle_s, high_s)
+    return np.where(crowded[:, None], -np.expm1(-rates * high_s[:, None]), 1.0)
 
 
 class _VisitLengths:

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from adapter_twin.calibration import Calibration
-from adapter_twin.config import EngineConfig, Slo
+from adapter_twin.config import EngineConfig, Slo, Workload
 from adapter_twin.metrics import slo_attainment, weighted_percentile
 from adapter_twin.planning.demand import Demand
 from adapter_twin.twin.records import Records, Simulation
-from adapter_twin.twin.simulate import draw_requests, simulate
+from adapter_twin.twin.simulate import simulate
 from adapter_twin.workload import Trace, generate, generators
 
 if TYPE_CHECKING:
@@ -26,13 +26,25 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
+FIGURES = (
+    "offered_tokens_per_s",
+    "total_throughput",
+    "mean_ttft_ms",
+    "p99_ttft_ms",
+    "mean_itl_ms",
+    "p99_itl_ms",
+)
+"""What is told of a window; of TTFT and ITL over all requests."""
+
 WARM_UP_S = 300.0
 """Batches have filled by then, and adapters without a slot have begun to wait."""
 
 WINDOW_S = 900.0
-ENOUGH_REQUESTS = 2000
-LONGEST_WINDOW_S = 4 * 3600.0
-"""Slow traffic gets a longer window, so that percentiles and shares mean something."""
+ENOUGH_REQUESTS = 1000
+LONG_WINDOW_S = 4 * 3600.0
+FEWEST_REQUESTS = 100
+"""Slow traffic gets a longer window, so that percentiles and shares mean something: until there are
+enough requests, or the window is long and there are a few."""
 
 TWIN_ERROR = {
     "total_throughput": 0.027,
@@ -52,22 +64,19 @@ class Traffic:
 
     Attributes
     ----------
-    demand : Demand
-    load : float
-        Factor on the demand's rates.
+    workload : Workload
+        Over warm-up and window.
+    slo : Slo, optional
     seed : int
-    duration_s : float
-        Warm-up and window.
     trace : Trace
     offered_tokens_per_s : float
         Input plus requested output tokens per second that arrive in the window: with few requests
         chance moves it, and what is served with it.
     """
 
-    demand: Demand
-    load: float
+    workload: Workload
+    slo: Slo | None
     seed: int
-    duration_s: float
     trace: Trace
     offered_tokens_per_s: float
 
@@ -79,8 +88,7 @@ class Service:
     Attributes
     ----------
     figures : dict
-        ``offered_tokens_per_s, total_throughput, mean_ttft_ms, p99_ttft_ms, mean_itl_ms,
-        p99_itl_ms``, and ``slo_attainment`` with an SLO.
+        `FIGURES`, and ``slo_attainment`` with an SLO.
     records : Records
         Of the requests that arrived after the warm-up.
     ttft_ms : float64, shape (requests,)
@@ -116,19 +124,21 @@ def draw_traffic(
     demand: Demand, calibration: Calibration, *, seed: int, load: float = 1.0
 ) -> Traffic:
     """Draw the requests of one window."""
-    rate = load * demand.workload(1.0).offered_request_rate
-    window_s = float(np.clip(ENOUGH_REQUESTS / rate, WINDOW_S, LONGEST_WINDOW_S))
-    workload = demand.workload(WARM_UP_S + window_s, load)
-    # as requested, before the model ends some early: the offered load counts that
-    requested = generate(workload, generators(seed)[0], calibration.lengths.marginals)
+    workload = demand.workload(WARM_UP_S + WINDOW_S, load)
+    rate = workload.offered_request_rate
+    window_s = max(WINDOW_S, min(ENOUGH_REQUESTS / rate, LONG_WINDOW_S), FEWEST_REQUESTS / rate)
+    workload = replace(workload, duration_s=WARM_UP_S + window_s)
+    # `adapter_twin.twin.simulate.draw_requests`, but the offered load counts what is requested
+    traffic, stops = generators(seed)
+    requested = generate(workload, traffic, calibration.lengths.marginals)
+    emitted = calibration.early_stop.apply(requested.output_tokens, stops)
     first = np.searchsorted(requested.arrival_s, WARM_UP_S)
     tokens = requested.prompt_tokens[first:].sum() + requested.output_tokens[first:].sum()
     return Traffic(
-        demand=demand,
-        load=load,
+        workload=workload,
+        slo=demand.slo,
         seed=seed,
-        duration_s=workload.duration_s,
-        trace=draw_requests(workload, calibration, seed=seed),
+        trace=replace(requested, output_tokens=emitted),
         offered_tokens_per_s=float(tokens / window_s),
     )
 
@@ -140,10 +150,11 @@ def serve(traffic: Traffic, engine: EngineConfig, calibration: Calibration) -> S
     arrive in it. Inter-token latencies are the steps' intervals, each counted once per request that
     it kept waiting; gaps of preempted requests are left out.
     """
-    workload = traffic.demand.workload(traffic.duration_s, traffic.load)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the caller warns of extrapolations, once
-        run = simulate(workload, engine, calibration, seed=traffic.seed, trace=traffic.trace)
+        run = simulate(
+            traffic.workload, engine, calibration, seed=traffic.seed, trace=traffic.trace
+        )
     records = arrived_after(run.records, WARM_UP_S)
     started = np.isfinite(records.first_token_s)
     told_s = np.where(started, records.first_token_s, run.duration_s)
@@ -151,12 +162,12 @@ def serve(traffic: Traffic, engine: EngineConfig, calibration: Calibration) -> S
     figures = {
         "offered_tokens_per_s": traffic.offered_tokens_per_s,
         "total_throughput": _throughput(run),
-        **_mean_and_p99("ttft_ms", ttft_ms, np.ones(len(ttft_ms), np.int64)),
-        **_mean_and_p99("itl_ms", *_gaps_ms(run)),
+        "mean_ttft_ms": float(ttft_ms.mean()),
+        "p99_ttft_ms": float(np.percentile(ttft_ms, 99)),
+        **_itl_ms(run),
     }
-    slo = traffic.demand.slo
-    if slo is not None:
-        figures["slo_attainment"] = slo_attainment(records, slo, run.duration_s)
+    if traffic.slo is not None:
+        figures["slo_attainment"] = slo_attainment(records, traffic.slo, run.duration_s)
     return Service(figures, records, ttft_ms, run.duration_s)
 
 
@@ -174,18 +185,14 @@ def _throughput(run: Simulation) -> float:
     return float(tokens / (run.duration_s - WARM_UP_S))
 
 
-def _gaps_ms(run: Simulation) -> tuple[Floats, NDArray[np.int64]]:
+def _itl_ms(run: Simulation) -> dict[str, float]:
     first = max(int(np.searchsorted(run.steps.end_s, WARM_UP_S)), 1)
-    gap_s = np.diff(run.steps.end_s[first - 1 :])
-    return 1e3 * gap_s, run.steps.decodes[first:].astype(np.int64)
-
-
-def _mean_and_p99(name: str, values: Floats, counts: NDArray[np.int64]) -> dict[str, float]:
-    total = counts.sum()
-    mean = float(values @ counts / total) if total else math.nan
+    gap_ms = 1e3 * np.diff(run.steps.end_s[first - 1 :])
+    count = run.steps.decodes[first:].astype(np.int64)
+    gaps = int(count.sum())  # none where outputs are of one token
     return {
-        f"mean_{name}": mean,
-        f"p99_{name}": float(weighted_percentile(values, counts, [99.0])[0]),
+        "mean_itl_ms": float((gap_ms * count).sum()) / gaps if gaps else math.nan,
+        "p99_itl_ms": float(weighted_percentile(gap_ms, count, [99.0])[0]),
     }
 
 
@@ -234,7 +241,7 @@ def _attained(services: Sequence[Service], slo: Slo, scale: int) -> Floats:
     return np.array([slo_attainment(s.records, limits, s.duration_s) for s in services])
 
 
-def worst_served(demand: Demand, services: Sequence[Service]) -> dict[str, Any]:
+def worst_served(demand: Demand, services: Sequence[Service]) -> dict[str, Any] | None:
     """Return the adapter with the longest p99 TTFT, over all windows together.
 
     An adapter without a slot is passed over by the requests of those that have one, so means over
@@ -247,7 +254,9 @@ def worst_served(demand: Demand, services: Sequence[Service]) -> dict[str, Any]:
     )
     groups = requests[requests.adapter >= 0].groupby("adapter").ttft_ms
     p99 = groups.quantile(0.99)
-    worst = int(p99.idxmax())
+    if p99.empty:
+        return None
+    worst = int(p99.index.to_numpy()[p99.argmax()])
     adapter = demand.adapters[worst]
     return {
         "name": adapter.name,

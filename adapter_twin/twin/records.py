@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adapter_twin import __version__
+from adapter_twin.config import EngineConfig, Workload, config_hash
 from adapter_twin.twin.session import Session
 from adapter_twin.workload import BASE_MODEL
 
@@ -161,14 +163,33 @@ class Simulation:
         One row per engine step (`adapter_twin.twin.clock.STEPS`).
     pauses : recarray
         When the front end served nothing else (`adapter_twin.twin.clock.PAUSES`).
-    duration_s : float
-    provenance : dict
-        Config hash, seed, package version, calibration name.
+    workload : Workload
+    engine : EngineConfig
+    seed : int
+    calibration : str
+        Its name.
     """
 
     records: Records
     gaps: Gaps
     steps: Any
     pauses: Any
-    duration_s: float
-    provenance: dict[str, Any]
+    workload: Workload
+    engine: EngineConfig
+    seed: int
+    calibration: str
+
+    @property
+    def duration_s(self) -> float:
+        """The window."""
+        return self.workload.duration_s
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Config hashes of workload and engine, seed, package version, calibration name."""
+        return {
+            "config_hash": f"{config_hash(self.workload)}-{config_hash(self.engine)}",
+            "seed": self.seed,
+            "version": __version__,
+            "calibration": self.calibration,
+        }

@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from adapter_twin import __version__
 from adapter_twin.calibration import Calibration
-from adapter_twin.config import Arrivals, EngineConfig, Workload, config_hash
+from adapter_twin.config import Arrivals, EngineConfig, Workload
 from adapter_twin.scenario import run_seed, run_to_workload
 from adapter_twin.twin.records import Simulation, make_gaps, make_records
 from adapter_twin.twin.server import run_in_simpy
@@ -78,13 +77,10 @@ def simulate(
         gaps=make_gaps(session),
         steps=session.steps[: session.clock.steps],
         pauses=session.pauses[: session.clock.pauses],
-        duration_s=workload.duration_s,
-        provenance={
-            "config_hash": config_hash(workload) + config_hash(engine),
-            "seed": seed,
-            "version": __version__,
-            "calibration": calibration.name,
-        },
+        workload=workload,
+        engine=engine,
+        seed=seed,
+        calibration=calibration.name,
     )
 
 
