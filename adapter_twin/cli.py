@@ -419,20 +419,20 @@ def train(
     margin: Annotated[
         float | None, typer.Option(help="Safety margin on the served share of the load.")
     ] = None,
+    jobs: JOBS = -1,
     as_json: JSON = False,
 ) -> None:
     """Fit interpretable models to the optima of a sweep."""
     from adapter_twin.planning.choice import MARGIN, Criterion
+    from adapter_twin.planning.surrogates import chosen
     from adapter_twin.planning.sweep import read_sweep
     from adapter_twin.planning.training import train as fit_models
 
     check_target(out)
     criterion = Criterion(margin=MARGIN if margin is None else margin)
     with progress() as tell:
-        comparison = fit_models(read_sweep(sweep_table), out, criterion, tell=tell)
-    best = comparison.loc[
-        comparison.groupby(["language_model", "target"], sort=False)["cv_half_smape"].idxmin()
-    ]
+        comparison = fit_models(read_sweep(sweep_table), out, criterion, jobs=jobs, tell=tell)
+    best = chosen(comparison)
     if as_json:
         print_json({"out": str(out), "chosen": best.to_dict("records")})
     else:
