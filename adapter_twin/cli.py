@@ -431,7 +431,7 @@ def train(
     check_target(out)
     criterion = Criterion(margin=MARGIN if margin is None else margin)
     with progress() as tell:
-        comparison = fit_models(read_sweep(sweep_table), out, criterion, jobs=jobs, tell=tell)
+        comparison, _ = fit_models(read_sweep(sweep_table), out, criterion, jobs=jobs, tell=tell)
     best = chosen(comparison)
     if as_json:
         print_json({"out": str(out), "chosen": best.to_dict("records")})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from adapter_twin.calibration.memory import slots_gib
-from adapter_twin.scenario import parse_ranks, parse_rates, records
+from adapter_twin.scenario import parse_ranks, parse_rates
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,17 +37,23 @@ CONFIGURATION = ["served_adapters", "adapter_slots", "slots_per_adapter", "offer
 
 MIB_PER_GIB = 1024
 
+MANY_SLOTS = 64
+"""Memory comes in segments: what a slot takes is told by many of them."""
+
 
 def paper_features(workloads: pd.DataFrame) -> pd.DataFrame:
     """Return `PAPER` for workloads whose rates and ranks are dealt, one row each."""
     import pandas as pd
 
-    columns: dict[str, list[float]] = {name: [] for name in PAPER}
-    for rates, ranks in zip(workloads.rates_per_adapter, workloads.ranks, strict=True):
-        for kind, values in (("rate", parse_rates(rates)), ("rank", parse_ranks(ranks))):
-            for statistic in ("max", "min", "mean", "std"):
-                columns[f"{statistic}_{kind}"].append(float(getattr(np, statistic)(values)))
-    return pd.DataFrame(columns, index=workloads.index)
+    pairs = zip(workloads.rates_per_adapter, workloads.ranks, strict=True)
+    rows = [
+        _statistics(parse_rates(rates)) + _statistics(parse_ranks(ranks)) for rates, ranks in pairs
+    ]
+    return pd.DataFrame(np.array(rows), columns=PAPER, index=workloads.index)
+
+
+def _statistics(values: Sequence[float]) -> tuple[float, ...]:
+    return max(values), min(values), float(np.mean(values)), float(np.std(values))
 
 
 def traffic_features(workloads: pd.DataFrame) -> pd.DataFrame:
@@ -62,27 +69,50 @@ def traffic_features(workloads: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    rows = []
-    for row in records(workloads):
-        rates = np.array(parse_rates(row["rates_per_adapter"]))
-        ranks = np.array(parse_ranks(row["ranks"]), dtype=float)
-        tokens = row["mean_input_tokens"] + row["mean_requested_output_tokens"]
-        dealt = np.resize(ranks, np.lcm(len(rates), len(ranks)))
-        load = np.resize(rates, len(dealt))
-        rows.append(
-            {
-                "adapter_load": rates.mean() * tokens,
-                "top_share": rates.max() / rates.sum(),
-                "rank_load": float(dealt @ load / load.sum()),
-                "slot_mib": MIB_PER_GIB * slots_gib(row["model"], 64, row["max_lora_rank"]) / 64,
-                "max_rank": float(row["max_lora_rank"]),
-                "output_share": row["mean_requested_output_tokens"] / tokens,
-                "request_tokens": tokens,
-                "zipf_exponent": float(row["zipf_exponent"]),
-                "arrival_cv": float(row["arrival_cv"]),
-            }
-        )
-    return pd.DataFrame(rows, columns=TRAFFIC, index=workloads.index)
+    rows = zip(*(workloads[name].tolist() for name in _DESCRIBED), strict=True)
+    return pd.DataFrame(
+        np.array([_traffic(*row) for row in rows]), columns=TRAFFIC, index=workloads.index
+    )
+
+
+_DESCRIBED = (
+    "model",
+    "rates_per_adapter",
+    "ranks",
+    "max_lora_rank",
+    "mean_input_tokens",
+    "mean_requested_output_tokens",
+    "zipf_exponent",
+    "arrival_cv",
+)
+
+
+def _traffic(
+    model: str,
+    rates: str,
+    ranks: str,
+    slot_rank: int,
+    input_tokens: float,
+    output_tokens: float,
+    zipf_exponent: float,
+    arrival_cv: float,
+) -> tuple[float, ...]:
+    """Return `TRAFFIC` of one workload, its columns in the order of `_DESCRIBED`."""
+    dealt_rates, dealt_ranks = np.array(parse_rates(rates)), np.array(parse_ranks(ranks))
+    period = np.lcm(len(dealt_rates), len(dealt_ranks))
+    load = np.resize(dealt_rates, period)
+    tokens = input_tokens + output_tokens
+    return (
+        dealt_rates.mean() * tokens,
+        dealt_rates.max() / dealt_rates.sum(),
+        np.resize(dealt_ranks, period) @ load / load.sum(),
+        MIB_PER_GIB * slots_gib(model, MANY_SLOTS, slot_rank) / MANY_SLOTS,
+        slot_rank,
+        output_tokens / tokens,
+        tokens,
+        zipf_exponent,
+        arrival_cv,
+    )
 
 
 def configuration_features(runs: pd.DataFrame) -> pd.DataFrame:

@@ -40,6 +40,12 @@ FEATURES: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
 }
 """Sets of features, by name."""
 
+
+def feature_array(features: str, workloads: pd.DataFrame) -> Floats:
+    """Return a set of `FEATURES` as an array, a row per workload."""
+    return FEATURES[features](workloads).to_numpy(float)
+
+
 YARDSTICKS = ("random forest", "gradient boosting")
 """Compared to tell what it costs to be interpretable; never chosen."""
 
@@ -52,7 +58,8 @@ def _logarithms(values: Any) -> Any:
     return np.log(np.asarray(values, dtype=float) + 1e-3)
 
 
-def _linear(model: Any) -> Any:
+def linear(model: Any) -> Any:
+    """Return a linear model of standardised logarithms."""
     return make_pipeline(FunctionTransformer(_logarithms), StandardScaler(), model)
 
 
@@ -70,9 +77,9 @@ def _boosted_gam() -> Any:
 
 
 MODELS: dict[str, Callable[[], Any]] = {
-    "linear": lambda: _linear(LinearRegression()),
-    "ridge": lambda: _linear(RidgeCV(np.logspace(-3, 3, 13))),
-    "piecewise linear": lambda: _linear(_bent(RidgeCV(np.logspace(-3, 3, 13)))),
+    "linear": lambda: linear(LinearRegression()),
+    "ridge": lambda: linear(RidgeCV(np.logspace(-3, 3, 13))),
+    "piecewise linear": lambda: linear(_bent(RidgeCV(np.logspace(-3, 3, 13)))),
     "small tree, depth 2": lambda: DecisionTreeRegressor(max_depth=2, random_state=0),
     "small tree, depth 4": lambda: DecisionTreeRegressor(max_depth=4, random_state=0),
     "small tree, depth 6": lambda: DecisionTreeRegressor(max_depth=6, random_state=0),
@@ -94,24 +101,17 @@ def make_model(name: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Labelled workloads of one model, split by their rates.
-
-    Attributes
-    ----------
-    train, test : pandas.DataFrame
-        Rows of `adapter_twin.planning.labels.label` that have an optimum.
-    """
+    """Workloads of one model, or runs of them, split by their rates."""
 
     train: pd.DataFrame
     test: pd.DataFrame
 
 
-def split(labels: pd.DataFrame, seed: int = 0) -> Split:
-    """Set a fifth of the rates apart, with all their workloads."""
-    labelled = labels[labels.has_optimum].reset_index(drop=True)
+def split(table: pd.DataFrame, seed: int = 0) -> Split:
+    """Set a fifth of the rates apart, with all their rows."""
     shuffle = GroupShuffleSplit(1, test_size=TEST_SHARE, random_state=seed)
-    train, test = next(shuffle.split(labelled, groups=labelled.rates_per_adapter))
-    return Split(labelled.iloc[train], labelled.iloc[test])
+    train, test = next(shuffle.split(table, groups=table.rates_per_adapter))
+    return Split(table.iloc[train], table.iloc[test])
 
 
 def cross_validate(train: pd.DataFrame, features: str, target: str, model: str) -> Floats:
@@ -119,7 +119,7 @@ def cross_validate(train: pd.DataFrame, features: str, target: str, model: str) 
     return np.asarray(
         cross_val_predict(
             make_model(model),
-            FEATURES[features](train),
+            feature_array(features, train),
             train[target],
             groups=train.rates_per_adapter,
             cv=GroupKFold(FOLDS),
@@ -147,7 +147,7 @@ def compare(parts: Split, models: Sequence[str] = tuple(MODELS), *, jobs: int = 
 
 def _errors(parts: Split, target: str, features: str, model: str) -> dict[str, Any]:
     left_out = cross_validate(parts.train, features, target, model)
-    unseen = fit(parts.train, features, target, model).predict(FEATURES[features](parts.test))
+    unseen = fit(parts.train, features, target, model).predict(feature_array(features, parts.test))
     return {
         "target": target,
         "features": features,
@@ -171,7 +171,7 @@ def chosen(comparison: pd.DataFrame) -> pd.DataFrame:
 
 def fit(train: pd.DataFrame, features: str, target: str, model: str) -> Any:
     """Fit one model to labelled workloads."""
-    return clone(make_model(model)).fit(FEATURES[features](train), train[target])
+    return clone(make_model(model)).fit(feature_array(features, train), train[target])
 
 
 def to_grid(values: Floats, grid: tuple[int, ...]) -> NDArray[np.int64]:
