@@ -1,4 +1,4 @@
-"""Trained models on disk, without pickle: skops runs no code on loading but the types named here."""
+"""Trained models on disk, without pickle: loading runs no code but that of the types named here."""
 
 from __future__ import annotations
 

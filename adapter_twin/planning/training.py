@@ -222,8 +222,8 @@ no choice had seen) was looked at afterwards. Halved SMAPE and MAPE in percent.
 {rows}
 
 **Whether a configuration is served** (`serves.skops`: {best.name}): macro-F1 {best.cv_macro_f1:.3f}
-cross-validated, {best.test_macro_f1:.3f} on test; {best.served_wrongly:.1f} % of the test runs are said to be
-served and starve.
+cross-validated, {best.test_macro_f1:.3f} on test; {best.served_wrongly:.1f} % of the test runs are
+said to be served and starve.
 
 **Do not use them** outside the sweep's ranges of rates, ranks and lengths, on another GPU or
 engine, or where a wrong answer starves a customer: `adapter-twin optimum` asks the twin itself.

@@ -1,4 +1,4 @@
-"""Classifiers of configurations: will N adapters on G slots be served, or starve?
+"""Classifiers of configurations: N adapters on G slots will be served, or starve.
 
 They are fitted to the runs that the sweep had to simulate; what starts but is hopeless, or does not
 start at all, is told without them. Workloads that share their rates are never split.
@@ -99,7 +99,7 @@ def _errors(parts: Split, name: str) -> dict[str, Any]:
 def chosen_classifier(comparison: pd.DataFrame) -> str:
     """Return the interpretable classifier with the highest cross-validated macro-F1."""
     own = comparison[~comparison.model.isin(YARDSTICKS)]
-    return str(own.loc[own.cv_macro_f1.idxmax(), "model"])
+    return str(own.set_index("model").cv_macro_f1.idxmax())
 
 
 def pick(runs: pd.DataFrame, classifier: Any, within: list[str]) -> pd.DataFrame:
@@ -126,4 +126,5 @@ def pick(runs: pd.DataFrame, classifier: Any, within: list[str]) -> pd.DataFrame
     good = runs.assign(sure=served, total_throughput=runs.offered_tokens_per_s)[served > 0.5]
     most = good.groupby(within, observed=True).total_throughput.transform("max")
     tied = good[good.total_throughput >= (1 - TIE) * most]
-    return tied.loc[tied.groupby(within, observed=True).sure.idxmax()].drop(columns="sure")
+    surest = tied.sort_values("sure", ascending=False).drop_duplicates(within)
+    return surest.drop(columns="sure").sort_index()
