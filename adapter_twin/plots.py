@@ -35,7 +35,8 @@ def use_style() -> None:
     plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
 
 
-def _finish(figure: Figure) -> Figure:
+def finish(figure: Figure) -> Figure:
+    """Lay a figure out and close it: a notebook shows what a cell returns."""
     figure.tight_layout()
     plt.close(figure)
     return figure
@@ -73,7 +74,7 @@ def service(swept: pd.DataFrame) -> Figure:
     left.set(xlabel="served adapters", ylabel=LABELS["total_throughput"], ylim=(0, None))
     right.set(xlabel="served adapters", ylabel="p99 TTFT (s)", yscale="log")
     right.legend(title="adapter slots", frameon=False)
-    return _finish(figure)
+    return finish(figure)
 
 
 def timeline(run: Simulation) -> Figure:
@@ -101,7 +102,7 @@ def timeline(run: Simulation) -> Figure:
         ["adapters in the batch", "requests waiting"], frameon=False, ncols=2,
         loc="lower center", bbox_to_anchor=(0.5, 1),
     )  # fmt: skip
-    return _finish(figure)
+    return finish(figure)
 
 
 def step_durations(run: Simulation) -> Figure:
@@ -116,7 +117,7 @@ def step_durations(run: Simulation) -> Figure:
         axes.plot(run.steps["tokens"][chosen], duration_ms[chosen], ".", color=color, label=label)
     axes.set(xlabel="tokens in the batch", ylabel="step (ms)", xscale="log", ylim=(0, None))
     axes.legend(frameon=False)
-    return _finish(figure)
+    return finish(figure)
 
 
 def long_tail(tail: pd.DataFrame) -> Figure:
@@ -128,7 +129,7 @@ def long_tail(tail: pd.DataFrame) -> Figure:
         axes.plot(line["adapter"] + 1, smooth, color=colors[int(str(slots))], label=f"{slots}")
     axes.set(xlabel="adapter, most popular first", ylabel="mean TTFT (ms)", yscale="log")
     axes.legend(title="adapter slots", frameon=False)
-    return _finish(figure)
+    return finish(figure)
 
 
 def memory(law: pd.DataFrame, measured: pd.DataFrame | None) -> Figure:
@@ -149,7 +150,7 @@ def memory(law: pd.DataFrame, measured: pd.DataFrame | None) -> Figure:
                 )
         axes.set(title=model, xlabel="adapter slots", ylabel="KV-cache tokens", ylim=(0, None))
         axes.legend(title="max. rank", frameon=False)
-    return _finish(figure)
+    return finish(figure)
 
 
 def bands(
@@ -174,7 +175,7 @@ def bands(
         ax.set_yscale("log" if "y" in log else "linear")
     axes[0, 0].set_ylabel(ylabel)
     axes[0, -1].legend(title=title or by, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    return _finish(figure)
+    return finish(figure)
 
 
 def coefficients(terms: pd.DataFrame) -> Figure:
@@ -198,7 +199,7 @@ def coefficients(terms: pd.DataFrame) -> Figure:
         axes.axvline(0, color="0.3", lw=0.8)
         axes.set(title=regime, xlabel="ms per step", yticks=range(len(names)))
         axes.set_yticklabels(names)
-    return _finish(figure)
+    return finish(figure)
 
 
 def errors(table: pd.DataFrame, figures: list[str]) -> Figure:
@@ -219,7 +220,7 @@ def errors(table: pd.DataFrame, figures: list[str]) -> Figure:
     panels[0, 0].set_yticks(range(len(regimes)), regimes)
     panels[0, 0].invert_yaxis()
     panels[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    return _finish(figure)
+    return finish(figure)
 
 
 def _error_panel(axes: Axes, table: pd.DataFrame, regimes: list[str]) -> None:
@@ -262,7 +263,7 @@ def curves(table: pd.DataFrame, figures: list[str]) -> Figure:
         top.set_title(f"{count} slots")
         bottom.set_xlabel("served adapters")
     panels[0, 0].legend(frameon=False)
-    return _finish(figure)
+    return finish(figure)
 
 
 def against_measured(table: pd.DataFrame, by: str) -> Figure:
@@ -292,4 +293,4 @@ def against_measured(table: pd.DataFrame, by: str) -> Figure:
     panels[0, 0].set_ylabel("predicted")
     title = by.replace("_", " ")
     panels[0, -1].legend(title=title, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    return _finish(figure)
+    return finish(figure)

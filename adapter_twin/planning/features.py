@@ -24,7 +24,6 @@ TRAFFIC = [
     "top_share",
     "rank_load",
     "slot_mib",
-    "max_rank",
     "output_share",
     "request_tokens",
     "zipf_exponent",
@@ -64,8 +63,9 @@ def traffic_features(workloads: pd.DataFrame) -> pd.DataFrame:
     pandas.DataFrame
         ``adapter_load``: offered tokens/s of the mean adapter; ``top_share``: part of the load that
         comes at the highest rate; ``rank_load``: mean rank, weighted by load; ``slot_mib``: what a
-        slot takes; ``max_rank``; ``output_share``: part of the tokens that are output;
-        ``request_tokens``: mean tokens of a request; ``zipf_exponent``; ``arrival_cv``.
+        slot takes, which follows from the model and the largest rank; ``output_share``: part of the
+        tokens that are output; ``request_tokens``: mean tokens of a request; ``zipf_exponent``;
+        ``arrival_cv``.
     """
     import pandas as pd
 
@@ -104,10 +104,9 @@ def _traffic(
     tokens = input_tokens + output_tokens
     return (
         dealt_rates.mean() * tokens,
-        dealt_rates.max() / dealt_rates.sum(),
+        dealt_rates[dealt_rates == dealt_rates.max()].sum() / dealt_rates.sum(),
         np.resize(dealt_ranks, period) @ load / load.sum(),
         MIB_PER_GIB * slots_gib(model, MANY_SLOTS, slot_rank) / MANY_SLOTS,
-        slot_rank,
         output_tokens / tokens,
         tokens,
         zipf_exponent,
@@ -129,6 +128,6 @@ def configuration_features(runs: pd.DataFrame) -> pd.DataFrame:
         served_adapters=runs.served_adapters,
         adapter_slots=slots,
         slots_per_adapter=slots / runs.served_adapters,
-        offered=joined.adapter_load * runs.served_adapters,
+        offered=runs.offered_tokens_per_s,
         slots_gib=joined.slot_mib * slots / MIB_PER_GIB,
     )[TRAFFIC + CONFIGURATION]

@@ -15,7 +15,9 @@ from adapter_twin.metrics import slo_attainment, summarize
 from adapter_twin.planning.analytic import predict_analytic
 from adapter_twin.scenario import parse_ranks, records, run_to_workload
 from adapter_twin.strict import require
+from adapter_twin.twin.records import Simulation
 from adapter_twin.twin.simulate import draw_requests, simulate
+from adapter_twin.workload import Trace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,12 +144,9 @@ def _serve_each(
 ) -> Iterator[dict[str, float]]:
     trace = None
     for row in rows:
-        engine, workload = run_to_workload(row)
         if trace is None:
-            trace = draw_requests(workload, calibration, seed=seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the caller warns of extrapolations, once
-            run = simulate(workload, engine, calibration, seed=seed, trace=trace)
+            trace = draw_requests(run_to_workload(row)[1], calibration, seed=seed)
+        run = simulate_row(row, calibration, seed, trace)
         service = summarize(run.records, run.gaps, run.duration_s)
         attained = (
             {}
@@ -155,3 +154,13 @@ def _serve_each(
             else {"slo_attainment": slo_attainment(run.records, slo, run.duration_s)}
         )
         yield {name: service[name] for name in FIGURES} | attained
+
+
+def simulate_row(
+    row: Mapping[str, Any], calibration: Calibration, seed: int, trace: Trace | None = None
+) -> Simulation:
+    """Simulate one of `grid_runs`; `trace` spares drawing its requests again."""
+    engine, workload = run_to_workload(row)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the caller warns of extrapolations, once
+        return simulate(workload, engine, calibration, seed=seed, trace=trace)

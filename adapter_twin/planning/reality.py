@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from adapter_twin.calibration import load_calibration
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.metrics import half_smape
 from adapter_twin.planning.analytic import predict_analytic
 from adapter_twin.planning.choice import Criterion
-from adapter_twin.planning.grid import evaluate, grid_runs
+from adapter_twin.planning.grid import evaluate, grid_runs, slot_rank
+from adapter_twin.planning.surrogates import TARGETS, feature_array, fit, to_grid
+from adapter_twin.planning.verdicts import fit_classifier, pick, verdicts
 from adapter_twin.scenario import (
     DEFAULT_MEAN_INPUT_TOKENS,
     DEFAULT_MEAN_OUTPUT_TOKENS,
+    parse_ranks,
     records,
 )
 from adapter_twin.study import offered_tokens_per_s
@@ -54,7 +59,8 @@ def measured_grids(runs: pd.DataFrame) -> pd.DataFrame:
 def mixes(grids: pd.DataFrame) -> pd.DataFrame:
     """Return the workloads of measured grids with their mean lengths, as `grid_runs` takes them."""
     lengths = ["mean_input_tokens", "mean_requested_output_tokens"]
-    return grids.groupby(WORKLOAD, as_index=False, observed=True)[lengths].mean()
+    table = grids.groupby(WORKLOAD, as_index=False, observed=True)[lengths].mean()
+    return table.assign(zipf_exponent=0.0, arrival_cv=1.0, workload_id=table.index)
 
 
 def measured_optima(grids: pd.DataFrame) -> pd.DataFrame:
@@ -62,26 +68,88 @@ def measured_optima(grids: pd.DataFrame) -> pd.DataFrame:
     return _best(grids, Criterion())
 
 
-def twin_picks(
-    grids: pd.DataFrame, margin: float, *, seed: int = 0, jobs: int = -1
-) -> pd.DataFrame:
-    """Return what a search with the twin picks for each workload, from configuration alone."""
+def twin_runs(grids: pd.DataFrame, *, seed: int = 0, jobs: int = -1) -> pd.DataFrame:
+    """Return what the twin predicts for the grids' configurations, from configuration alone."""
     import pandas as pd
 
     tables = [
         evaluate(runs, load_calibration("auto", runs.model.iloc[0]), seed=seed, jobs=jobs)
         for runs in _grids_of(grids)
     ]
-    return _best(pd.concat(tables, ignore_index=True), Criterion(margin=margin))
+    return pd.concat(tables, ignore_index=True)
 
 
-def analytic_picks(grids: pd.DataFrame, margin: float) -> pd.DataFrame:
-    """Return what the analytic model picks for each workload."""
+def analytic_runs(grids: pd.DataFrame) -> pd.DataFrame:
+    """Return what the analytic model predicts for the grids' configurations."""
     import pandas as pd
 
     runs = pd.concat(_grids_of(grids), ignore_index=True)
-    figures = predict_analytic(runs)
-    return _best(runs.join(figures), Criterion(margin=margin))
+    return runs.join(predict_analytic(runs))
+
+
+def search_picks(runs: pd.DataFrame, margin: float) -> pd.DataFrame:
+    """Return the best of each workload's predicted configurations."""
+    return _best(runs, Criterion(margin=margin))
+
+
+def model_picks(
+    grids: pd.DataFrame, labels: pd.DataFrame, features: str, model: str
+) -> pd.DataFrame:
+    """Return what a model picks for each workload, fitted to labels of other rates.
+
+    Parameters
+    ----------
+    grids : pandas.DataFrame
+        See `measured_grids`.
+    labels : pandas.DataFrame
+        See `adapter_twin.planning.labels.label`.
+    features, model : str
+        See `adapter_twin.planning.surrogates`.
+    """
+    import pandas as pd
+
+    unseen = labels[labels.has_optimum & ~labels.rates_per_adapter.isin(grids.rates_per_adapter)]
+    tables = []
+    for language, own in mixes(grids).groupby("model"):
+        asked = own.assign(max_lora_rank=[slot_rank(parse_ranks(ranks)) for ranks in own.ranks])
+        train = unseen[unseen["model"] == language]
+        served, slots, throughput = (
+            fit(train, features, target, model).predict(feature_array(features, asked))
+            for target in TARGETS
+        )
+        served = to_grid(served, grids.served_adapters.unique())
+        slots = np.minimum(to_grid(slots, grids.adapter_slots.unique()), served)
+        picked = {"served_adapters": served, "adapter_slots": slots, "total_throughput": throughput}
+        tables.append(asked[WORKLOAD].assign(**picked))
+    return pd.concat(tables, ignore_index=True)
+
+
+def classifier_picks(
+    grids: pd.DataFrame, sweep: pd.DataFrame, criterion: Criterion, name: str
+) -> pd.DataFrame:
+    """Return the configurations that a classifier of runs is for, fitted to other rates' runs.
+
+    Parameters
+    ----------
+    grids : pandas.DataFrame
+        See `measured_grids`.
+    sweep : pandas.DataFrame
+        See `adapter_twin.planning.sweep.read_sweep`.
+    criterion : Criterion
+        What makes a run of the sweep a served one.
+    name : str
+        Of `adapter_twin.planning.verdicts.CLASSIFIERS`.
+    """
+    import pandas as pd
+
+    runs = analytic_runs(grids)
+    unseen = sweep[~sweep.rates_per_adapter.isin(grids.rates_per_adapter)]
+    tables = []
+    for language, own in runs[runs.feasible_start].groupby("model"):
+        judged = verdicts(unseen[unseen["model"] == language], criterion)
+        tables.append(pick(own, fit_classifier(judged, name), WORKLOAD))
+    picks = pd.concat(tables, ignore_index=True)
+    return picks[[*WORKLOAD, *CONFIGURATION, "total_throughput"]]
 
 
 def authors_picks(sweep: pd.DataFrame) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TRUSTED = (
-    "adapter_twin.planning.surrogates._logarithms",
+    "adapter_twin.planning.surrogates.logarithms",
     "interpret.glassbox._ebm._ebm.ExplainableBoostingClassifier",
     "interpret.glassbox._ebm._ebm.ExplainableBoostingRegressor",
     "scipy._lib.array_api_compat.numpy._aliases.asarray",
@@ -93,9 +93,16 @@ def load_trained(folder: Path, target: str) -> Trained:
         There is none, or it is made of types that none of our models is made of.
     """
     estimator = load_estimator(folder / f"{target}.skops")
-    facts = json.loads((folder / f"{target}.json").read_text(encoding="utf-8"))
-    facts.pop("version")
-    return Trained(About(**facts), estimator)
+    path = folder / f"{target}.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return Trained(
+            About(**{field.name: facts[field.name] for field in fields(About)}), estimator
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise AdapterTwinError(
+            f"{path}: does not tell about the model ({error!r}); run adapter-twin train again"
+        ) from None
 
 
 def store_estimator(estimator: Any, path: Path) -> None:
@@ -119,8 +126,9 @@ def load_estimator(path: Path) -> Any:
     require(path.is_file(), f"{path}: no such model; run adapter-twin train first")
     try:
         foreign = sorted(set(skops.io.get_untrusted_types(file=path)) - set(TRUSTED))
+        estimator = None if foreign else skops.io.load(path, trusted=list(TRUSTED))
     except Exception as error:  # whatever a file that is no model makes skops raise
         raise AdapterTwinError(f"{path}: is no stored model ({error})") from None
     if foreign:
         raise AdapterTwinError(f"{path}: holds {foreign[0]}, which is no part of our models")
-    return skops.io.load(path, trusted=list(TRUSTED))
+    return estimator

@@ -6,7 +6,7 @@ give the others away. The last folds of the rates are a test set that no choice 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -53,14 +53,14 @@ FOLDS = 5
 TEST_SHARE = 0.2
 
 
-def _logarithms(values: Any) -> Any:
+def logarithms(values: Any) -> Any:
     """Positive features act through their logarithm, which also tames zeros."""
     return np.log(np.asarray(values, dtype=float) + 1e-3)
 
 
 def linear(model: Any) -> Any:
     """Return a linear model of standardised logarithms."""
-    return make_pipeline(FunctionTransformer(_logarithms), StandardScaler(), model)
+    return make_pipeline(FunctionTransformer(logarithms), StandardScaler(), model)
 
 
 def _bent(model: Any) -> Any:
@@ -174,8 +174,8 @@ def fit(train: pd.DataFrame, features: str, target: str, model: str) -> Any:
     return clone(make_model(model)).fit(feature_array(features, train), train[target])
 
 
-def to_grid(values: Floats, grid: tuple[int, ...]) -> NDArray[np.int64]:
+def to_grid(values: Floats, grid: Iterable[int]) -> NDArray[np.int64]:
     """Round predictions of N or G to the nearest number of a grid, by ratio."""
-    steps = np.sort(np.asarray(grid, dtype=np.int64))
+    steps = np.array(sorted(grid))
     distance = np.abs(np.log(np.asarray(values)[:, None]) - np.log(steps))
     return np.asarray(steps[distance.argmin(axis=1)])

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.9
 
+FEWEST_RATES = 3 * FOLDS
+"""Mixes of rates: a 90 % interval needs more than ten, with a fifth left out."""
+
 SMALL_TREES = [name for name in MODELS if name.startswith("small tree")]
 
 Tell = Callable[[int, int, str], None]
@@ -79,7 +82,7 @@ def train(
     Raises
     ------
     AdapterTwinError
-        Too few workloads to split.
+        Too few workloads to split, or no run starves.
     """
     import pandas as pd
 
@@ -89,9 +92,14 @@ def train(
         own = labels[(labels["model"] == language) & labels.has_optimum]
         rates = own.rates_per_adapter.nunique()
         require(
-            rates >= 2 * FOLDS,
-            f"{language}: {rates} mixes of rates have an optimum, {2 * FOLDS} are needed; "
+            rates >= FEWEST_RATES,
+            f"{language}: {rates} mixes of rates have an optimum, {FEWEST_RATES} are needed; "
             "sweep more",
+        )
+        judged = verdicts(runs[runs["model"] == language], criterion)
+        require(
+            judged.serves.nunique() == 2,
+            f"{language}: no simulated run starves; sweep higher rates or more served adapters",
         )
     comparisons, classifiers = [], []
     for done, language in enumerate(languages):

@@ -123,8 +123,7 @@ def pick(runs: pd.DataFrame, classifier: Any, within: list[str]) -> pd.DataFrame
         Rows of `runs`, one per workload of which anything is served, with ``total_throughput``.
     """
     served = classifier.predict_proba(configuration_features(runs).to_numpy())[:, 1]
-    good = runs.assign(sure=served, total_throughput=runs.offered_tokens_per_s)[served > 0.5]
+    good = runs.assign(sure=served, total_throughput=runs.offered_tokens_per_s).query("sure > 0.5")
     most = good.groupby(within, observed=True).total_throughput.transform("max")
     tied = good[good.total_throughput >= (1 - TIE) * most]
-    surest = tied.sort_values("sure", ascending=False).drop_duplicates(within)
-    return surest.drop(columns="sure").sort_index()
+    return tied.sort_values("sure", ascending=False).drop_duplicates(within).drop(columns="sure")

@@ -1,0 +1,225 @@
+"""What the chapters on planning tabulate: the data set, the models, the picks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import joblib
+import pandas as pd
+
+from adapter_twin.planning import reality
+from adapter_twin.planning.choice import Criterion
+from adapter_twin.planning.explain import diagnostics, regress
+from adapter_twin.planning.grid import GRID, grid_runs
+from adapter_twin.planning.labels import label
+from adapter_twin.planning.surrogates import MODELS, TARGETS, Split, chosen, compare, split
+from adapter_twin.planning.training import train_chosen
+from adapter_twin.planning.verdicts import CLASSIFIERS, compare_classifiers, verdicts
+
+LLAMA = "llama-3.1-8b-instruct"
+
+SIZES = ["mean_input_tokens", "mean_requested_output_tokens"]
+HOUR_S = 3600.0
+
+QUICK_MODELS = ("linear", "small tree, depth 2", "small tree, depth 6", "decision tree")
+QUICK_CLASSIFIERS = ("logistic regression", "small tree, depth 6", "decision tree")
+
+
+def thin(sweep: pd.DataFrame, every: int) -> pd.DataFrame:
+    """Return every n-th mix of rates of a sweep, with all that belongs to it."""
+    rates = list(dict.fromkeys(sweep.rates_per_adapter))[::every]
+    return sweep[sweep.rates_per_adapter.isin(rates)].reset_index(drop=True)
+
+
+def anatomy(sweep: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
+    """Count the runs of a sweep by what became of them, and its labels, by language model."""
+    labels = label(sweep, criterion)
+    rows = []
+    for model, runs in sweep.groupby("model", observed=True):
+        own = labels[labels["model"] == model]
+        with_optimum = own[own.has_optimum]
+        rows.append(
+            {
+                "model": model,
+                "workloads": len(own),
+                "runs": len(runs),
+                "start refused": int((~runs.feasible_start).sum()),
+                "hopeless": int((runs.feasible_start & ~runs.simulated).sum()),
+                "simulated": int(runs.simulated.sum()),
+                "without an optimum": len(own) - len(with_optimum),
+                "at the grid's edge": int(with_optimum.censored.sum()),
+                "several slots tie": int(with_optimum.tied_slots.str.contains("-").sum()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def around_the_knee(sweep: pd.DataFrame, criterion: Criterion, rates: str) -> pd.DataFrame:
+    """Return runs of one workload: far below its optimum, there, and past it, on as many slots."""
+    own = sweep[(sweep["model"] == LLAMA) & (sweep.rates_per_adapter == rates)]
+    workload = own[own.ranks == own.ranks.iloc[0]]
+    best = criterion.ranked(workload).iloc[0]
+    past = min(n for n in GRID if n > 1.2 * best.served_adapters)
+    mix = workload.iloc[0][[*SIZES, *reality.WORKLOAD]].to_dict()
+    served = {"light": best.served_adapters // 4, "at the optimum": best.served_adapters}
+    tables = [
+        grid_runs(mix, [n], [min(n, best.adapter_slots)], HOUR_S).assign(run_id=f"{name}, N = {n}")
+        for name, n in (served | {"starved": past}).items()
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def judged_by_twin(picks: pd.DataFrame, sweep: pd.DataFrame) -> dict[str, float]:
+    """Return what the twin says of picks: percent that starve, and percent of throughput lost.
+
+    Parameters
+    ----------
+    picks : pandas.DataFrame
+        ``model, rates_per_adapter, ranks, served_adapters, adapter_slots``, on the sweep's grid.
+    sweep : pandas.DataFrame
+        See `adapter_twin.planning.sweep.read_sweep`.
+    """
+    by = [*reality.WORKLOAD, *reality.CONFIGURATION]
+    plain = sweep.astype(dict.fromkeys(reality.WORKLOAD, str))
+    serves = plain.assign(serves=Criterion().feasible(plain))
+    best = serves[serves.serves].groupby(reality.WORKLOAD).total_throughput.max().rename("best")
+    found = picks[by].merge(serves, on=by).merge(best.reset_index(), on=reality.WORKLOAD)
+    worth = found.total_throughput.where(found.serves, 0.0)
+    return {
+        "starving": 100 * float((~found.serves).mean()),
+        "regret": 100 * float((1 - worth / found.best).mean()),
+    }
+
+
+def labelled_by_model(
+    sweep: pd.DataFrame, criterion: Criterion, models: Sequence[str] = ()
+) -> dict[str, pd.DataFrame]:
+    """Return the workloads that have an optimum, by language model."""
+    labels = label(sweep, criterion)
+    labels = labels[labels.has_optimum]
+    names = models or sorted(labels["model"].unique())
+    return {name: labels[labels["model"] == name].reset_index(drop=True) for name in names}
+
+
+def compare_models(labelled: dict[str, pd.DataFrame], models: Sequence[str]) -> pd.DataFrame:
+    """Return `adapter_twin.planning.surrogates.compare` of every language model."""
+    tables = [
+        compare(split(own), models).assign(language_model=name) for name, own in labelled.items()
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def compare_verdicts(
+    sweep: pd.DataFrame, criteria: dict[str, Criterion], names: Sequence[str]
+) -> pd.DataFrame:
+    """Return `adapter_twin.planning.verdicts.compare_classifiers` by language model and verdict."""
+    tables = []
+    for model, runs in sweep.groupby("model", observed=True):
+        for verdict, criterion in criteria.items():
+            parts: Split = split(verdicts(runs, criterion))
+            table = compare_classifiers(parts, tuple(names))
+            tables.append(table.assign(language_model=model, verdict=verdict))
+    return pd.concat(tables, ignore_index=True)
+
+
+def intervals(labelled: dict[str, pd.DataFrame], comparison: pd.DataFrame) -> pd.DataFrame:
+    """Return the chosen models' 90 % intervals and what they cover of unseen workloads."""
+    best = chosen(comparison)
+    tasks = (
+        joblib.delayed(train_chosen)(row, labelled[row.language_model])
+        for _, row in best.iterrows()
+    )
+    about = [trained.about for trained in joblib.Parallel(-1)(tasks)]
+    return best[["language_model", "target", "model", "features"]].assign(
+        test_half_smape=best.test_half_smape,
+        factor=[facts.interval_factor for facts in about],
+        coverage=[100 * facts.coverage for facts in about],
+    )
+
+
+def inference(labelled: pd.DataFrame) -> pd.DataFrame:
+    """Return the linear models' diagnostics, a row per target and set of features."""
+    rows = [
+        {"target": target, "features": features, **diagnostics(regress(labelled, features, target))}
+        for target in TARGETS
+        for features in ("paper", "traffic")
+    ]
+    return pd.DataFrame(rows)
+
+
+def methods(
+    grids: pd.DataFrame,
+    sweep: pd.DataFrame,
+    twin: pd.DataFrame,
+    authors_sweep: pd.DataFrame,
+    margin: float,
+    models: Sequence[str] = tuple(MODELS),
+    classifiers: Sequence[str] = tuple(CLASSIFIERS),
+) -> pd.DataFrame:
+    """Return what each way of choosing a configuration costs on the measured grids.
+
+    Parameters
+    ----------
+    grids : pandas.DataFrame
+        See `adapter_twin.planning.reality.measured_grids`.
+    sweep : pandas.DataFrame
+        The models learn from its workloads of other rates.
+    twin : pandas.DataFrame
+        See `adapter_twin.planning.reality.twin_runs`.
+    authors_sweep : pandas.DataFrame
+        Table ``authors_twin_sweep``.
+    margin : float
+        Of `Criterion`.
+    models, classifiers : sequence of str
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per ``method``, its ``kind``, and the figures of
+        `adapter_twin.planning.reality.paper_style`.
+    """
+    criterion = Criterion(margin=margin)
+    labels = label(sweep, criterion)
+    searched = reality.search_picks(twin, margin)
+    picks = {
+        ("search", "twin"): searched,
+        ("search", "analytic model"): reality.search_picks(reality.analytic_runs(grids), margin),
+    }
+    asked = [(name, features) for name in models for features in ("paper", "traffic")]
+    of_models = joblib.Parallel(-1)(
+        joblib.delayed(reality.model_picks)(grids, labels, features, name)
+        for name, features in asked
+    )
+    for (name, features), found in zip(asked, of_models, strict=True):
+        picks["model of the optimum", f"{name} ({features} features)"] = found
+    of_classifiers = joblib.Parallel(-1)(
+        joblib.delayed(reality.classifier_picks)(grids, sweep, criterion, name)
+        for name in classifiers
+    )
+    for name, found in zip(classifiers, of_classifiers, strict=True):
+        picks["classifier of configurations", name] = found
+    for rule in reality.THUMBS:
+        picks["rule of thumb", f"{rule}, N of the twin"] = reality.thumb_picks(
+            searched, grids, rule
+        )
+    picks["published", "the authors' labels"] = reality.authors_picks(authors_sweep)
+    rows = [
+        {"kind": kind, "method": name, **reality.paper_style(reality.cost(found, grids))}
+        for (kind, name), found in picks.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def margins(grids: pd.DataFrame, twin: pd.DataFrame, values: Sequence[float]) -> pd.DataFrame:
+    """Return what a safety margin costs, and what it saves, on the measured grids."""
+    rows = []
+    for margin in values:
+        costs = reality.cost(reality.search_picks(twin, margin), grids)
+        rows.append({"margin": 100 * margin, **reality.paper_style(costs)})
+    return pd.DataFrame(rows)
+
+
+def frontier(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return predicted runs of one workload with the share of the load that they serve."""
+    share = runs.total_throughput / runs.offered_tokens_per_s
+    return runs.assign(served_share=100 * share.where(runs.simulated))
