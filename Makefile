@@ -24,6 +24,9 @@ CAMPAIGN ?= campaigns/$(if $(filter True,$(quick)),smoke,$(if $(cuda),h100-llama
 OUT ?= data/external/live/$(basename $(notdir $(CAMPAIGN)))
 campaign_tables := $(if $(filter live,$(profile)),$(OUT),data/campaigns/cpu-small)
 
+# Which data set of designs/ `make sweep` predicts: they are committed, `reproduce` reads them.
+DESIGN ?= paper
+
 notebooks := $(sort $(wildcard notebooks/*.ipynb))
 version := book/_executed/.quick-$(quick)-$(profile)
 executed := $(notebooks:notebooks/%=book/_executed/%)
@@ -33,7 +36,7 @@ inputs := $(shell find adapter_twin data -name external -prune -o -type f -not -
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-vllm reproduce test test-live lint book bench data profile lock clean
+.PHONY: help setup setup-vllm reproduce test test-live lint book bench sweep data profile lock clean
 
 help:  ## Show this list
 	@echo "usage: make TARGET [QUICK=1] [PROFILE=recorded|live|auto] [PYTHON=python3.12]"
@@ -68,8 +71,13 @@ book: $(SETUP) $(executed)  ## Run the notebooks that are out of date and build 
 	  --path-output book --all --quiet -W -n --keep-going
 	@echo "The book is at book/_build/html/index.html"
 
-bench: $(SETUP)  ## Time the twin (one simulated hour of each benchmark workload)
+bench: $(SETUP)  ## Time the twin, the analytic model and recommend, and check their bars
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.analytic
+	$(BIN)/python -m benchmarks.recommend
+
+sweep: $(SETUP)  ## Predict a design afresh, as one table (DESIGN=NAME: paper or traffic; minutes)
+	$(BIN)/adapter-twin sweep designs/$(DESIGN).yaml --out data/external/sweeps/$(DESIGN) --table data/sweeps/$(DESIGN).parquet
 
 data: $(SETUP)  ## List the measured data: what is there, from where, how to get the rest
 	$(BIN)/adapter-twin data

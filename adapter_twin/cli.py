@@ -386,17 +386,26 @@ def sweep(
         str | None,
         typer.Option(metavar="tcp://HOST:PORT", help="Dask scheduler whose workers do the work."),
     ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(metavar="TABLE.parquet", help="Also write all of it as one compact table."),
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Predict the workloads of a design on a grid of configurations."""
-    from adapter_twin.planning.sweep import read_sweep, run_sweep
+    from adapter_twin import datasets
+    from adapter_twin.planning.sweep import compact, read_sweep, run_sweep
 
     check_target(out)
+    if table is not None:
+        check_target(table, ".parquet")
     with progress() as tell:
         done = run_sweep(
             design, out, calibration=calibration, jobs=jobs, scheduler=scheduler, tell=tell
         )
     runs = read_sweep(out)
+    if table is not None:
+        datasets.write_table(compact(runs), table)
     content = {
         "out": str(out),
         "workloads": int(runs["workload_id"].nunique()),

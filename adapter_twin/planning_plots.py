@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
@@ -114,12 +115,13 @@ def small_tree(tree: Any, names: list[str]) -> Figure:
         rounded=True, fontsize=8, ax=axes,
     )  # fmt: skip
     for node in nodes:
-        node.set_text(re.sub(r"value = (\S+)", _plain, node.get_text()))
+        text = node.get_text().replace("samples =", "workloads:")
+        node.set_text(re.sub(r"value = (\S+)", _plain, text))
     return finish(figure)
 
 
 def _plain(found: re.Match[str]) -> str:
-    return f"{np.exp(float(found[1])):.4g}"
+    return f"predicted: {np.exp(float(found[1])):.3g}"
 
 
 def importance(table: pd.DataFrame) -> Figure:
@@ -185,7 +187,7 @@ def regret(table: pd.DataFrame) -> Figure:
         at = [names.index(name) for name in own.method]
         axes.barh(at, own.regret.clip(lower=0.1), color=color, height=0.7, label=kind)
     for place, (lost, starving) in enumerate(zip(table.regret, table.starving_picks, strict=True)):
-        note = f" {starving} starve" if starving else ""
+        note = f" {lost:.2g}" + (f", {starving} starve" if starving else "")
         axes.text(max(float(lost), 0.1), place, note, va="center", fontsize=8, color="0.3")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
@@ -206,11 +208,13 @@ def service_map(runs: pd.DataFrame, picked: tuple[int, int] | None = None) -> Fi
     picked : tuple of int, optional
         Served adapters and slots of the optimum, marked.
     """
-    share = runs.assign(share=100 * runs.total_throughput / runs.offered_tokens_per_s)
+    share = runs.assign(
+        share=100 * runs.total_throughput / runs.offered_tokens_per_s,
+        ttft_s=runs.mean_ttft_ms / 1e3,
+    )
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.8, 3.9), sharey=True)
     _map(left, share, "share", "load served (%)", picked, vmin=40, vmax=100)
-    ttft = share.assign(ttft=np.log10(share.mean_ttft_ms))
-    _map(right, ttft, "ttft", "mean TTFT, log10 of ms", picked, cmap="rocket_r")
+    _map(right, share, "ttft_s", "mean TTFT (s)", picked, cmap="rocket_r", norm=LogNorm())
     starved = share.pivot_table(index="adapter_slots", columns="served_adapters", values="share")
     for axes in (left, right):
         axes.contour(
@@ -222,13 +226,14 @@ def service_map(runs: pd.DataFrame, picked: tuple[int, int] | None = None) -> Fi
 
 def _map(
     axes: Axes, runs: pd.DataFrame, value: str, label: str, picked: tuple[int, int] | None,
-    cmap: str = "viridis", **limits: float,
+    cmap: str = "viridis", **scale: Any,
 ) -> None:  # fmt: skip
     table = runs.pivot_table(
         index="adapter_slots", columns="served_adapters", values=value, dropna=False
     )
-    sns.heatmap(table, ax=axes, cmap=cmap, cbar_kws={"label": label}, **limits)
+    sns.heatmap(table, ax=axes, cmap=cmap, cbar_kws={"label": label}, **scale)
     axes.invert_yaxis()
+    axes.grid(False)
     axes.set(xlabel=LABELS["served_adapters"], ylabel=LABELS["adapter_slots"])
     if picked is not None:
         x, y = table.columns.get_loc(picked[0]), table.index.get_loc(picked[1])
