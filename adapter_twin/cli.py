@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -52,6 +53,8 @@ class Observer(StrEnum):
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; bad input is one line on stderr and status 2."""
     warnings.showwarning = _show_warning
+    # Asked to end, a command ends as by Ctrl-C: worker processes and servers are taken along.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     command: Any = typer.main.get_command(app)
     try:
         status = command(args=arguments, prog_name="adapter-twin", standalone_mode=False)

@@ -257,6 +257,31 @@ def test_a_killed_sweep_goes_on_and_ends_as_if_it_had_not_been(
     pd.testing.assert_frame_equal(read_sweep(out), read_sweep(straight))
 
 
+def test_a_terminated_sweep_takes_its_workers_along(design: Path, tmp_path: Path) -> None:
+    factorial = DESIGN["factorial"] | {"rate_values": [1.6, 0.8, 0.4, 0.1, 0.05], "ranks": ["8"]}
+    design.write_text(yaml.safe_dump(DESIGN | {"factorial": factorial}))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "adapter_twin", "sweep", str(design), "--out", str(out)]
+    with subprocess.Popen(
+        [*command, "--jobs", "2"], start_new_session=True, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not list(out.glob("parts/*/*.parquet")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(30) == 130
+        assert process.stderr is not None
+        assert "error: interrupted" in process.stderr.read()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("worker processes are left")
+
+
 def test_a_folder_takes_one_sweep_only(design: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run_sweep(design, out, jobs=1)
