@@ -7,7 +7,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from adapter_twin.errors import AdapterTwinError
@@ -36,8 +36,14 @@ def require_rate(owner: object, name: str) -> None:
 
 def require_choice(owner: object, name: str) -> None:
     """Check that the named attribute is one of the choices of its Literal annotation."""
-    value, choices = getattr(owner, name), get_args(get_type_hints(type(owner))[name])
-    require(value in choices, f"{name}: got {_show(value)}{suggestion(value, choices)}")
+    value, choices = getattr(owner, name), _choices(type(owner), name)
+    if value not in choices:
+        raise AdapterTwinError(f"{name}: got {_show(value)}{suggestion(value, choices)}")
+
+
+@cache
+def _choices(owner: type, name: str) -> tuple[str, ...]:
+    return get_args(get_type_hints(owner)[name])
 
 
 def suggestion(given: object, choices: Iterable[str]) -> str:

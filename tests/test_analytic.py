@@ -7,11 +7,16 @@ import pandas as pd
 import pytest
 
 from adapter_twin.calibration import load_calibration
+from adapter_twin.calibration.step_time import batch_features
 from adapter_twin.config import EngineConfig, Lengths, Workload, deal_adapters
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.planning import batches, traffic_mix
 from adapter_twin.planning.analytic import analyse, predict_analytic
 from adapter_twin.planning.grid import grid_runs
+from adapter_twin.planning.run_columns import read_runs
 from adapter_twin.planning.slot_sharing import share_slots
 from adapter_twin.predict import predict_runs
+from adapter_twin.scenario import records, run_to_workload
 
 LLAMA = "llama-3.1-8b-instruct"
 MIX: dict[str, Any] = {
@@ -103,6 +108,81 @@ def test_concrete_adapters_are_analysed_like_rows() -> None:
     ]
     table = analyse(workload, engines, load_calibration("auto", LLAMA))
     pd.testing.assert_frame_equal(table, predict_analytic(runs).reset_index(drop=True))
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"rates_per_adapter": "0.1-0.0-0.1", "ranks": "8"},
+    {"rates_per_adapter": "0.02", "zipf_exponent": 1.1, "arrival_cv": 2.0},
+    {"duration_s": np.nan, "mean_input_tokens": np.nan, "zipf_exponent": np.nan},
+    {"length_distribution": "lognormal", "length_cv": 0.5, "block_size": 32.0},
+    {"max_num_seqs": 4096, "max_num_batched_tokens": np.nan},
+    {"max_num_seqs": "64", "max_num_batched_tokens": "512"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_rows_are_read_as_the_twin_reads_them(options: dict[str, Any]) -> None:
+    runs = grid("0.1-0.05-0.025", [64, 32], [16, 32]).assign(**options)
+    for row, (engine, traffic) in zip(records(runs), read_runs(runs), strict=True):
+        expected_engine, workload = run_to_workload(row)
+        expected = traffic_mix.Traffic.of(workload)
+        assert engine == expected_engine
+        assert traffic[2:] == expected[2:]
+        np.testing.assert_allclose(traffic.rates, expected.rates)
+        np.testing.assert_array_equal(traffic.adapters, expected.adapters)
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "complaint"),
+    [
+        ("ranks", "8-64", "max_lora_rank"),
+        ("adapter_slots", 64, "max_loras"),
+        ("duration_s", -1.0, "duration_s"),
+        ("max_num_seqs", 2.5, "whole number"),
+    ],
+)
+def test_a_bad_row_is_named(column: str, cell: object, complaint: str) -> None:
+    runs = grid("0.1", [16, 32], [16]).astype({column: object})
+    runs.loc[1, column] = cell
+    with pytest.raises(AdapterTwinError, match=f"run N=32 G=16: .*{complaint}"):
+        predict_analytic(runs)
+
+
+def test_similar_rates_may_be_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = grid("0.05", [384, 96], [4, 16, 96]).assign(zipf_exponent=0.9)
+    together = predict_analytic(runs)
+    monkeypatch.setattr(traffic_mix, "DISTINCT_RATES", 1000)
+    apart = predict_analytic(runs)
+    assert together["starved"].any()
+    assert (together["slot_wait_s"] > 0).any()
+    exact = ["total_throughput", "mean_itl_ms", "distinct_adapters"]
+    pd.testing.assert_frame_equal(together[exact], apart[exact], rtol=1e-3)
+    waits = ["mean_ttft_ms", "slot_wait_s"]
+    pd.testing.assert_frame_equal(together[waits], apart[waits], rtol=5e-3)
+
+
+def test_step_times_follow_the_calibration() -> None:
+    """Prompts of one token join now and then: batches are decodes and those, one after another."""
+    law = load_calibration("auto", LLAMA).step_time
+    engine, running, held = (48, 32), 200.0, 300.0
+    coefficients = batches._coefficients(law, *(np.array([value, 1.0]) for value in engine))
+    np.testing.assert_allclose(coefficients[0], law.for_engine(*engine), rtol=1e-12)
+    prompts = np.repeat(np.arange(7.0)[:, None], 4, axis=1)
+    joining = 0.05
+    found = batches._mean_model_ms(
+        running,
+        joining,
+        running * held,
+        30.0,
+        prompts,
+        np.array(law.token_breaks_),
+        coefficients[0],
+        float(batches.TILE),
+    )
+    many = np.random.default_rng(0).poisson(joining, 100_000)
+    batch = batch_features(running + many, np.array(running), running * held + many, np.array(30.0))
+    assert found == pytest.approx(law.predict_ms(batch, *engine).mean(), rel=1e-4)
 
 
 def test_traffic_to_the_base_model_waits_for_no_slot() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +29,9 @@ HALVINGS = 25
 
 EARLIEST_S, LATEST_S = 1e-3, 1e6
 """Between these the last adapter that gets a slot has its first request."""
+
+TOLERANCE = 1.001
+"""Of the adapters that are active by the slots: the wait is found to within a rounding error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,79 +69,125 @@ def share_slots(
     ----------
     slots : float64, shape (n,)
     rates, adapters : float64, shape (n, g)
-        Requests/s of one adapter of a group, and adapters in it.
+        Requests/s of one adapter of a group, and adapters in it; a group may be empty.
     residence_s : float64, shape (n,)
         Mean time for which a request runs.
     longest_wait_s : float64, shape (n,)
         Waits in a window that ends cannot be longer.
     """
-    visits = _VisitLengths(rates, residence_s)
-
-    def active(head_wait_s: Floats) -> Floats:
-        visit_s = visits(head_wait_s)
-        cycle_s = 1 / rates + head_wait_s[:, None] + visit_s
-        return np.asarray((adapters * visit_s / cycle_s).sum(axis=1))
-
-    head_wait_s = np.zeros_like(slots)
-    crowded = active(head_wait_s) > slots
-    if crowded.any():
-        low_s, high_s = np.full_like(slots, SHORTEST_WAIT_S), longest_wait_s.astype(float)
-        for _ in range(HALVINGS):
-            middle_s = np.sqrt(low_s * high_s)
-            above = active(middle_s) > slots
-            low_s, high_s = np.where(above, middle_s, low_s), np.where(above, high_s, middle_s)
-        head_wait_s = np.where(crowded, high_s, 0.0)
-    visit_s, wait_s = visits(head_wait_s), head_wait_s[:, None]
-    cycle_s = 1 / rates + wait_s + visit_s
-    gathered = rates * wait_s
-    requests_per_s = np.maximum((adapters * rates).sum(axis=1), 1e-12)
-    return Visits(
-        head_wait_s,
-        _admitted(slots, rates, adapters * visit_s / cycle_s),
-        # Of the requests in a cycle the first waits all of W, those that join it half on average.
-        (wait_s + rates * wait_s**2 / 2) / (1 + rates * (wait_s + visit_s)),
-        (adapters / cycle_s).sum(axis=1),
-        (adapters * gathered**2 / cycle_s).sum(axis=1) / requests_per_s,
-    )
+    return Visits(*_share_slots(slots, rates, adapters, residence_s, longest_wait_s))
 
 
-def _admitted(slots: Floats, rates: Floats, active: Floats) -> Floats:
-    """Return the share of each group's adapters that came early enough to get a slot.
+@numba.njit(cache=True, error_model="numpy")
+def _share_slots(
+    slots: Floats, rates: Floats, adapters: Floats, residence_s: Floats, longest_wait_s: Floats
+) -> tuple[Floats, Floats, Floats, Floats, Floats]:
+    """Return the fields of `Visits`."""
+    n, groups = rates.shape
+    head_wait_s, per_s, burst = np.zeros(n), np.zeros(n), np.zeros(n)
+    admitted, wait_s = np.ones((n, groups)), np.zeros((n, groups))
+    emptying, active = np.empty((STATES, groups)), np.zeros(groups)
+    for i in range(n):
+        _fill_emptying(emptying, np.minimum(residence_s[i] * rates[i], HEAVIEST))
+        head_s = _head_wait_s(
+            slots[i], rates[i], adapters[i], residence_s[i], longest_wait_s[i], emptying
+        )
+        requests_per_s = 0.0
+        for group in range(groups):
+            rate, count = rates[i, group], adapters[i, group]
+            active[group] = 0.0
+            if count == 0:
+                continue
+            visit_s = _visit_s(head_s, rate, residence_s[i], emptying[:, group])
+            cycle_s = 1 / rate + head_s + visit_s
+            active[group] = count * visit_s / cycle_s
+            # Of the requests in a cycle the first waits all of W, those that join it half on
+            # average.
+            waits_s = head_s + rate * head_s**2 / 2
+            wait_s[i, group] = waits_s / (1 + rate * (head_s + visit_s))
+            per_s[i] += count / cycle_s
+            burst[i] += count * (rate * head_s) ** 2 / cycle_s
+            requests_per_s += count * rate
+        head_wait_s[i] = head_s
+        burst[i] /= max(requests_per_s, 1e-12)
+        if active.sum() > TOLERANCE * slots[i]:
+            last_s = _last_admission_s(slots[i], rates[i], active)
+            admitted[i] = -np.expm1(-rates[i] * last_s)
+    return head_wait_s, admitted, wait_s, per_s, burst
 
-    After ``t`` seconds ``1 - exp(-rate t)`` of a group have had a first request, so frequent
-    adapters are ahead. `active`, of shape (n, g), are those that would hold a slot if all came.
+
+@numba.njit(cache=True, error_model="numpy")
+def _fill_emptying(emptying: Floats, load: Floats) -> None:
+    """Write the mean times in residences in which 1, 2, ... requests, and all that join, end.
+
+    To fall from j requests to j - 1 takes (1 + load x that of j + 1) / j residences.
     """
-    crowded = active.sum(axis=1) > 1.001 * slots  # the wait is found to within a rounding error
-    if not crowded.any():
-        return np.ones_like(active)
-    low_s, high_s = np.full_like(slots, EARLIEST_S), np.full_like(slots, LATEST_S)
+    groups = range(len(load))  # inner loops: they do not wait for each other's divisions
+    for group in groups:
+        emptying[STATES - 1, group] = 1 / (STATES - load[group])
+    for j in range(STATES - 1, 0, -1):
+        for group in groups:
+            emptying[j - 1, group] = (1 + load[group] * emptying[j, group]) / j
+    for j in range(1, STATES):
+        for group in groups:
+            emptying[j, group] += emptying[j - 1, group]
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _visit_s(head_wait_s: float, rate: float, residence_s: float, emptying: Floats) -> float:
+    """Return the mean length in s of an adapter's visit, given the wait before it."""
+    gathered = 1 + rate * head_wait_s
+    place = min(gathered, float(STATES)) - 1
+    low = min(int(place), STATES - 2)
+    residences = emptying[low] + (place - low) * (emptying[low + 1] - emptying[low])
+    if gathered > STATES:  # far above the load, requests only leave: it grows with the logarithm
+        residences += np.log(gathered / STATES)
+    return float(residences * residence_s)
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _head_wait_s(
+    slots: float,
+    rates: Floats,
+    adapters: Floats,
+    residence_s: float,
+    longest_wait_s: float,
+    emptying: Floats,
+) -> float:
+    """Return the wait for a slot in s, none where all active adapters have one."""
+
+    def active(head_wait_s: float) -> float:
+        total = 0.0
+        for group in range(len(rates)):
+            if adapters[group] > 0:
+                visit_s = _visit_s(head_wait_s, rates[group], residence_s, emptying[:, group])
+                total += adapters[group] * visit_s / (1 / rates[group] + head_wait_s + visit_s)
+        return total
+
+    if active(0.0) <= slots:
+        return 0.0
+    low_s, high_s = SHORTEST_WAIT_S, longest_wait_s
     for _ in range(HALVINGS):
         middle_s = np.sqrt(low_s * high_s)
-        above = (active * -np.expm1(-rates * middle_s[:, None])).sum(axis=1) > slots
-        low_s, high_s = np.where(above, low_s, middle_s), np.where(above, middle_s, high_s)
-    return np.where(crowded[:, None], -np.expm1(-rates * high_s[:, None]), 1.0)
+        if active(middle_s) > slots:
+            low_s = middle_s
+        else:
+            high_s = middle_s
+    return high_s
 
 
-class _VisitLengths:
-    """Mean lengths of visits in s, given the wait before them."""
+@numba.njit(cache=True, error_model="numpy")
+def _last_admission_s(slots: float, rates: Floats, active: Floats) -> float:
+    """Return the time in s by which so many adapters have had a request as there are slots.
 
-    def __init__(self, rates: Floats, residence_s: Floats) -> None:
-        self.rates, self.residence_s = rates, residence_s[:, None]
-        load = np.minimum(self.residence_s * rates, HEAVIEST)
-        # Time in residences to fall from j requests to j - 1: (1 + load x that of j + 1) / j.
-        fall = np.empty((STATES, *load.shape))
-        fall[-1] = 1 / (STATES - load)
-        for j in range(STATES - 1, 0, -1):
-            fall[j - 1] = (1 + load * fall[j]) / j
-        self.emptying = np.cumsum(fall, axis=0)
-
-    def __call__(self, head_wait_s: Floats) -> Floats:
-        gathered = 1 + self.rates * head_wait_s[:, None]
-        place = np.minimum(gathered, STATES) - 1
-        low = np.minimum(place.astype(np.int64), STATES - 2)[None]
-        below = np.take_along_axis(self.emptying, low, axis=0)[0]
-        above = np.take_along_axis(self.emptying, low + 1, axis=0)[0]
-        residences = below + (place - low[0]) * (above - below)
-        # Far above the load, requests only leave: the time falls with the logarithm.
-        residences += np.log(np.maximum(gathered / STATES, 1))
-        return np.asarray(residences * self.residence_s)
+    After ``t`` seconds ``1 - exp(-rate t)`` of a group have had a first request, so frequent
+    adapters are ahead. `active`, of shape (g,), are those that would hold a slot if all came.
+    """
+    low_s, high_s = EARLIEST_S, LATEST_S
+    for _ in range(HALVINGS):
+        middle_s = np.sqrt(low_s * high_s)
+        if (active * -np.expm1(-rates * middle_s)).sum() > slots:
+            high_s = middle_s
+        else:
+            low_s = middle_s
+    return high_s

@@ -1,0 +1,123 @@
+"""Where arrivals and completions balance, with what waiting does to both: a fixed point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapter_twin.calibration import Calibration
+from adapter_twin.planning.batches import NODES, Batches
+from adapter_twin.planning.slot_sharing import Visits, share_slots
+from adapter_twin.planning.traffic_mix import Mix
+
+Floats = NDArray[np.float64]
+
+TURNS = 4
+"""Rounds in which waiting slows the steps down and slow steps let requests wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Where arrivals and completions balance, or else the fullest batch; arrays of shape (n,).
+
+    Attributes
+    ----------
+    running, adapters : float64
+        Requests, and distinct adapters, in a mean batch.
+    step_s : float64
+    capacity_per_s : float64
+        Requests that complete per second at most.
+    visits : Visits
+    """
+
+    running: Floats
+    step_s: Floats
+    adapters: Floats
+    capacity_per_s: Floats
+    visits: Visits
+
+
+@dataclass(frozen=True, slots=True)
+class Delays:
+    """What waiting does to the service; arrays of shape (n,).
+
+    Attributes
+    ----------
+    served : float64
+        Share of the requests that are served at all.
+    loads_s, queue_s : float64
+        Added to every step by loads, and to the window's last step by the queue.
+    scanning : float64
+        Share of the steps in which the scheduler scans the queue.
+    """
+
+    served: Floats
+    loads_s: Floats
+    queue_s: Floats
+    scanning: Floats
+
+
+def settle(mix: Mix, batches: Batches, calibration: Calibration) -> tuple[State, Delays]:
+    """Alternate between a state and the delays in it."""
+    n = len(batches.slots)
+    delays = Delays(np.ones(n), *np.zeros((3, n)))
+    for _ in range(TURNS):
+        state = _balance(mix, batches, delays)
+        delays = _delays(mix, batches, state, delays, calibration)
+    return state, delays
+
+
+def _balance(mix: Mix, batches: Batches, delays: Delays) -> State:
+    """Find the running requests at which as many complete as arrive, by Little's law."""
+    step_s = batches.step_s + delays.loads_s[:, None]
+    # The queue's part grows evenly from nothing: steps/s average to those of this step.
+    growth = np.maximum(delays.queue_s[:, None] / step_s, 1e-9)
+    step_s = step_s * growth / np.log1p(growth)
+    completed_per_s = batches.running / (mix.output_tokens[:, None] * step_s)
+    wanted = mix.request_rate * delays.served
+    enough = completed_per_s >= wanted[:, None]
+    high = np.where(enough.any(axis=1), enough.argmax(axis=1), NODES - 1)
+    rows, low = np.arange(len(high)), np.maximum(high - 1, 0)
+    below, above = completed_per_s[rows, low], completed_per_s[rows, high]
+    share = np.clip((wanted - below) / np.maximum(above - below, 1e-12), 0, 1)
+
+    def between(values: Floats) -> Floats:
+        return np.asarray(values[rows, low] + share * (values[rows, high] - values[rows, low]))
+
+    step_s = between(step_s)
+    return State(
+        running=between(batches.running),
+        step_s=step_s,
+        adapters=between(batches.adapters),
+        capacity_per_s=completed_per_s.max(axis=1),
+        visits=share_slots(
+            batches.slots,
+            mix.rates,
+            mix.adapters,
+            mix.output_tokens * step_s,
+            mix.duration_s / 2,  # what is not served by then waits for most of the window
+        ),
+    )
+
+
+def _delays(
+    mix: Mix, batches: Batches, state: State, before: Delays, calibration: Calibration
+) -> Delays:
+    """Return what waits and is lost in a state, and what that adds to a step."""
+    visits, residence_s = state.visits, mix.output_tokens * state.step_s
+    late = np.minimum((visits.wait_s + residence_s[:, None]) / mix.duration_s[:, None], 1)
+    of_base_model = (1 - mix.load_share.sum(axis=1)) * (1 - residence_s / mix.duration_s)
+    served = (mix.load_share * visits.admitted * (1 - late)).sum(axis=1) + of_base_model
+    wanted = served * mix.request_rate
+    unserved_per_s = mix.request_rate - np.minimum(wanted, state.capacity_per_s)
+    # The scheduler scans past requests that wait for a slot, until KV blocks or tokens run out. A
+    # scan slows steps, which fills the batch and so ends the scans: half a turn back settles it.
+    scans = (visits.head_wait_s > 0) & (wanted < state.capacity_per_s)
+    scanning = (before.scanning + scans) / 2
+    scan_ms = calibration.scheduling.per_scanned_ms_ * scanning
+    queue_ms = (scan_ms + calibration.step_time.waiting_ms_) * unserved_per_s * mix.duration_s
+    loads_ms = calibration.loading.padded_slot_ms_ * visits.per_s * state.step_s
+    has_to_load = batches.slots < mix.adapters.sum(axis=1)
+    return Delays(served, np.where(has_to_load, loads_ms, 0) / 1e3, queue_ms / 1e3, scanning)
