@@ -36,13 +36,14 @@ def require_rate(owner: object, name: str) -> None:
 
 def require_choice(owner: object, name: str) -> None:
     """Check that the named attribute is one of the choices of its Literal annotation."""
-    value, choices = getattr(owner, name), _choices(type(owner), name)
+    kind: Any = type(owner)
+    value, choices = getattr(owner, name), _choices(kind, name)
     if value not in choices:
         raise AdapterTwinError(f"{name}: got {_show(value)}{suggestion(value, choices)}")
 
 
 @cache
-def _choices(owner: type, name: str) -> tuple[str, ...]:
+def _choices(owner: Any, name: str) -> tuple[str, ...]:
     return get_args(get_type_hints(owner)[name])
 
 
