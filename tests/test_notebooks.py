@@ -12,7 +12,7 @@ import pytest
 from adapter_twin import datasets
 
 NOTEBOOKS = sorted((datasets.REPOSITORY / "notebooks").glob("*.ipynb"))
-DRAWN_FROM_RECORDS = ("03_overheads", "06_validation")
+DRAWN_FROM_RECORDS = ("03_overheads", "06_validation", "10_choosing")
 
 
 def execute(notebook: Path, out: Path, results: Path, **environment: str) -> list[dict]:
@@ -46,8 +46,8 @@ def bare_repository(tmp_path_factory):
     root = tmp_path_factory.mktemp("bare") / "repository"
     shutil.copytree(datasets.REPOSITORY / "adapter_twin", root / "adapter_twin")
     shutil.copytree(datasets.REPOSITORY / "notebooks", root / "notebooks")
-    for folder in ("calibrations", "expected"):
-        shutil.copytree(datasets.REPOSITORY / "data" / folder, root / "data" / folder)
+    for folder in ("data/calibrations", "data/expected", "examples"):
+        shutil.copytree(datasets.REPOSITORY / folder, root / folder)
     return root
 
 
