@@ -69,6 +69,28 @@ def around_the_knee(sweep: pd.DataFrame, criterion: Criterion, rates: str) -> pd
     return pd.concat(tables, ignore_index=True)
 
 
+def price_of_slo(sweep: pd.DataFrame, rule: Criterion, with_slo: Criterion) -> pd.DataFrame:
+    """Return what an SLO changes of the optima, by language model.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``model``; of its workloads, in percent: ``none`` have no optimum with the SLO, ``fewer``
+        serve fewer adapters; ``throughput`` that is left on average, in percent of the rule's.
+    """
+    by = ["model", "workload_id"]
+    both = label(sweep, rule).merge(label(sweep, with_slo), on=by, suffixes=("", "_slo"))
+    both = both[both.has_optimum]
+    kept = (both.total_throughput_slo / both.total_throughput).fillna(0.0)
+    table = both.assign(
+        none=100.0 * ~both.has_optimum_slo,
+        fewer=100.0 * (both.served_adapters_slo < both.served_adapters),
+        throughput=100 * kept,
+    )
+    columns = ["none", "fewer", "throughput"]
+    return table.groupby("model", observed=True)[columns].mean().reset_index()
+
+
 def judged_by_twin(picks: pd.DataFrame, sweep: pd.DataFrame) -> dict[str, float]:
     """Return what the twin says of picks: percent that starve, and percent of throughput lost.
 

@@ -8,6 +8,7 @@ import pytest
 
 from adapter_twin import planning_plots, planning_study
 from adapter_twin.calibration import load_calibration
+from adapter_twin.config import Slo
 from adapter_twin.planning import explain, reality, window
 from adapter_twin.planning.choice import Criterion
 from adapter_twin.planning.grid import grid_runs
@@ -248,6 +249,14 @@ def test_methods_are_drawn_with_what_starves() -> None:
     )  # fmt: skip
     texts = [text.get_text() for text in planning_plots.regret(table).axes[0].texts]
     assert texts == [" -0.01", " 67, 8 starve"]
+
+
+def test_an_slo_takes_optima_away_or_makes_them_smaller() -> None:
+    sweep = pd.concat([GRID.assign(workload_id=name) for name in "ab"], ignore_index=True)
+    sweep = sweep.assign(seed=0, slo_attainment=[1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
+    strict = Criterion(slo=Slo(ttft_ms=100, percentile=99))
+    found = planning_study.price_of_slo(sweep, Criterion(), strict).iloc[0]
+    assert (found.none, found.fewer, found.throughput) == (50, 50, 25)
 
 
 def test_a_thin_sweep_keeps_whole_mixes_of_rates() -> None:
