@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import joblib
 
 from adapter_twin.calibration import Calibration
-from adapter_twin.config import LORA_RANKS, Slo
+from adapter_twin.config import LORA_RANKS, EngineConfig, Slo, Workload
 from adapter_twin.metrics import slo_attainment, summarize
 from adapter_twin.planning.analytic import predict_analytic
 from adapter_twin.scenario import parse_ranks, records, run_to_workload
@@ -161,6 +161,17 @@ def simulate_row(
 ) -> Simulation:
     """Simulate one of `grid_runs`; `trace` spares drawing its requests again."""
     engine, workload = run_to_workload(row)
+    return simulate_quietly(workload, engine, calibration, seed, trace)
+
+
+def simulate_quietly(
+    workload: Workload,
+    engine: EngineConfig,
+    calibration: Calibration,
+    seed: int,
+    trace: Trace | None = None,
+) -> Simulation:
+    """Simulate without a warning of extrapolations: the caller warns, once for many runs."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the caller warns of extrapolations, once
+        warnings.simplefilter("ignore")
         return simulate(workload, engine, calibration, seed=seed, trace=trace)

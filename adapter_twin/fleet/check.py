@@ -1,0 +1,142 @@
+"""Does a placement hold? Every GPU is simulated with its share of the fleet's traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import joblib
+import numpy as np
+from numpy.typing import NDArray
+
+from adapter_twin.calibration import Calibration
+from adapter_twin.config import Slo, Workload
+from adapter_twin.fleet.placement import Placement, ReplicaPlan, replica_workload
+from adapter_twin.metrics import STARVATION_THRESHOLD, slo_attainment, summarize
+from adapter_twin.planning.demand import Demand
+from adapter_twin.planning.grid import simulate_quietly
+from adapter_twin.planning.replica import HOUR_S
+from adapter_twin.twin.simulate import draw_requests
+from adapter_twin.workload import Trace
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FIGURES = ("total_throughput", "mean_ttft_ms", "p99_ttft_ms", "mean_itl_ms")
+
+
+def split_trace(trace: Trace, placement: Placement, seed: int) -> NDArray[np.int32]:
+    """Return the replica that each request goes to, by the shares of its adapter.
+
+    Requests of an adapter that is nowhere, and of the base model, go to -1.
+    """
+    homes: dict[int, list[tuple[int, float]]] = {}
+    for index, plan in enumerate(placement.replicas):
+        for adapter, share in zip(plan.adapters, plan.shares, strict=True):
+            homes.setdefault(adapter, []).append((index, share))
+    last = int(np.max(trace.adapter, initial=0))
+    first = np.full(last + 2, -1, np.int32)  # the base model, -1, is the last entry
+    for adapter, parts in homes.items():
+        if adapter <= last:
+            first[adapter] = parts[0][0]
+    replica = first[trace.adapter]
+    rng = np.random.default_rng([seed, 1])
+    for adapter, parts in homes.items():
+        if len(parts) > 1:
+            own = np.flatnonzero(trace.adapter == adapter)
+            where, shares = zip(*parts, strict=True)
+            replica[own] = rng.choice(where, len(own), p=np.array(shares) / sum(shares))
+    return replica
+
+
+def check_placement(
+    demand: Demand,
+    placement: Placement,
+    calibration: Calibration,
+    *,
+    seed: int = 0,
+    duration_s: float = HOUR_S,
+    jobs: int = -1,
+) -> pd.DataFrame:
+    """Simulate every GPU of a placement with the requests that are routed to it.
+
+    The same as a cluster whose router follows the placement
+    (`adapter_twin.fleet.routers.placed.Placed`), but in the compiled loop and on all cores.
+
+    Parameters
+    ----------
+    demand : Demand
+    placement : Placement
+    calibration : Calibration
+    seed : int
+        Of the traffic.
+    duration_s : float
+    jobs : int
+        Processes; -1 is one per core.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per GPU: ``adapters, adapter_slots, max_lora_rank``, ``offered_tokens_per_s`` of the
+        requests it was given, `FIGURES`, ``slo_attainment``, and ``serves``: at least 90 % of the
+        tokens, and the SLO.
+    """
+    import pandas as pd
+
+    trace = draw_requests(demand.workload(duration_s), calibration, seed=seed)
+    replica = split_trace(trace, placement, seed)
+    tasks = (
+        joblib.delayed(_serve)(
+            plan,
+            replica_workload(demand, plan, duration_s),
+            _own_requests(trace, replica == index, plan.adapters),
+            calibration,
+            demand.slo,
+            seed,
+        )
+        for index, plan in enumerate(placement.replicas)
+    )
+    return pd.DataFrame(joblib.Parallel(jobs)(tasks))
+
+
+def _own_requests(trace: Trace, own: NDArray[np.bool_], adapters: Sequence[int]) -> Trace:
+    """Return a replica's requests, its adapters numbered from zero."""
+    number = np.full(max(adapters) + 1, -1, np.int32)
+    number[list(adapters)] = np.arange(len(adapters))
+    return Trace(
+        trace.arrival_s[own],
+        number[trace.adapter[own]],
+        trace.prompt_tokens[own],
+        trace.output_tokens[own],
+    )
+
+
+def _serve(
+    plan: ReplicaPlan,
+    workload: Workload,
+    trace: Trace,
+    calibration: Calibration,
+    slo: Slo | None,
+    seed: int,
+) -> dict[str, Any]:
+    run = simulate_quietly(workload, plan.engine, calibration, seed, trace)
+    service = summarize(run.records, run.gaps, run.duration_s)
+    offered = float(trace.prompt_tokens.sum() + trace.output_tokens.sum()) / run.duration_s
+    attained = 1.0 if slo is None else slo_attainment(run.records, slo, run.duration_s)
+    enough = slo is None or attained >= slo.percentile / 100
+    return {
+        "adapters": len(plan.adapters),
+        "adapter_slots": plan.engine.max_loras,
+        "max_lora_rank": plan.engine.max_lora_rank,
+        "offered_tokens_per_s": offered,
+        **{name: service[name] for name in FIGURES},
+        "slo_attainment": attained,
+        "serves": enough and service["total_throughput"] >= STARVATION_THRESHOLD * offered,
+    }
+
+
+def with_slots(plan: ReplicaPlan, slots: int) -> ReplicaPlan:
+    """Return the same GPU with another number of slots."""
+    cached = max(slots, len(plan.adapters))
+    return replace(plan, engine=replace(plan.engine, max_loras=slots, max_cpu_loras=cached))

@@ -1,0 +1,340 @@
+"""Several replicas behind a router, in SimPy: arrivals, failures, and moves of adapters.
+
+Each replica is the very server of `adapter_twin.twin`, one step at a time. A cluster of one replica
+gives the records of `adapter_twin.twin.simulate.simulate`, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import simpy
+from numpy.typing import NDArray
+
+from adapter_twin.calibration import Calibration
+from adapter_twin.config import EngineConfig, Workload
+from adapter_twin.fleet.placement import Placement
+from adapter_twin.fleet.replica import Life, Replica
+from adapter_twin.fleet.routers import Router
+from adapter_twin.metrics import STARVATION_THRESHOLD, summarize
+from adapter_twin.strict import require
+from adapter_twin.twin.feed import Feed
+from adapter_twin.twin.records import Gaps, Records, make_gaps, make_records
+from adapter_twin.twin.simulate import draw_requests
+from adapter_twin.workload import Trace
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NOWHERE = -1
+"""Replica of a request that none was up for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A replica stops at once and comes back empty.
+
+    Attributes
+    ----------
+    replica : int
+    at_s, down_s : float
+        When, and for how long: until a new server answers.
+    """
+
+    replica: int
+    at_s: float
+    down_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """New homes for adapters, while serving.
+
+    From then on requests go to the new homes, which read an adapter at its first use; what the old
+    homes have been given they serve to its end.
+
+    Attributes
+    ----------
+    at_s : float
+    adapters : tuple of frozenset of int
+        Those of each replica from then on.
+    """
+
+    at_s: float
+    adapters: tuple[frozenset[int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterRun:
+    """What a cluster did.
+
+    Attributes
+    ----------
+    records : Records
+        Of all requests, in order of arrival. Of a request that was given out again, arrival is the
+        first one, and all else is of the last server that it was given to.
+    replica : int32, shape (requests,)
+        That server, or `NOWHERE`.
+    retries : int32, shape (requests,)
+        How often a failure took it.
+    gaps : list of Gaps
+        Inter-token gaps, by replica.
+    engines : tuple of EngineConfig
+    duration_s : float
+    """
+
+    records: Records
+    replica: NDArray[np.int32]
+    retries: NDArray[np.int32]
+    gaps: list[Gaps]
+    engines: tuple[EngineConfig, ...]
+    duration_s: float
+
+    def by_replica(self) -> pd.DataFrame:
+        """Return each replica's load and service.
+
+        Returns
+        -------
+        pandas.DataFrame
+            ``replica, requests``, ``offered_tokens_per_s`` of what it was given, the figures of
+            `adapter_twin.metrics.summarize`, and ``starved``.
+        """
+        import pandas as pd
+
+        rows = []
+        for index in range(len(self.engines)):
+            own = select(self.records, self.replica == index)
+            tokens = int(own.prompt_tokens.sum()) + int(own.output_tokens.sum())
+            offered = tokens / self.duration_s
+            service = summarize(own, self.gaps[index], self.duration_s)
+            starved = service["total_throughput"] < STARVATION_THRESHOLD * offered
+            rows.append(
+                {"replica": index, "requests": len(own), "offered_tokens_per_s": offered}
+                | service
+                | {"starved": starved}
+            )
+        return pd.DataFrame(rows)
+
+
+def select(records: Records, chosen: NDArray[np.bool_]) -> Records:
+    """Return some of the records."""
+    return Records(*(getattr(records, name)[chosen] for name in Records.__slots__))
+
+
+def simulate_cluster(
+    workload: Workload,
+    placement: Placement,
+    calibrations: Calibration | Sequence[Calibration],
+    router: Router,
+    *,
+    seed: int = 0,
+    failures: Sequence[Failure] = (),
+    moves: Sequence[Move] = (),
+    trace: Trace | None = None,
+) -> ClusterRun:
+    """Predict how a cluster serves a workload.
+
+    Parameters
+    ----------
+    workload : Workload
+        Of the whole cluster; requests to the base model may go to every replica.
+    placement : Placement
+        Engines, and the adapters that are routed to each.
+    calibrations : Calibration or sequence of Calibration
+        One for all replicas, or one for each.
+    router : Router
+        See `adapter_twin.fleet.routers`.
+    seed : int
+        Of the traffic, and of the router's chance.
+    failures : sequence of Failure
+        Requests that a failure takes are given out again at once, and start from scratch.
+    moves : sequence of Move
+    trace : Trace, optional
+        What `adapter_twin.twin.simulate.draw_requests` returns, where clusters share requests.
+
+    Returns
+    -------
+    ClusterRun
+
+    Raises
+    ------
+    AdapterTwinError
+        An engine would not start, an adapter does not fit its slots, or a failure or move names no
+        replica.
+    """
+    engines = tuple(plan.engine for plan in placement.replicas)
+    if isinstance(calibrations, Calibration):
+        calibrations = [calibrations] * len(engines)
+    if trace is None:
+        trace = draw_requests(workload, calibrations[0], seed=seed)
+    cluster = Cluster(workload, placement, calibrations, router, trace, seed)
+    for failure in failures:
+        require(
+            0 <= failure.replica < len(engines),
+            f"failures: there is no replica {failure.replica}; the last one is {len(engines) - 1}",
+        )
+        cluster.env.process(cluster.fail(failure))
+    for move in moves:
+        require(len(move.adapters) == len(engines), "moves: give the adapters of each replica")
+        cluster.env.process(cluster.move(move))
+    cluster.env.process(cluster.receive())
+    cluster.env.run()
+    return cluster.result()
+
+
+class Cluster:
+    """The state of one run of `simulate_cluster`."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        placement: Placement,
+        calibrations: Sequence[Calibration],
+        router: Router,
+        trace: Trace,
+        seed: int,
+    ) -> None:
+        self.env = simpy.Environment()
+        self.workload = workload
+        self.router = router
+        self.trace = trace
+        self.longest_output = int(np.max(trace.output_tokens, initial=1))
+        self.rng = np.random.default_rng([seed, 1])
+        self.retries = np.zeros(len(trace), np.int32)
+        self.backlog: deque[int] = deque()
+        self.given_to: list[Life | None] = [None] * len(trace)
+        self.replicas = []
+        longest = int(np.max(trace.prompt_tokens + trace.output_tokens, initial=1))
+        for index, (plan, calibration) in enumerate(
+            zip(placement.replicas, calibrations, strict=True)
+        ):
+            room = calibration.memory.require_start(plan.engine)
+            require(
+                longest <= room - room % plan.engine.block_size,
+                f"lengths: a request of {longest} tokens exceeds the KV cache of replica {index}, "
+                f"{room}; lower max_loras or max_lora_rank, or shorten the requests",
+            )
+            served = frozenset(plan.adapters)
+            self._check(index, plan.engine, served)
+            feed = self._feed(plan.engine, calibration)
+            replica = Replica(self.env, index, plan.engine, calibration, served, feed)
+            self.replicas.append(replica)
+
+    def _feed(self, engine: EngineConfig, calibration: Calibration) -> Feed:
+        return Feed(
+            engine,
+            calibration,
+            self.workload.adapters,
+            duration_s=self.workload.duration_s,
+            longest_output=self.longest_output,
+            now_s=float(self.env.now),
+        )
+
+    def _check(self, index: int, engine: EngineConfig, adapters: frozenset[int]) -> None:
+        for adapter in adapters:
+            known = self.workload.adapters[adapter]
+            require(
+                known.rank <= engine.max_lora_rank,
+                f"{known.name}: rank {known.rank} does not fit the slots of replica {index}, "
+                f"max_lora_rank = {engine.max_lora_rank}",
+            )
+
+    def receive(self) -> Generator[simpy.Event, None, None]:
+        """Let the requests arrive."""
+        for request, arrival_s in enumerate(self.trace.arrival_s.tolist()):
+            yield self.env.timeout(max(arrival_s - self.env.now, 0.0))
+            self._dispatch(request, arrival_s)
+
+    def _dispatch(self, request: int, arrival_s: float | None = None) -> None:
+        """Give a request to a replica, or let it wait until one is up."""
+        adapter = int(self.trace.adapter[request])
+        candidates = [replica for replica in self.replicas if replica.serves(adapter)]
+        if not candidates:
+            self.backlog.append(request)
+            return
+        replica, adapter = self.router.route(adapter, candidates, self.rng)
+        trace = self.trace
+        self.given_to[request] = replica.give(
+            request,
+            float(self.env.now) if arrival_s is None else arrival_s,
+            adapter,
+            int(trace.prompt_tokens[request]),
+            int(trace.output_tokens[request]),
+        )
+
+    def _dispatch_backlog(self) -> None:
+        for _ in range(len(self.backlog)):
+            self._dispatch(self.backlog.popleft())
+
+    def fail(self, failure: Failure) -> Generator[simpy.Event, None, None]:
+        """Take a replica down, give its requests to others, and bring it back."""
+        yield self.env.timeout(failure.at_s)
+        replica = self.replicas[failure.replica]
+        if not replica.up or self.env.now >= self.workload.duration_s:
+            return
+        for request in replica.fail():
+            self.retries[request] += 1
+            self._dispatch(request)
+        yield self.env.timeout(failure.down_s)
+        if self.env.now >= self.workload.duration_s:
+            return
+        replica.start(self._feed(replica.engine, replica.calibration))
+        self._dispatch_backlog()
+
+    def move(self, move: Move) -> Generator[simpy.Event, None, None]:
+        """Route adapters to their new homes."""
+        yield self.env.timeout(move.at_s)
+        for replica, adapters in zip(self.replicas, move.adapters, strict=True):
+            self._check(replica.index, replica.engine, adapters)
+            replica.adapters = adapters
+        self._dispatch_backlog()
+
+    def result(self) -> ClusterRun:
+        """Collect what all lives of all replicas have recorded."""
+        lives = [life for replica in self.replicas for life in replica.lives]
+        columns = _nothing(self.trace)
+        server = np.full(len(self.trace), NOWHERE, np.int32)
+        gaps: list[list[Gaps]] = [[] for _ in self.replicas]
+        for life in lives:
+            recorded = make_records(life.feed.session, life.calibration.front_end.overhead_s)
+            places = [i for i, r in enumerate(life.requests) if self.given_to[r] is life]
+            own = np.array(life.requests, np.int64)[places]
+            for name in set(columns) - {"arrival_s"}:
+                columns[name][own] = getattr(recorded, name)[places]
+            server[own] = life.replica
+            gaps[life.replica].append(make_gaps(life.feed.session))
+        return ClusterRun(
+            Records(**columns),
+            server,
+            self.retries,
+            [_joined(some) for some in gaps],
+            tuple(replica.engine for replica in self.replicas),
+            self.workload.duration_s,
+        )
+
+
+def _nothing(trace: Trace) -> dict[str, Any]:
+    """Return the columns of records of which nothing has happened but the arrivals."""
+    n = len(trace)
+    return {
+        "arrival_s": trace.arrival_s,
+        "adapter": trace.adapter.astype(np.int32),
+        "prompt_tokens": trace.prompt_tokens.astype(np.int32),
+        "output_tokens": trace.output_tokens.astype(np.int32),
+        "scheduled_s": np.full(n, np.nan),
+        "first_token_s": np.full(n, np.nan),
+        "end_s": np.full(n, np.nan),
+        "preemptions": np.zeros(n, np.int32),
+        "load_wait_s": np.zeros(n),
+        "rejected": np.zeros(n, bool),
+    }
+
+
+def _joined(gaps: Sequence[Gaps]) -> Gaps:
+    return Gaps(
+        np.concatenate([some.gap_s for some in gaps]), np.concatenate([some.count for some in gaps])
+    )

@@ -1,0 +1,125 @@
+"""A session whose requests are not known beforehand: they are pushed as they arrive."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapter_twin.calibration import Calibration
+from adapter_twin.config import Adapter, EngineConfig
+from adapter_twin.twin.session import Session, new_session
+from adapter_twin.twin.state import NOT_RUNNING, Requests, State
+from adapter_twin.workload import Trace
+
+
+class Feed:
+    """The session of one server, and the requests that it has been given.
+
+    A place that no request has taken yet looks to the session like one that never arrives.
+
+    Parameters
+    ----------
+    engine : EngineConfig
+    calibration : Calibration
+    adapters : sequence of Adapter
+        All that may be asked for; requests name them by their index.
+    duration_s : float
+        End of the run.
+    longest_output : int
+        Most output tokens of any request.
+    now_s : float
+        When the server starts.
+
+    Attributes
+    ----------
+    session : Session
+    pushed : int
+        Requests given so far: the first ones of the session's.
+    """
+
+    def __init__(
+        self,
+        engine: EngineConfig,
+        calibration: Calibration,
+        adapters: tuple[Adapter, ...],
+        *,
+        duration_s: float,
+        longest_output: int,
+        now_s: float = 0.0,
+        room: int = 1024,
+    ) -> None:
+        ranks = np.array([adapter.rank for adapter in adapters])
+        nothing = Trace(
+            np.full(room, np.inf),
+            np.full(room, -1, np.int32),
+            np.ones(room, np.int32),
+            np.full(room, longest_output, np.int32),
+        )
+        self.session: Session = new_session(
+            nothing,
+            engine,
+            calibration.step_law(engine),
+            calibration.front_end_law(duration_s, observer=False),
+            calibration.memory.require_start(engine),
+            calibration.loading.load_s(ranks, engine.max_lora_rank),
+            calibration.loading.read_s(ranks),
+        )
+        self.session.clock.now_s = now_s
+        self.pushed = 0
+
+    @property
+    def outstanding(self) -> int:
+        """Requests given and not complete."""
+        clock = self.session.clock
+        return int(self.pushed - clock.accepted + clock.in_flight)
+
+    def push(self, arrival_s: float, adapter: int, prompt_tokens: int, output_tokens: int) -> int:
+        """Give the server a request that reaches it at `arrival_s`; return its number here."""
+        requests = self.session.requests
+        if self.pushed == len(requests.arrival_s):
+            _make_room(self.session)
+            requests = self.session.requests
+        place = self.pushed
+        requests.arrival_s[place] = arrival_s
+        requests.adapter[place] = adapter if adapter >= 0 else self.session.limits.base_model
+        requests.prompt_tokens[place] = prompt_tokens
+        requests.output_tokens[place] = output_tokens
+        self.pushed += 1
+        return place
+
+    def holds(self, adapter: int) -> bool:
+        """Return whether an adapter is in a slot; the base model needs none."""
+        return adapter < 0 or bool(self.session.state.on_gpu[adapter])
+
+
+def _make_room(session: Session) -> None:
+    """Double the places for requests."""
+    n = len(session.requests.arrival_s)
+    fresh: dict[str, Any] = {
+        "arrival_s": np.inf, "prompt_tokens": 1, "output_tokens": 1, "load_wait_s": 0.0,
+        "preemptions": 0, "stalls": 0, "stalled_s": 0.0, "rejected": False,
+        "adapter": session.limits.base_model, "first_step": NOT_RUNNING,
+    }  # fmt: skip
+    session.requests = Requests(
+        *(
+            np.concatenate((column, np.full(n, fresh.get(name, np.nan), column.dtype)))
+            for name, column in session.requests._asdict().items()
+        )
+    )
+    per_request = {"order": 0, "emitted": 0, "base_tokens": 0, "base_step": 0}
+    per_request |= {"stack_index": NOT_RUNNING}
+    state = session.state._asdict()
+    for name, value in per_request.items():
+        state[name] = np.concatenate((state[name], np.full(n, value, state[name].dtype)))
+    for name in ("next", "previous"):
+        state[name] = _move_sentinels(state[name], n)
+    session.state = State(**state)
+
+
+def _move_sentinels(links: NDArray[np.int32], n: int) -> NDArray[np.int32]:
+    """Insert `n` nodes, in no list, between the `n` requests and the sentinels behind them."""
+    moved = np.where(links >= n, links + n, links)
+    fresh = np.arange(n, 2 * n, dtype=np.int32)
+    return np.concatenate((moved[:n], fresh, moved[n:])).astype(np.int32)
