@@ -207,6 +207,7 @@ class Cluster:
         self.retries = np.zeros(len(trace), np.int32)
         self.backlog: deque[int] = deque()
         self.given_to: list[Life | None] = [None] * len(trace)
+        self._candidates: dict[int, list[Replica]] = {}  # by adapter, until something changes
         self.replicas = []
         longest = int(np.max(trace.prompt_tokens + trace.output_tokens, initial=1))
         for index, (plan, calibration) in enumerate(
@@ -252,7 +253,9 @@ class Cluster:
     def _dispatch(self, request: int, arrival_s: float | None = None) -> None:
         """Give a request to a replica, or let it wait until one is up."""
         adapter = int(self.trace.adapter[request])
-        candidates = [replica for replica in self.replicas if replica.serves(adapter)]
+        if adapter not in self._candidates:
+            self._candidates[adapter] = [r for r in self.replicas if r.serves(adapter)]
+        candidates = self._candidates[adapter]
         if not candidates:
             self.backlog.append(request)
             return
@@ -276,13 +279,16 @@ class Cluster:
         replica = self.replicas[failure.replica]
         if not replica.up or self.env.now >= self.workload.duration_s:
             return
-        for request in replica.fail():
+        lost = replica.fail()
+        self._candidates.clear()
+        for request in lost:
             self.retries[request] += 1
             self._dispatch(request)
         yield self.env.timeout(failure.down_s)
         if self.env.now >= self.workload.duration_s:
             return
         replica.start(self._feed(replica.engine, replica.calibration))
+        self._candidates.clear()
         self._dispatch_backlog()
 
     def move(self, move: Move) -> Generator[simpy.Event, None, None]:
@@ -291,6 +297,7 @@ class Cluster:
         for replica, adapters in zip(self.replicas, move.adapters, strict=True):
             self._check(replica.index, replica.engine, adapters)
             replica.adapters = adapters
+        self._candidates.clear()
         self._dispatch_backlog()
 
     def result(self) -> ClusterRun:

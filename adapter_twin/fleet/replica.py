@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 
@@ -50,6 +51,8 @@ class Replica:
     Attributes
     ----------
     up : bool
+    outstanding : int
+        Requests given and not complete.
     lives : list of Life
         The last one is going on.
     """
@@ -70,6 +73,7 @@ class Replica:
         self.adapters = adapters
         self.lives: list[Life] = []
         self.up = False
+        self.outstanding = 0
         self._idle: simpy.Event | None = None
         self.start(feed)
 
@@ -77,11 +81,6 @@ class Replica:
     def feed(self) -> Feed:
         """The present life's."""
         return self.lives[-1].feed
-
-    @property
-    def outstanding(self) -> int:
-        """Requests given and not complete."""
-        return self.feed.outstanding
 
     def serves(self, adapter: int) -> bool:
         """Return whether requests for an adapter may come here now."""
@@ -94,7 +93,7 @@ class Replica:
     def start(self, feed: Feed) -> None:
         """Begin a new life, with nothing loaded."""
         self.lives.append(Life(self.index, feed, [], self.calibration))
-        self.up, self._idle = True, None
+        self.up, self._idle, self.outstanding = True, None, 0
         self._process = self.env.process(self._turn_engine_loop(feed))
 
     def give(
@@ -103,6 +102,7 @@ class Replica:
         """Hand over a request that arrives now; return the life that has it."""
         self.feed.push(arrival_s, adapter, prompt_tokens, output_tokens)
         self.lives[-1].requests.append(request)
+        self.outstanding += 1
         if self._idle is not None and not self._idle.triggered:
             self._idle.succeed(arrival_s)
         return self.lives[-1]
@@ -117,15 +117,19 @@ class Replica:
         return [life.requests[place] for place in np.flatnonzero(np.isnan(end_s))]
 
     def _turn_engine_loop(self, feed: Feed) -> Generator[simpy.Event, float, None]:
-        session = feed.session
+        session, end_s = feed.session, feed.session.front_end.duration_s
         try:
-            while (event_s := session.turn()) <= session.front_end.duration_s or np.isinf(event_s):
-                if np.isinf(event_s):
+            while True:
+                event_s = session.turn()
+                self.outstanding = feed.outstanding
+                if event_s == math.inf:
                     self._idle = self.env.event()
                     event_s = yield self._idle
+                elif event_s > end_s:
+                    return
                 else:
                     # SimPy adds delays and so rounds; the session's clock holds the exact time.
                     yield self.env.timeout(max(event_s - self.env.now, 0.0))
-                session.clock.now_s = event_s
+                session.clock["now_s"] = event_s
         except simpy.Interrupt:
             return

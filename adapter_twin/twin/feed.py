@@ -73,7 +73,7 @@ class Feed:
     def outstanding(self) -> int:
         """Requests given and not complete."""
         clock = self.session.clock
-        return int(self.pushed - clock.accepted + clock.in_flight)
+        return int(self.pushed - clock["accepted"] + clock["in_flight"])
 
     def push(self, arrival_s: float, adapter: int, prompt_tokens: int, output_tokens: int) -> int:
         """Give the server a request that reaches it at `arrival_s`; return its number here."""

@@ -34,7 +34,7 @@ class Server:
         while (event_s := session.turn()) <= session.front_end.duration_s:
             # SimPy adds delays and so rounds; the session's clock holds the exact time.
             yield self.env.timeout(max(event_s - self.env.now, 0.0))
-            session.clock.now_s = event_s
+            session.clock["now_s"] = event_s
 
 
 def run_in_simpy(session: Session) -> None:
