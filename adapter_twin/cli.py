@@ -377,6 +377,67 @@ def recommend(
     print("python -m sglang.launch_server --model-path MODEL", *sglang)
 
 
+@app.command(
+    epilog="Example: adapter-twin place examples/place.yaml --manifests k8s --picture packing.png"
+)
+def place(
+    workload: Annotated[
+        Path, typer.Argument(metavar="WORKLOAD.yaml", help="Adapters, traffic and SLO.")
+    ],
+    margin: Annotated[
+        float | None, typer.Option(help="Safety margin on the served share of the load.")
+    ] = None,
+    manifests: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write Kubernetes manifests there.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Also draw the packing.")
+    ] = None,
+    jobs: JOBS = -1,
+    as_json: JSON = False,
+) -> None:
+    """Place all adapters on as few GPUs as possible, and check each in the twin."""
+    import pandas as pd
+
+    from adapter_twin.calibration import load_calibration
+    from adapter_twin.fleet.manifests import write_manifests
+    from adapter_twin.fleet.place import place as place_adapters
+    from adapter_twin.planning.choice import MARGIN
+    from adapter_twin.planning.demand import load_demand
+
+    if manifests is not None:
+        check_target(manifests)
+    if picture is not None:
+        check_target(picture, ".png", ".svg", ".pdf")
+    demand = load_demand(workload)
+    with progress() as tell:
+        answer, placement = place_adapters(
+            demand, margin=MARGIN if margin is None else margin, jobs=jobs, tell=tell
+        )
+    if manifests is not None:
+        laws = load_calibration(demand.calibration, demand.model)
+        write_manifests(manifests, demand, placement, laws)
+    if picture is not None:
+        from adapter_twin.datasets import replacing
+        from adapter_twin.fleet_plots import packing
+
+        with replacing(picture) as temporary:
+            packing(demand, placement).savefig(temporary, format=picture.suffix[1:], dpi=150)
+    if as_json:
+        print_json(answer)
+        return
+    replicas, advice = answer.pop("replicas"), answer.pop("advice")
+    print_mapping(answer, str(workload))
+    table = pd.DataFrame(replicas).assign(adapters=[len(row["adapters"]) for row in replicas])
+    print_table(
+        table.drop(columns=["shares", "vllm_args"]).rename_axis("gpu").reset_index(), "GPUs"
+    )
+    for number, row in enumerate(replicas):
+        print(f"GPU {number}: vllm serve MODEL", *row["vllm_args"])
+    if advice is not None:
+        print(advice)
+
+
 @app.command(epilog="Example: adapter-twin sweep designs/quick.yaml --out data/external/quick")
 def sweep(
     design: Annotated[Path, typer.Argument(metavar="DESIGN.yaml", help="What to predict.")],

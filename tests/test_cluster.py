@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from adapter_twin.calibration import Calibration, load_calibration
 from adapter_twin.config import Adapter, EngineConfig, Lengths, Workload, deal_adapters
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.fleet.check import check_placement, split_trace, with_slots
+from adapter_twin.fleet.check import check_placement, split_trace
 from adapter_twin.fleet.cluster import (
     NOWHERE,
     ClusterRun,
@@ -299,12 +299,6 @@ def test_an_adapter_that_fits_no_slot_is_named(laws: Calibration) -> None:
     narrow = Placement((plan(range(12), rank=8),))
     with pytest.raises(AdapterTwinError, match=r"adapter-1: rank 16 does not fit .* replica 0"):
         simulate_cluster(workload(), narrow, laws, Random())
-
-
-def test_other_slots_keep_the_rest_of_a_plan() -> None:
-    changed = with_slots(plan(range(6)), 8)
-    assert (changed.engine.max_loras, changed.engine.max_cpu_loras) == (8, 8)
-    assert changed.adapters == tuple(range(6))
 
 
 def test_some_records_are_selected(laws: Calibration) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import joblib
@@ -134,9 +133,3 @@ def _serve(
         "slo_attainment": attained,
         "serves": enough and service["total_throughput"] >= STARVATION_THRESHOLD * offered,
     }
-
-
-def with_slots(plan: ReplicaPlan, slots: int) -> ReplicaPlan:
-    """Return the same GPU with another number of slots."""
-    cached = max(slots, len(plan.adapters))
-    return replace(plan, engine=replace(plan.engine, max_loras=slots, max_cpu_loras=cached))

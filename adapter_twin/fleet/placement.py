@@ -82,11 +82,11 @@ class Placement:
                     f"{engine.max_lora_rank}; move it to a GPU with wider slots",
                 )
                 placed[adapter] += share
-        for adapter, share in zip(demand.adapters, placed, strict=True):
-            busy = adapter.request_rate > 0
-            require(share > 0 or not busy, f"{adapter.name}: has requests, but no GPU serves it")
-            whole = share == 0 or math.isclose(share, 1, abs_tol=TOLERANCE)
-            require(whole, f"{adapter.name}: shares sum to {share:g}; make them sum to 1")
+        for own, total in zip(demand.adapters, placed.tolist(), strict=True):
+            served = total > 0 or own.request_rate == 0
+            require(served, f"{own.name}: has requests, but no GPU serves it; place it")
+            whole = total == 0 or math.isclose(total, 1, abs_tol=TOLERANCE)
+            require(whole, f"{own.name}: shares sum to {total:g}; make them sum to 1")
 
 
 def replica_workload(demand: Demand, plan: ReplicaPlan, duration_s: float = HOUR_S) -> Workload:

@@ -1,0 +1,98 @@
+"""A given number of GPUs: spread the load, so that requests wait as little as possible."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from adapter_twin.fleet.capacity import Oracle
+from adapter_twin.fleet.greedy import Groups
+from adapter_twin.strict import require
+
+UNEVEN = 0.05
+"""Difference between the fullest and the emptiest GPU, by the mean load, that is left as it is."""
+
+
+def spread(loads: ArrayLike, gpus: int) -> Groups:
+    """Return items dealt to GPUs, the heaviest first, each to the GPU with the least load so far.
+
+    Longest processing time first (Graham 1969): no GPU has more than 4/3 of what it must have.
+
+    Parameters
+    ----------
+    loads : array_like, shape (n,)
+    gpus : int
+
+    Returns
+    -------
+    list of list of int
+        Indices, one list per GPU; empty ones where there are more GPUs than items.
+    """
+    require(gpus >= 1, f"gpus: must be at least 1, got {gpus}")
+    loads = np.asarray(loads, float)
+    groups: Groups = [[] for _ in range(gpus)]
+    heap = [(0.0, gpu) for gpu in range(gpus)]
+    for item in np.argsort(-loads, kind="stable").tolist():
+        load, gpu = heapq.heappop(heap)
+        groups[gpu].append(item)
+        heapq.heappush(heap, (load + float(loads[item]), gpu))
+    return groups
+
+
+def spread_by_rank(loads: ArrayLike, ranks: ArrayLike, gpus: int) -> Groups:
+    """Return items dealt to GPUs with ranks kept apart: equal loads, the widest ranks first.
+
+    A wide adapter makes every slot of its GPU wide, so only the GPU at the seam has two ranks.
+    """
+    require(gpus >= 1, f"gpus: must be at least 1, got {gpus}")
+    loads, ranks = np.asarray(loads, float), np.asarray(ranks)
+    order = np.lexsort((-loads, -ranks))
+    before = np.cumsum(loads[order]) - loads[order] / 2
+    gpu = np.minimum((before / loads.sum() * gpus).astype(int), gpus - 1)
+    return [order[gpu == k].tolist() for k in range(gpus)]
+
+
+def rebalance(loads: ArrayLike, home: NDArray[np.int_], gpus: int) -> int:
+    """Move items from the fullest to the emptiest GPU until loads are even; return how many moved.
+
+    As few as will do: each time the item that is closest to half the difference.
+
+    Parameters
+    ----------
+    loads : array_like, shape (n,)
+    home : int, shape (n,)
+        Changed in place.
+    gpus : int
+    """
+    loads, moved = np.asarray(loads, float), 0
+    total = np.bincount(home, loads, minlength=gpus)
+    while True:
+        full, empty = int(total.argmax()), int(total.argmin())
+        gap = total[full] - total[empty]
+        if gap <= UNEVEN * total.mean():
+            return moved
+        own = np.flatnonzero(home == full)
+        item = own[np.abs(loads[own] - gap / 2).argmin()]
+        if not 0 < loads[item] < gap:  # moving it would only turn the difference round
+            return moved
+        home[item] = empty
+        total[full] -= loads[item]
+        total[empty] += loads[item]
+        moved += 1
+
+
+def candidates(oracle: Oracle, gpus: int) -> list[Groups]:
+    """Return the ways of spreading a demand that are worth a look in the twin.
+
+    Only such whose every GPU the oracle accepts, and that use them all.
+    """
+    parts = oracle.parts
+    tried = [spread(parts.rate, gpus), spread_by_rank(parts.rate, parts.rank, gpus)]
+    return [groups for groups in tried if _accepted(oracle, groups)]
+
+
+def _accepted(oracle: Oracle, groups: Sequence[Sequence[int]]) -> bool:
+    return all(len(group) > 0 and oracle.serve(group) is not None for group in groups)

@@ -1,0 +1,185 @@
+"""How few GPUs there can be: a lower bound, proven for the oracle by a price on every adapter.
+
+**The certificate.** Every adapter gets a price such that no set that the oracle accepts on one GPU
+costs more than 1. Then a placement needs as many GPUs as the prices sum to. A *level* is a rank of
+slots and a range ``[low, high]`` of a GPU's load in requests/s. At each level several *measures* of
+an adapter are known of which a set that the oracle accepts there has at most 1 in sum; a mean of
+them, with weights of the level's own, has that, too. An adapter's price is the lowest of these
+means over the levels of its rank and above. A linear program chooses the weights. Prices are summed
+over the very adapters, so neither its rounding nor its tolerance can spoil the proof.
+
+**The measures**, and why an accepted set has at most 1 of them:
+
+1. *Load* by ``high``.
+2. *Active share* by the most active adapters. None waits longer for a slot than
+   `Oracle.longest_wait_s`. With that wait an adapter holds a slot for at least a share of the time
+   that the polling queue (`adapter_twin.planning.slot_sharing`) tells from its rate and from how
+   long a request runs; these shares sum to the slots at most. Without gating, it is in a batch as
+   often as M/G/infinity says. The lower of both sums to the distinct adapters in a batch at most.
+   These are limited: the more there are, the lower the capacity, and it has to be the share of
+   ``low`` that must not starve. The capacity is asked for equal adapters that each have a slot, for
+   all numbers of both; it is convex in the number of adapters, so chords lie above it. Requests run
+   the longer the more adapters are active, so ranges of their number are told apart.
+3. With whole adapters, dual feasible functions of both (Fekete and Schepers, 2001): where ``x``
+   sums to 1 at most, so does ``floor((k + 1) x) / k``.
+
+The third, and the second as it stands, hold for placements that do not split the oracle's parts any
+further. For a bound on all placements, the third is left out and the second is that of the least
+active parts: an adapter with so many requests that it never leaves its slot may take less in parts.
+
+**What it rests on.** It is proven for the model, not for GPUs, and takes for granted what the
+calibrations' laws do: another adapter in the batch, a wait, a load into a slot or a queue never
+make a step faster; ITL grows with load and adapters. What capacity the queue of an overloaded GPU
+takes is computed for a few numbers of adapters and interpolated. Tests try random sets.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import linprog
+from scipy.sparse import coo_array, vstack
+
+from adapter_twin.fleet.capacity import Oracle
+from adapter_twin.fleet.levels import Levels, levels_of
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+SIMILAR = 0.03
+"""Rates that differ by less are one type in the linear program, at their mean."""
+
+ROUNDING = 1e-6
+"""Of GPUs, taken off before a sum of prices is rounded up."""
+
+
+STEPS = (1, 2, 3, 4, 5)
+"""Dual feasible functions of the load: with the first, two adapters of above half a GPU's load are
+two GPUs', and so on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """Prices of which a set of adapters that one GPU serves has at most 1.
+
+    Attributes
+    ----------
+    levels : Levels
+    weights : float64, shape (measures, n)
+        How much each of `measures` counts, level by level; they sum to 1.
+    """
+
+    levels: Levels
+    weights: Floats
+
+    def prices(self, rates: ArrayLike, ranks: ArrayLike) -> Floats:
+        """Return the prices in GPUs of adapters with these requests/s and ranks of slots."""
+        rate, rank = np.asarray(rates, float), np.asarray(ranks, np.int64)
+        different, places = np.unique(rate, return_inverse=True)
+        measured = measures(self.levels, different, whole=len(self.weights) > 2)
+        by_level = (self.weights[:, :, None] * measured).sum(axis=0)
+        priced = np.full(len(rate), np.inf)
+        for width in np.unique(rank):
+            cheapest = by_level[self.levels.rank >= width].min(axis=0)
+            own = rank == width
+            priced[own] = cheapest[places[own]]
+        return priced
+
+
+def measures(levels: Levels, rates: Floats, *, whole: bool) -> Floats:
+    """Return what of a GPU adapters take, in several measures: each sums to 1 at most.
+
+    They are the load and the active share; if adapters stay `whole`, the `STEPS` of the load too.
+
+    Returns
+    -------
+    float64, shape (measures, levels, m)
+    """
+    load = rates / levels.high[:, None]
+    active = levels.active(rates, whole=whole)
+    stepped = [
+        np.maximum(np.ceil((k + 1) * share) - 1, 0) / k
+        for share in (load, active)
+        for k in STEPS
+        if whole
+    ]
+    return np.stack([load, active, *stepped])
+
+
+def certificate(oracle: Oracle, levels: Levels, *, whole: bool = True) -> Certificate:
+    """Choose the prices that prove most for the oracle's demand.
+
+    Parameters
+    ----------
+    oracle : Oracle
+    levels : Levels
+    whole : bool
+        The oracle's parts are not split any further.
+    """
+    rates, ranks, counts = _types(*_adapters(oracle, whole=whole))
+    measured = measures(levels, rates, whole=whole)
+    level, kind = np.nonzero(levels.rank[:, None] >= ranks)
+    # maximise counts @ price with price[kind] <= sum of weight[level] measured[level, kind]
+    taken = measured[:, level, kind]
+    row = np.arange(len(level))
+    columns = [kind, *(len(rates) + i * len(levels.high) + level for i in range(len(measured)))]
+    matrix = coo_array(
+        (
+            np.concatenate([np.ones(len(row)), -taken.ravel()]),
+            (np.tile(row, len(columns)), np.concatenate(columns)),
+        ),
+        shape=(len(row), len(rates) + len(measured) * len(levels.high)),
+    )
+    every = np.arange(len(levels.high))
+    one = coo_array(
+        (
+            np.ones(len(measured) * len(every)),
+            (
+                np.tile(every, len(measured)),
+                np.arange(len(measured) * len(every)) + len(rates),
+            ),
+        ),
+        shape=(len(every), matrix.shape[1]),
+    )
+    solution = linprog(
+        np.concatenate([-counts, np.zeros(one.shape[1] - len(counts))]),
+        A_ub=vstack([matrix, one]).tocsr(),
+        b_ub=np.concatenate([np.zeros(len(row)), np.ones(len(every))]),
+        method="highs",
+    )
+    weights = np.maximum(solution.x[len(rates) :].reshape(len(measured), -1), 0)
+    return Certificate(levels, weights / np.maximum(weights.sum(axis=0), 1))
+
+
+def lower_bound(oracle: Oracle, *, whole: bool = True) -> int:
+    """Return a number of GPUs below which the oracle accepts no placement of the demand.
+
+    Parameters
+    ----------
+    oracle : Oracle
+    whole : bool
+        Of placements that do not split the oracle's parts any further; otherwise of all.
+    """
+    proven = certificate(oracle, levels_of(oracle), whole=whole)
+    total = proven.prices(*_adapters(oracle, whole=whole)).sum()
+    return max(math.ceil(float(total) - ROUNDING), 1)
+
+
+def _adapters(oracle: Oracle, *, whole: bool) -> tuple[Floats, Ints]:
+    """Return requests/s and ranks of slots, of the oracle's parts or of adapters unsplit."""
+    parts = oracle.parts
+    if whole:
+        return parts.rate, parts.rank
+    _, first = np.unique(parts.adapter, return_index=True)
+    return parts.rate[first] / parts.share[first], parts.rank[first]
+
+
+def _types(rates: Floats, ranks: Ints) -> tuple[Floats, Ints, Floats]:
+    """Return mean rates, ranks and numbers of adapters that are alike."""
+    group = np.floor(np.log(rates) / SIMILAR)
+    kinds, kind = np.unique(np.stack([ranks, group]), axis=1, return_inverse=True)
+    counts = np.bincount(kind).astype(float)
+    return np.bincount(kind, rates) / counts, kinds[0].astype(np.int64), counts

@@ -1,0 +1,247 @@
+"""The oracle: whether one GPU serves a set of adapters, and with how many slots.
+
+It asks the analytic model (`adapter_twin.planning.analytic.analyse`) about all numbers of slots at
+once. A number of slots serves a set when
+
+- vLLM starts, and the throughput is at least the share of the offered load at which starvation
+  begins, plus the safety margin of `adapter_twin.planning.choice`;
+- no adapter waits for a slot for more than what may be lost of the window, so that a rare adapter
+  does not starve where the sum over all hides it. The share that is left of an adapter's requests
+  is thus above the threshold for each of them, unless the GPU itself is overloaded;
+- with an SLO on ITL, the *mean* ITL is within the limit. The model knows no percentiles;
+- with an SLO on TTFT, a step and the *longest* wait for a slot are within the limit. The model
+  knows neither waits for KV blocks and prompts ahead, nor the front end's time;
+- with any SLO, the load is at most `SLO_UTILISATION` of the capacity, to keep these waits short.
+
+A GPU that is accepted without an SLO may be overloaded by what may starve: its queue grows over the
+window. The twin should confirm what matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapter_twin.calibration import Calibration, load_calibration
+from adapter_twin.config import Adapter, EngineConfig, Workload
+from adapter_twin.fleet.engines import Engines
+from adapter_twin.fleet.parts import split_adapters
+from adapter_twin.fleet.placement import Placement, ReplicaPlan, part_of
+from adapter_twin.metrics import STARVATION_THRESHOLD
+from adapter_twin.planning.analytic import analyse
+from adapter_twin.planning.choice import MARGIN, TIE, Criterion
+from adapter_twin.planning.demand import Demand
+from adapter_twin.planning.replica import HOUR_S
+from adapter_twin.planning.steady_state import warmed_up
+from adapter_twin.strict import require
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SLO_UTILISATION = 0.9
+"""Above that, with an SLO, waits that the model does not know are no longer short."""
+
+TRACE = 1e-6
+"""Requests/s of an adapter with next to no load."""
+
+RESOLUTION = 1.005
+"""Ratio to which the most requests/s of one adapter alone are found."""
+
+HOPELESS = 1.02
+"""No mix of adapters can have more than that times the load that one adapter alone can have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How the best number of slots serves a set of adapters.
+
+    Attributes
+    ----------
+    slots, max_lora_rank : int
+    utilisation : float
+        Offered load by capacity.
+    served : float
+        Share of the offered tokens.
+    mean_ttft_ms, mean_itl_ms, slot_wait_s : float
+        As the analytic model knows them.
+    """
+
+    slots: int
+    max_lora_rank: int
+    utilisation: float
+    served: float
+    mean_ttft_ms: float
+    mean_itl_ms: float
+    slot_wait_s: float
+
+
+class Oracle:
+    """Verdicts on sets of adapters on one GPU.
+
+    Parameters
+    ----------
+    demand : Demand
+    calibration : Calibration, optional
+        Left out, the demand's, of a server on which every adapter has been used.
+    margin : float
+        See `adapter_twin.planning.choice.Criterion`.
+    split : bool
+        Whether an adapter that is too much for one GPU may be split over several.
+
+    Attributes
+    ----------
+    parts : Parts
+        What there is to place; members of a set are indices into it.
+    engines : Engines
+    calls : int
+        Sets that the model was asked about.
+
+    Raises
+    ------
+    AdapterTwinError
+        No GPU can serve one of the adapters, or the demand asks for the base model.
+    """
+
+    def __init__(
+        self,
+        demand: Demand,
+        calibration: Calibration | None = None,
+        *,
+        margin: float = MARGIN,
+        split: bool = True,
+    ) -> None:
+        require(
+            demand.base_model_request_rate == 0,
+            "base_model_request_rate: only adapters are placed; serve the base model on GPUs of "
+            "its own and leave it out",
+        )
+        self.demand = demand
+        self.calibration = calibration or warmed_up(
+            load_calibration(demand.calibration, demand.model)
+        )
+        self.criterion = Criterion(margin=margin)
+        self.threshold = STARVATION_THRESHOLD + margin
+        self.calls = 0
+        self._known: dict[tuple[int, bytes], Verdict | None] = {}
+        self.engines = Engines(demand, self.calibration)
+        self._most_alone: dict[int, float] = {}
+        self.parts = split_adapters(demand, self.engines.most_slots, self.most_alone, allowed=split)
+        dealt = zip(self.parts.adapter.tolist(), self.parts.share.tolist(), strict=True)
+        # parts of one adapter differ in name
+        self._own = [
+            replace(part_of(demand.adapters[i], share), name=f"{part}")
+            for part, (i, share) in enumerate(dealt)
+        ]
+
+    def serve(self, members: Sequence[int] | NDArray[np.int64]) -> Verdict | None:
+        """Return how one GPU serves some of the parts, or None where it cannot."""
+        chosen = np.asarray(members, np.int64)
+        rank = int(self.parts.rank[chosen].max())
+        if self.parts.rate[chosen].sum() > HOPELESS * self.most_alone(rank):
+            return None
+        return self._serve([self._own[i] for i in chosen], rank)
+
+    def serve_alike(self, count: int, rate: float, rank: int) -> Verdict | None:
+        """Return how one GPU serves so many adapters of one rate in requests/s, and one rank."""
+        own = [Adapter(name=f"{i}", rank=1, request_rate=rate) for i in range(count)]
+        return self._serve(own, rank)
+
+    def serve_plan(self, plan: ReplicaPlan) -> Verdict | None:
+        """Return how a planned GPU serves, with the slots of its plan; None where it does not."""
+        shares = zip(plan.adapters, plan.shares, strict=True)
+        own = [part_of(self.demand.adapters[i], share) for i, share in shares]
+        return self._best(own, [plan.engine])
+
+    def place(self, groups: Iterable[Sequence[int]]) -> Placement:
+        """Return groups of parts as a checked placement, each with its best number of slots."""
+        placement = Placement(tuple(self._plan(group) for group in groups))
+        placement.check(self.demand)
+        return placement
+
+    def table(self, rates: Sequence[float], engines: Sequence[EngineConfig]) -> pd.DataFrame:
+        """Return what the analytic model says of adapters with these requests/s."""
+        own = [Adapter(name=f"{i}", rank=1, request_rate=rate) for i, rate in enumerate(rates)]
+        return analyse(self._workload(own), engines, self.calibration)
+
+    def _workload(self, own: Sequence[Adapter]) -> Workload:
+        return Workload(adapters=tuple(own), duration_s=HOUR_S, lengths=self.demand.lengths)
+
+    def _serve(self, own: Sequence[Adapter], rank: int) -> Verdict | None:
+        rates = np.sort([adapter.request_rate for adapter in own])
+        key = rank, rates.tobytes()
+        if key not in self._known:
+            self._known[key] = self._best(own, self.engines.candidates(len(own), rank))
+        return self._known[key]
+
+    def _best(self, own: Sequence[Adapter], engines: Sequence[EngineConfig]) -> Verdict | None:
+        if not engines:
+            return None
+        self.calls += 1
+        table = analyse(self._workload(own), engines, self.calibration)
+        good = np.flatnonzero(self.criterion.feasible(table) & self._within_limits(table))
+        if not len(good):
+            return None
+        throughput, ttft_ms = table.total_throughput.to_numpy(), table.mean_ttft_ms.to_numpy()
+        # as `Criterion.ranked`, without what sorting a table costs
+        tied = good[throughput[good] >= (1 - TIE) * throughput[good].max()]
+        best = tied[ttft_ms[tied].argmin()]
+        return Verdict(
+            slots=engines[best].max_loras,
+            max_lora_rank=engines[best].max_lora_rank,
+            utilisation=float(table.utilisation[best]),
+            served=float(throughput[best] / table.offered_tokens_per_s[best]),
+            mean_ttft_ms=float(ttft_ms[best]),
+            mean_itl_ms=float(table.mean_itl_ms[best]),
+            slot_wait_s=float(table.slot_wait_s[best]),
+        )
+
+    @property
+    def longest_wait_s(self) -> float:
+        """Longest wait for a slot that any adapter may have."""
+        lost_s, slo = (1 - self.threshold) * HOUR_S, self.demand.slo
+        return lost_s if slo is None or slo.ttft_ms is None else min(lost_s, slo.ttft_ms / 1e3)
+
+    def _within_limits(self, table: pd.DataFrame) -> pd.Series[bool]:
+        within: pd.Series[bool] = table.slot_wait_s <= self.longest_wait_s
+        slo = self.demand.slo
+        if slo is not None:
+            within &= table.utilisation <= SLO_UTILISATION
+            if slo.itl_ms is not None:
+                within &= table.mean_itl_ms <= slo.itl_ms
+            if slo.ttft_ms is not None:
+                within &= table.mean_itl_ms + 1e3 * table.slot_wait_s <= slo.ttft_ms
+        return within
+
+    def _plan(self, group: Sequence[int]) -> ReplicaPlan:
+        shares = self.parts.together(group)
+        own = [part_of(self.demand.adapters[i], share) for i, share in shares.items()]
+        verdict = self._serve(own, int(self.parts.rank[np.asarray(group)].max()))
+        require(verdict is not None, "placement: one GPU would starve adapters; move some away")
+        assert verdict is not None
+        engine = self.engines.make(verdict.slots, verdict.max_lora_rank, len(own))
+        return ReplicaPlan(engine, tuple(shares), tuple(shares.values()))
+
+    def most_alone(self, rank: int) -> float:
+        """Return the most requests/s of one adapter that a GPU serves, 0 where it serves none."""
+
+        def fits(rate: float) -> bool:
+            return self.serve_alike(1, rate, rank) is not None
+
+        if rank not in self._most_alone:
+            self._most_alone[rank] = _highest(fits) if fits(TRACE) else 0.0
+        return self._most_alone[rank]
+
+
+def _highest(fits: Callable[[float], bool]) -> float:
+    """Return the highest rate in requests/s that fits, to within `RESOLUTION`."""
+    low, high = TRACE, 1.0
+    while fits(high):
+        low, high = high, 2 * high
+    while high > RESOLUTION * low:
+        middle = float(np.sqrt(low * high))
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,106 @@
+"""Make a placement hold in the twin: a GPU that starves gives adapters away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.fleet.capacity import Oracle
+from adapter_twin.fleet.check import check_placement
+from adapter_twin.fleet.greedy import Groups
+from adapter_twin.fleet.placement import Placement
+from adapter_twin.planning.demand import Demand
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ROUNDS = 8
+
+MOST_STARVING = 0.5
+"""Share of the GPUs: where more do not serve, the oracle is at fault, and moving does not help."""
+
+SHED = 0.05
+"""Share of its load that a GPU which starves gives away in a round, the lightest adapters first."""
+
+Tell = Callable[[int, int, str], None]
+
+
+def hold(
+    demand: Demand,
+    oracle: Oracle,
+    groups: Groups,
+    *,
+    jobs: int = -1,
+    tell: Tell = lambda done, total, text: None,
+) -> tuple[Placement, pd.DataFrame, int]:
+    """Check a placement in the twin and repair what does not serve, until all of it does.
+
+    Parameters
+    ----------
+    demand : Demand
+        What has to be served.
+    oracle : Oracle
+        Decides which sets to try; it may ask for more than the demand does.
+    groups : list of list of int
+        Indices into ``oracle.parts``, one list per GPU.
+    jobs : int
+        Processes; -1 is one per core.
+    tell : callable
+
+    Returns
+    -------
+    placement : Placement
+    checked : pandas.DataFrame
+        See `adapter_twin.fleet.check.check_placement`; every GPU serves.
+    repairs : int
+        GPUs that were changed.
+
+    Raises
+    ------
+    AdapterTwinError
+        Something still starves after `ROUNDS` rounds.
+    """
+    groups, changed = [list(group) for group in groups], set[int]()
+    for done in range(ROUNDS):
+        tell(done, ROUNDS, f"simulating {len(groups)} GPUs")
+        placement = oracle.place(groups)
+        checked = check_placement(
+            demand, placement, oracle.calibration, seed=demand.seed, jobs=jobs
+        )
+        starving = checked.index[~checked.serves].tolist()
+        if not starving:
+            tell(ROUNDS, ROUNDS, "every GPU serves")
+            return placement, checked, len(changed)
+        if len(starving) > MOST_STARVING * len(groups):
+            break
+        changed.update(starving)
+        shed = [part for k in starving for part in _lightest(oracle, groups[k])]
+        _take_in(oracle, groups, shed, exclude=set(starving))
+    raise AdapterTwinError(
+        f"placement: {len(starving)} of {len(groups)} GPUs do not serve in the twin, and moving "
+        "adapters does not help; relax the slo or give a larger margin"
+    )
+
+
+def _lightest(oracle: Oracle, group: list[int]) -> list[int]:
+    """Take the lightest parts out of a group: `SHED` of its load, one at least."""
+    rate = oracle.parts.rate
+    group.sort(key=lambda part: -float(rate[part]))
+    asked, taken = SHED * float(rate[group].sum()), list[int]()
+    while len(group) > 1 and (not taken or float(rate[taken].sum()) < asked):
+        taken.append(group.pop())
+    return taken
+
+
+def _take_in(oracle: Oracle, groups: Groups, parts: list[int], exclude: set[int]) -> None:
+    """Put parts on the GPUs with the most room, or on a new one."""
+    rate = oracle.parts.rate
+    for part in sorted(parts, key=lambda part: -float(rate[part])):
+        others = [group for k, group in enumerate(groups) if k not in exclude]
+        for group in sorted(others, key=lambda group: float(rate[group].sum())):
+            if oracle.serve([*group, part]) is not None:
+                group.append(part)
+                break
+        else:
+            groups.append([part])

@@ -1,0 +1,263 @@
+"""What the chapter on fleets tabulates: placements, routers, failures, drifting traffic."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import joblib
+import numpy as np
+import pandas as pd
+
+from adapter_twin.calibration import Calibration, load_calibration
+from adapter_twin.config import EngineConfig, Lengths, zipf_adapters
+from adapter_twin.fleet.baselines import first_fit_by_count, round_robin
+from adapter_twin.fleet.bound import lower_bound
+from adapter_twin.fleet.capacity import Oracle
+from adapter_twin.fleet.check import check_placement
+from adapter_twin.fleet.cluster import Failure, simulate_cluster
+from adapter_twin.fleet.drift import Drift, place_again
+from adapter_twin.fleet.greedy import Groups, best_greedy, first_fit_decreasing
+from adapter_twin.fleet.place import fewest
+from adapter_twin.fleet.placement import Placement, ReplicaPlan
+from adapter_twin.fleet.routers import Router
+from adapter_twin.fleet.routers.adapter_affinity import AdapterAffinity
+from adapter_twin.fleet.routers.least_outstanding import LeastOutstanding
+from adapter_twin.fleet.routers.placed import Placed
+from adapter_twin.fleet.routers.random import Random
+from adapter_twin.fleet.routers.rank_aware import RankAware
+from adapter_twin.fleet.routers.round_robin import RoundRobin
+from adapter_twin.fleet.scenarios import PlacementScenario
+from adapter_twin.metrics import ttft_s
+from adapter_twin.planning.demand import Demand
+from adapter_twin.planning.steady_state import warmed_up
+
+MODEL = "llama-3.1-8b-instruct"
+LENGTHS = Lengths(mean_input_tokens=223, mean_output_tokens=200)
+
+METHODS: dict[str, Callable[[Oracle], Groups]] = {
+    "round robin, blind to ranks": round_robin,
+    "first fit by count": first_fit_by_count,
+    "first fit by load (sequel paper)": first_fit_decreasing,
+    "best greedy": best_greedy,
+    "best greedy and local search": lambda oracle: fewest(oracle)[0],
+}
+"""Ways of placing, the simplest first."""
+
+BEST = "best greedy and local search"
+
+
+def compare_placements(
+    drawn: Iterable[PlacementScenario], *, check: bool = True, jobs: int = -1
+) -> pd.DataFrame:
+    """Place scenarios by every method.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per scenario: ``name, ranks, zipf_exponent, skewed, adapters``; ``bound``; the GPUs of
+        each of `METHODS`; ``starving``, GPUs of the best method that starve in the twin.
+    """
+    tasks = (joblib.delayed(_place)(scenario, check) for scenario in drawn)
+    return pd.DataFrame(joblib.Parallel(jobs)(tasks))
+
+
+def _place(scenario: PlacementScenario, check: bool) -> dict[str, Any]:
+    oracle = Oracle(scenario.demand)
+    placed = {name: method(oracle) for name, method in METHODS.items()}
+    row: dict[str, Any] = {
+        "name": scenario.name,
+        "ranks": scenario.ranks,
+        "zipf_exponent": scenario.zipf_exponent,
+        "skewed": scenario.skewed,
+        "adapters": len(scenario.demand.adapters),
+        "bound": lower_bound(oracle),
+        **{name: len(groups) for name, groups in placed.items()},
+    }
+    if check and scenario.demand.slo is None:
+        placement = oracle.place(placed[BEST])
+        served = check_placement(scenario.demand, placement, oracle.calibration, jobs=1)
+        row["starving"] = int((~served.serves).sum())
+    return row
+
+
+def gaps(table: pd.DataFrame) -> pd.DataFrame:
+    """Return how many GPUs each method uses above the bound, in percent, with 95 % intervals.
+
+    Intervals are of the mean over scenarios, by bootstrap. ``saved``: GPUs that the best method
+    saves on the skewed scenarios, in percent of the method's.
+    """
+    rng = np.random.default_rng(0)
+    rows = []
+    for name in METHODS:
+        gap = 100 * (table[name] / table.bound - 1).to_numpy()
+        means = rng.choice(gap, (2000, len(gap))).mean(axis=1)
+        low, high = np.percentile(means, [2.5, 97.5])
+        skewed = table[table.skewed]
+        saved = 100 * (1 - skewed[BEST].sum() / skewed[name].sum())
+        rows.append((name, int(table[name].sum()), gap.mean(), low, high, gap.max(), saved))
+    return pd.DataFrame(
+        rows, columns=["method", "GPUs", "gap", "low", "high", "largest gap", "saved"]
+    )
+
+
+def compare_routers(
+    gpus: int, rate: float, seeds: Sequence[int], duration_s: float, *, fail: bool = False
+) -> pd.DataFrame:
+    """Serve the same traffic through every router: half the GPUs with narrow slots, half with wide.
+
+    Every adapter that fits is on every GPU; only under "placed" it has one home. With `fail` the
+    first GPU is down for the middle third of the window.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per router: means over seeds of ``served`` (percent of the tokens asked for),
+        ``mean_ttft_ms``, ``p99_ttft_ms``, its ``low`` and ``high`` over the seeds, ``loads`` per
+        100 requests.
+    """
+    asked = Demand(
+        model=MODEL, adapters=zipf_adapters(256, rate, 0.9, [8, 8, 8, 32]), lengths=LENGTHS
+    )
+    names = ("random", "round robin", "least outstanding", "adapter affinity", "rank-aware")
+    tasks = [(name, seed) for name in (*names, "placed") for seed in seeds]
+    failures = [Failure(replica=0, at_s=duration_s / 3, down_s=duration_s / 3)] if fail else []
+    rows = joblib.Parallel(-1)(
+        joblib.delayed(_route)(asked, gpus, name, seed, duration_s, failures)
+        for name, seed in tasks
+    )
+    table = pd.DataFrame(rows).groupby("router", sort=False)
+    spread = table.p99_ttft_ms.agg(["min", "max"])
+    means = table[["served", "mean_ttft_ms", "p99_ttft_ms", "loads"]].mean()
+    means.insert(3, "low", spread["min"])
+    means.insert(4, "high", spread["max"])
+    return means.reset_index()
+
+
+def _route(
+    asked: Demand,
+    gpus: int,
+    name: str,
+    seed: int,
+    duration_s: float,
+    failures: Sequence[Failure],
+) -> dict[str, Any]:
+    laws = warmed_up(load_calibration(asked.calibration, asked.model))
+    placement = _shared(asked, gpus) if name != "placed" else _apart(asked, gpus)
+    routers: dict[str, Router] = {
+        "random": Random(),
+        "round robin": RoundRobin(),
+        "least outstanding": LeastOutstanding(),
+        "adapter affinity": AdapterAffinity(),
+        "rank-aware": RankAware(asked.adapters),
+        "placed": Placed(placement),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = simulate_cluster(
+            asked.workload(duration_s), placement, laws, routers[name], seed=seed, failures=failures
+        )
+    waits_ms = 1e3 * ttft_s(run.records)
+    waits_ms = waits_ms[np.isfinite(waits_ms)]
+    served = run.by_replica()
+    return {
+        "router": name,
+        "served": 100 * served.total_throughput.sum() / served.offered_tokens_per_s.sum(),
+        "mean_ttft_ms": waits_ms.mean(),
+        "p99_ttft_ms": np.percentile(waits_ms, 99),
+        "loads": 100 * np.count_nonzero(run.records.load_wait_s) / len(run.records),
+    }
+
+
+def _engine(rank: int, adapters: int) -> EngineConfig:
+    slots = min(48, adapters)
+    return EngineConfig(model=MODEL, max_loras=slots, max_cpu_loras=adapters, max_lora_rank=rank)
+
+
+def _shared(asked: Demand, gpus: int) -> Placement:
+    """Return GPUs with narrow and with wide slots that each serve all adapters that fit."""
+    plans = []
+    homes = [gpus if a.rank <= NARROW else gpus - gpus // 2 for a in asked.adapters]
+    for gpu in range(gpus):
+        rank = NARROW if gpu < gpus // 2 else WIDE
+        own = tuple(i for i, adapter in enumerate(asked.adapters) if adapter.rank <= rank)
+        shares = tuple(1 / homes[i] for i in own)
+        plans.append(ReplicaPlan(_engine(rank, len(own)), own, shares))
+    return Placement(tuple(plans))
+
+
+NARROW, WIDE = 8, 32
+
+
+def _apart(asked: Demand, gpus: int) -> Placement:
+    """Return the same GPUs with each adapter on one: loads even, narrow ones where they fit."""
+    load = np.zeros(gpus)
+    own: list[list[int]] = [[] for _ in range(gpus)]
+    order = sorted(
+        range(len(asked.adapters)),
+        key=lambda i: (-asked.adapters[i].rank, -asked.adapters[i].request_rate),
+    )
+    for i in order:
+        first = 0 if asked.adapters[i].rank <= NARROW else gpus // 2
+        gpu = first + int(load[first:].argmin())
+        own[gpu].append(i)
+        load[gpu] += asked.adapters[i].request_rate
+    plans = [
+        ReplicaPlan(
+            _engine(NARROW if gpu < gpus // 2 else WIDE, len(group)),
+            tuple(sorted(group)),
+            (1.0,) * len(group),
+        )
+        for gpu, group in enumerate(own)
+    ]
+    return Placement(tuple(plans))
+
+
+def how_often(
+    laws: Calibration,
+    drift: Drift,
+    every_s: Sequence[float | None],
+    seeds: Sequence[int],
+    *,
+    gpus: int = 4,
+    rate: float = 75.0,
+    duration_s: float = 3600.0,
+) -> pd.DataFrame:
+    """Serve drifting traffic with homes chosen anew every so often.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per interval: ``every_s`` (NaN: never), means over seeds of
+        `adapter_twin.fleet.drift.place_again`, ``low`` and ``high`` of the p99 TTFT over them.
+    """
+    asked = Demand(model=MODEL, adapters=zipf_adapters(400, rate, 1.2, [16]), lengths=LENGTHS)
+    engine = EngineConfig(model=MODEL, max_loras=48, max_cpu_loras=200, max_lora_rank=16)
+    tasks = [(every, seed) for every in every_s for seed in seeds]
+    rows = joblib.Parallel(-1)(
+        joblib.delayed(_drifting)(asked, engine, gpus, laws, drift, every, duration_s, seed)
+        for every, seed in tasks
+    )
+    table = pd.DataFrame(rows).groupby("every_s", sort=False, dropna=False)
+    spread = table.p99_ttft_ms.agg(["min", "max"])
+    means = table[["moved", "served", "worst_served", "mean_ttft_ms", "p99_ttft_ms"]].mean()
+    return means.assign(low=spread["min"], high=spread["max"]).reset_index()
+
+
+def _drifting(
+    asked: Demand,
+    engine: EngineConfig,
+    gpus: int,
+    laws: Calibration,
+    drift: Drift,
+    every_s: float | None,
+    duration_s: float,
+    seed: int,
+) -> dict[str, float]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = place_again(
+            asked, engine, gpus, laws, drift, every_s=every_s, duration_s=duration_s, seed=seed
+        )
+    return {"every_s": float("nan") if every_s is None else every_s} | found
