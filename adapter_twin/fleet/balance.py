@@ -15,6 +15,9 @@ from adapter_twin.strict import require
 UNEVEN = 0.05
 """Difference between the fullest and the emptiest GPU, by the mean load, that is left as it is."""
 
+WORTH = 0.99
+"""A move must leave less than that of the difference."""
+
 
 def spread(loads: ArrayLike, gpus: int) -> Groups:
     """Return items dealt to GPUs, the heaviest first, each to the GPU with the least load so far.
@@ -76,7 +79,7 @@ def rebalance(loads: ArrayLike, home: NDArray[np.int_], gpus: int) -> int:
             return moved
         own = np.flatnonzero(home == full)
         item = own[np.abs(loads[own] - gap / 2).argmin()]
-        if not 0 < loads[item] < gap:  # moving it would only turn the difference round
+        if abs(gap - 2 * loads[item]) > WORTH * gap:  # it would hardly become more even
             return moved
         home[item] = empty
         total[full] -= loads[item]

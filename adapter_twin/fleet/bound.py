@@ -44,7 +44,8 @@ from scipy.optimize import linprog
 from scipy.sparse import coo_array, vstack
 
 from adapter_twin.fleet.capacity import Oracle
-from adapter_twin.fleet.levels import Levels, levels_of
+from adapter_twin.fleet.envelope import levels_of
+from adapter_twin.fleet.levels import Levels
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
