@@ -13,8 +13,8 @@ from adapter_twin.config import Slo, config_hash
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.fleet.bound import ROUNDING, certificate, lower_bound
 from adapter_twin.fleet.capacity import Oracle
+from adapter_twin.fleet.envelope import levels_of
 from adapter_twin.fleet.greedy import Groups, best_greedy
-from adapter_twin.fleet.levels import levels_of
 from adapter_twin.fleet.local_search import improve
 from adapter_twin.fleet.placement import Placement
 from adapter_twin.fleet.repair import hold
