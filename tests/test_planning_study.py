@@ -9,10 +9,14 @@ import pytest
 from adapter_twin import planning_plots, planning_study
 from adapter_twin.calibration import load_calibration
 from adapter_twin.config import Slo
+from adapter_twin.datasets import REPOSITORY
 from adapter_twin.planning import explain, reality, window
 from adapter_twin.planning.choice import Criterion
+from adapter_twin.planning.features import traffic_features
 from adapter_twin.planning.grid import grid_runs
+from adapter_twin.planning.labels import label
 from adapter_twin.planning.surrogates import TARGETS, fit
+from adapter_twin.planning.sweep import read_sweep
 from adapter_twin.planning.training import small_trees
 
 LLAMA = "llama-3.1-8b-instruct"
@@ -262,3 +266,76 @@ def test_an_slo_takes_optima_away_or_makes_them_smaller() -> None:
 def test_a_thin_sweep_keeps_whole_mixes_of_rates() -> None:
     table = pd.DataFrame({"rates_per_adapter": list("aabbccdd")})
     assert planning_study.thin(table, 2).rates_per_adapter.tolist() == list("aacc")
+
+
+@pytest.fixture(scope="module")
+def sweep() -> pd.DataFrame:
+    """Return every 8th mix of rates of the committed sweep, of one model."""
+    runs = read_sweep(REPOSITORY / "data" / "sweeps" / "paper.parquet")
+    runs = planning_study.thin(runs[runs["model"] == LLAMA], 8)
+    return runs.astype({"model": str, "rates_per_adapter": str, "ranks": str})
+
+
+def test_the_anatomy_of_a_sweep_adds_up(sweep: pd.DataFrame) -> None:
+    counts = planning_study.anatomy(sweep, Criterion()).iloc[0]
+    assert counts.runs == len(sweep) == 55 * counts.workloads
+    assert counts["start refused"] + counts.hopeless + counts.simulated == counts.runs
+
+
+def test_labels_never_starve_by_the_twin_that_made_them(sweep: pd.DataFrame) -> None:
+    labelled = label(sweep, Criterion())
+    judged = planning_study.judged_by_twin(labelled[labelled.has_optimum], sweep)
+    assert judged["starving"] == 0
+    assert abs(judged["regret"]) < 1
+
+
+def test_runs_around_the_knee_are_light_full_and_starved(sweep: pd.DataFrame) -> None:
+    rates = sweep.rates_per_adapter[sweep.simulated & (sweep.served_adapters == 128)].iloc[0]
+    runs = planning_study.around_the_knee(sweep, Criterion(), rates)
+    assert runs.served_adapters.is_monotonic_increasing
+    assert [name.split(",")[0] for name in runs.run_id] == ["light", "at the optimum", "starved"]
+
+
+def test_models_are_compared_with_intervals_and_drawn(sweep: pd.DataFrame) -> None:
+    labelled = planning_study.labelled_by_model(sweep, Criterion())
+    models = ("linear", "decision tree")
+    comparison = planning_study.compare_models(labelled, models)
+    assert len(comparison) == 3 * 2 * len(models)
+    assert len(planning_plots.model_errors(comparison).axes) == 3
+    bounds = planning_study.intervals(labelled, comparison)
+    assert bounds.coverage.between(60, 100).all()
+    assert (planning_study.inference(labelled[LLAMA]).r_squared > 0.3).all()
+    labels = label(sweep, Criterion())
+    figure = planning_plots.optima(labels.join(traffic_features(labels)[["adapter_load"]]))
+    assert len(figure.axes) == 1
+
+
+def test_verdicts_are_compared_by_criterion(sweep: pd.DataFrame) -> None:
+    criteria = {"rule": Criterion(), "margin": Criterion(margin=0.05)}
+    found = planning_study.compare_verdicts(sweep, criteria, ("decision tree",))
+    assert found.verdict.tolist() == ["rule", "margin"]
+    assert (found.test_macro_f1 > 0.7).all()
+
+
+def test_every_way_of_choosing_is_judged_by_the_same_grid(sweep: pd.DataFrame) -> None:
+    twin = GRID.assign(simulated=True)
+    authors = GRID.dropna().assign(
+        offered_rate_req_s=GRID.offered_tokens_per_s, pool_in=1, pool_out=0
+    )
+    table = planning_study.methods(
+        GRID, sweep, twin, authors, 0.0, ("decision tree",), ("decision tree",)
+    ).set_index("method")
+    assert table.regret["twin"] == 0
+    assert table.starving_picks["G = N, N of the twin"] == 0
+    assert set(table.kind) >= {"search", "rule of thumb", "published"}
+    trade = planning_study.margins(GRID, twin, [0.0, 0.05])
+    assert trade.margin.tolist() == [0, 5]
+
+
+def test_indices_are_drawn_for_every_answer() -> None:
+    rows = [
+        {"answer": answer, "factor": factor, "first": 0.1, "first_conf": 0.1, "total": 0.2,
+         "total_conf": 0.1}
+        for answer in ("itl", "ttft") for factor in ("a", "b")
+    ]  # fmt: skip
+    assert len(planning_plots.sobol(pd.DataFrame(rows)).axes) == 2
