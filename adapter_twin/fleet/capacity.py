@@ -13,8 +13,7 @@ once. A number of slots serves a set when
   knows neither waits for KV blocks and prompts ahead, nor the front end's time;
 - with any SLO, the load is at most `SLO_UTILISATION` of the capacity, to keep these waits short.
 
-A GPU that is accepted without an SLO may be overloaded by what may starve: its queue grows over the
-window. The twin should confirm what matters.
+Without an SLO, an accepted GPU may be overloaded by what may starve. Let the twin confirm it.
 """
 
 from __future__ import annotations
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 
 SLO_UTILISATION = 0.9
 """Above that, with an SLO, waits that the model does not know are no longer short."""
-
 TRACE = 1e-6
 """Requests/s of an adapter with next to no load."""
 
@@ -144,6 +142,10 @@ class Oracle:
         if self.parts.rate[chosen].sum() > HOPELESS * self.most_alone(rank):
             return None
         return self._serve([self._own[i] for i in chosen], rank)
+
+    def forget(self) -> None:
+        """Forget all verdicts, so that the time a method takes can be measured."""
+        self._known.clear()
 
     def serve_alike(self, count: int, rate: float, rank: int) -> Verdict | None:
         """Return how one GPU serves so many adapters of one rate in requests/s, and one rank."""
