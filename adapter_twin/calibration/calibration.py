@@ -20,7 +20,8 @@ from adapter_twin.calibration.step_time import TILE, StepTimeLaw
 from adapter_twin.config import EngineConfig, Workload
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.models import model_shape
-from adapter_twin.twin.clock import FrontEnd, StepLaw
+from adapter_twin.twin.clock import FrontEnd
+from adapter_twin.twin.step_law import StepLaw
 
 UNLIMITED = np.iinfo(np.int64).max
 
@@ -72,13 +73,19 @@ class Calibration:
     valid_range: dict[str, list[float]]
     provenance: dict[str, Any]
 
-    def step_law(self, engine: EngineConfig) -> StepLaw:
-        """Return the compiled form of the step-time and scheduling laws for an engine, in s."""
+    def step_law(self, engine: EngineConfig, *, merging: bool = False) -> StepLaw:
+        """Return the compiled form of the step-time and scheduling laws for an engine, in s.
+
+        With `merging`, also for the steps of a merged adapter.
+        """
         ms = 1e-3
         scheduling = self.scheduling
+        coefficients = self.step_time.for_engine(engine.max_loras, engine.max_lora_rank)
+        if merging:
+            coefficients = np.vstack((coefficients, self.step_time.without_adapters()))
         return StepLaw(
             token_breaks=np.array(self.step_time.token_breaks_, float),
-            coefficients=ms * self.step_time.for_engine(engine.max_loras, engine.max_lora_rank),
+            coefficients=ms * coefficients,
             tile=TILE,
             per_waiting=ms * self.step_time.waiting_ms_,
             scheduling=ms

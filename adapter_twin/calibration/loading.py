@@ -65,8 +65,8 @@ class LoadingLaw(Estimator):
         self.interval_[name] = (float(ordered[low]), float(ordered[high]))
         return float(np.median(ordered))
 
-    def load_s(self, ranks: NDArray[np.int64], max_lora_rank: int) -> Floats:
-        """Return the copy times into a slot in s, one per rank given."""
+    def load_s(self, ranks: NDArray[np.int64], max_lora_rank: int | NDArray[np.int64]) -> Floats:
+        """Return the copy times into a slot of `max_lora_rank` in s, one per rank given."""
         full = np.asarray(ranks) == max_lora_rank
         return np.where(full, self.full_slot_ms_, self.padded_slot_ms_) / 1e3
 

@@ -35,15 +35,21 @@ EXTRA_VOCABULARY = 256
 
 def slot_tensors(shape: ModelShape, max_loras: int, max_lora_rank: int) -> Iterator[int]:
     """Yield the sizes in bytes of the slot tensors in the order in which vLLM allocates them."""
-    h, kv, i, v = shape.hidden, shape.kv_width, shape.intermediate, shape.vocabulary
-    qkv, out, gate_up, down = [h, h, h, h, kv, kv], [h, h], [h, h, i, i], [i, h]
-    widths = [max_lora_rank * width for width in (qkv + out + gate_up + down) * shape.layers]
+    h, v = shape.hidden, shape.vocabulary
+    widths = [max_lora_rank * width for width in _layer_widths(shape) * shape.layers]
     if shape.adapts_vocabulary:
         # embedding and output layer: A, B, and rows for the extra tokens
         widths += [max_lora_rank * v, max_lora_rank * h, EXTRA_VOCABULARY * h, EXTRA_VOCABULARY * h]
         widths += [max_lora_rank * h, max_lora_rank * v, EXTRA_VOCABULARY * h]
     for width in widths:
         yield max_loras * width * BYTES_PER_WEIGHT
+
+
+def _layer_widths(shape: ModelShape) -> list[int]:
+    """Return the weights per rank of the tensors that adapt one layer."""
+    h, kv, i = shape.hidden, shape.kv_width, shape.intermediate
+    qkv, out, gate_up, down = [h, h, h, h, kv, kv], [h, h], [h, h, i, i], [i, h]
+    return qkv + out + gate_up + down
 
 
 @lru_cache(maxsize=1024)
@@ -143,19 +149,30 @@ class MemoryLaw(Estimator):
         """Return the CUDA-graph capture time in seconds."""
         return np.asarray(self.capture_s_ + self.capture_s_per_slot_ * np.asarray(max_loras, float))
 
-    def require_start(self, engine: EngineConfig) -> int:
-        """Return the KV-cache size in tokens.
+    def adapter_blocks(self, ranks: NDArray[np.int64], block_size: int) -> NDArray[np.int64]:
+        """Return the KV blocks that adapters fill at their own ranks, one number per rank given.
+
+        Of the adapted layers only: slots also hold vocabulary that an adapter may bring.
+        """
+        shape = model_shape(self.model)
+        bytes_per_rank = BYTES_PER_WEIGHT * sum(_layer_widths(shape)) * shape.layers
+        block_bytes = block_size * shape.kv_bytes_per_token
+        return -(-np.asarray(ranks, np.int64) * bytes_per_rank // block_bytes)
+
+    def require_start(self, engine: EngineConfig, *, slots: bool = True) -> int:
+        """Return the KV-cache size in tokens, without `slots` where none are reserved.
 
         Raises
         ------
         AdapterTwinError
             vLLM would refuse to start.
         """
-        tokens = int(self.kv_cache_tokens(engine.max_loras, engine.max_lora_rank))
+        reserved = engine.max_loras if slots else 0
+        tokens = int(self.kv_cache_tokens(reserved, engine.max_lora_rank))
         longest = self.max_model_len_
         if tokens < longest:
             raise AdapterTwinError(
-                f"max_loras: {engine.max_loras} slots of rank {engine.max_lora_rank} leave "
+                f"max_loras: {reserved} slots of rank {engine.max_lora_rank} leave "
                 f"{max(tokens, 0)} KV-cache tokens and {self.model} needs {longest} to start; "
                 "lower max_loras or max_lora_rank"
             )

@@ -34,7 +34,7 @@ FEATURES = (
     "adapted",  # one if the batch holds an adapter
     "adapted_tokens",  # all its tokens then
 )
-"""What a step does, in the order of the compiled law (`adapter_twin.twin.clock.StepLaw`)."""
+"""What a step does, in the order of the compiled law (`adapter_twin.twin.step_law.StepLaw`)."""
 
 TILE = 32
 """Tokens per tile of vLLM's adapter kernels."""
@@ -212,7 +212,13 @@ class StepTimeLaw(Estimator):
 
     def for_engine(self, max_loras: int, max_lora_rank: int) -> Floats:
         """Return the coefficients in ms for an engine, shape (regimes, features)."""
-        multiplier = multipliers(max_loras, max_lora_rank)
+        return self._coefficients(multipliers(max_loras, max_lora_rank))
+
+    def without_adapters(self) -> Floats:
+        """Return the coefficients in ms of an engine that launches no adapter kernels."""
+        return self._coefficients({**multipliers(0, 0), "L": 0})
+
+    def _coefficients(self, multiplier: dict[str, int]) -> Floats:
         coefficients: Floats = np.zeros((len(self.token_breaks_) + 1, len(FEATURES)))
         for term in self.terms_:
             column = FEATURES.index(term["feature"])

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from adapter_twin.twin.compiled import entry, helper
 from adapter_twin.twin.queues import enqueue
 from adapter_twin.twin.scheduler import complete_step, schedule
-from adapter_twin.twin.state import Batch, Limits, Requests, State
+from adapter_twin.twin.state import Limits, Requests, Rules, State
+from adapter_twin.twin.step_law import StepLaw, step_seconds
 
 STEPS = np.dtype(
     [
@@ -59,18 +60,6 @@ CLOCK = np.dtype(
 )
 
 
-class StepLaw(NamedTuple):
-    """Step and scheduling time of one engine configuration, in seconds."""
-
-    token_breaks: NDArray[np.float64]  # the regime changes past these batch sizes
-    # regimes x (1, tokens, decodes, context tokens, adapters, adapters x tiles, tiles; with
-    # adapters in the batch: 1, tokens)
-    coefficients: NDArray[np.float64]
-    tile: int  # tokens per tile of the adapter kernels
-    per_waiting: float  # what each waiting request costs the engine's process besides scheduling
-    scheduling: NDArray[np.float64]  # (1, running, waiting requests scanned)
-
-
 class FrontEnd(NamedTuple):
     """The window, the load generator and the server's front end."""
 
@@ -81,29 +70,6 @@ class FrontEnd(NamedTuple):
     scrape_s: float
     scrape_s_per_label: float
     scrape_s_per_name: float
-
-
-@helper
-def step_seconds(law: StepLaw, batch: Batch, running: int, waiting: int) -> tuple[float, float]:
-    """Return the durations (model, scheduling) of a step in seconds."""
-    regime = 0
-    while regime < len(law.token_breaks) and batch.tokens > law.token_breaks[regime]:
-        regime += 1
-    c = law.coefficients[regime]
-    tiles = (batch.tokens + law.tile - 1) // law.tile
-    model = (
-        c[0]
-        + c[1] * batch.tokens
-        + c[2] * batch.decodes
-        + c[3] * batch.context_tokens
-        + (c[4] + c[5] * tiles) * batch.adapters
-        + c[6] * tiles
-        + law.per_waiting * waiting
-    )
-    if batch.adapters > 0:
-        model += c[7] + c[8] * batch.tokens
-    s = law.scheduling
-    return model, s[0] + s[1] * running + s[2] * batch.scanned
 
 
 @helper
@@ -208,10 +174,16 @@ def _note_label(state: State, clock: Any, seen: NDArray[np.uint64]) -> None:
 
 @helper
 def _begin_step(
-    limits: Limits, requests: Requests, state: State, clock: Any, law: StepLaw, steps: Any
+    limits: Limits,
+    requests: Requests,
+    state: State,
+    rules: Rules | None,
+    clock: Any,
+    law: StepLaw,
+    steps: Any,
 ) -> float:
     """Schedule a batch, note it, and return the step's duration in seconds."""
-    batch = schedule(limits, requests, state, clock.now_s)
+    batch = schedule(limits, requests, state, rules, clock.now_s)
     model_s, scheduling_s = step_seconds(law, batch, state.count.running, state.count.waiting)
     row = steps[clock.steps]
     row.tokens = batch.tokens
@@ -232,13 +204,14 @@ def _end_step(
     limits: Limits,
     requests: Requests,
     state: State,
+    rules: Rules | None,
     clock: Any,
     steps: Any,
 ) -> None:
     """Emit the tokens of the current step at ``clock.now_s``."""
     steps[clock.steps].end_s = clock.now_s
     clock.steps += 1
-    clock.in_flight -= complete_step(limits, requests, state, clock.now_s)
+    clock.in_flight -= complete_step(limits, requests, state, rules, clock.now_s)
 
 
 @entry
@@ -246,6 +219,7 @@ def turn(
     limits: Limits,
     requests: Requests,
     state: State,
+    rules: Rules | None,
     clock: Any,
     law: StepLaw,
     front_end: FrontEnd,
@@ -265,13 +239,13 @@ def turn(
     """
     in_step = state.count.running > 0
     if in_step:
-        _end_step(limits, requests, state, clock, steps)
+        _end_step(limits, requests, state, rules, clock, steps)
     _deliver_arrivals(limits, requests, state, clock, front_end, pauses, used)
     if in_step and len(seen) > 0:  # what arrived in the step waits when its metrics are written
         _note_label(state, clock, seen)
     if state.count.waiting + state.count.running == 0:
         return _next_delivery_s(requests, clock)
-    step_s = _begin_step(limits, requests, state, clock, law, steps)
+    step_s = _begin_step(limits, requests, state, rules, clock, law, steps)
     return float(clock.now_s + step_s)
 
 
@@ -280,6 +254,7 @@ def run(
     limits: Limits,
     requests: Requests,
     state: State,
+    rules: Rules | None,
     clock: Any,
     law: StepLaw,
     front_end: FrontEnd,
@@ -290,7 +265,9 @@ def run(
 ) -> bool:
     """Turn the engine loop until the window ends (True) or `steps` is full (False)."""
     while clock.steps + 1 < len(steps):
-        event_s = turn(limits, requests, state, clock, law, front_end, steps, pauses, seen, used)
+        event_s = turn(
+            limits, requests, state, rules, clock, law, front_end, steps, pauses, seen, used
+        )
         if event_s > front_end.duration_s:
             return True
         clock.now_s = event_s

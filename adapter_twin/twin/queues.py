@@ -1,42 +1,25 @@
-"""Who waits, who runs, and which adapters are where."""
+"""Who waits and who runs."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapter_twin.twin.compiled import helper
-from adapter_twin.twin.state import NOT_RUNNING, Limits, Requests, State
-
-Links = NDArray[np.int32]
-
-
-@helper
-def append(following: Links, preceding: Links, node: int, sentinel: int) -> None:
-    """Put `node` at the end of the list of `sentinel`, or before it if that is a member."""
-    last = preceding[sentinel]
-    following[last], preceding[node] = node, last
-    following[node], preceding[sentinel] = sentinel, node
-
-
-@helper
-def remove(following: Links, preceding: Links, node: int) -> None:
-    """Take `node` out of its list."""
-    before, after = preceding[node], following[node]
-    following[before], preceding[after] = after, before
-
-
-@helper
-def _add_member(members: Links, index: Links, n: int, item: int) -> None:
-    """Add to an unordered list of `n` members."""
-    members[n], index[item] = item, n
-
-
-@helper
-def _drop_member(members: Links, index: Links, n: int, item: int) -> None:
-    """Remove from an unordered list of `n` members."""
-    last = members[n - 1]
-    members[index[item]], index[last] = last, index[item]
+from adapter_twin.twin.lists import add_member, append, drop_member
+from adapter_twin.twin.policies.cost_aware import note_use
+from adapter_twin.twin.policies.drain import first_to_pass, is_drained
+from adapter_twin.twin.policies.merge import is_excluded
+from adapter_twin.twin.residency import become_idle, make_resident
+from adapter_twin.twin.state import (
+    COST_AWARE,
+    DRAIN,
+    MERGE,
+    NOT_RUNNING,
+    Limits,
+    Requests,
+    Rules,
+    State,
+)
 
 
 @helper
@@ -66,17 +49,27 @@ def count_waiting(limits: Limits, state: State, adapter: int, change: int) -> No
     if adapter == limits.base_model or state.running_by_adapter[adapter] > 0:
         count.eligible_waiting += change
     if before == 0:
-        _add_member(state.waiting_list, state.waiting_index, count.waiting_adapters, adapter)
+        add_member(state.waiting_list, state.waiting_index, count.waiting_adapters, adapter)
         count.waiting_adapters += 1
         count.label_hash ^= state.waiting_label[adapter]
     elif before + change == 0:
-        _drop_member(state.waiting_list, state.waiting_index, count.waiting_adapters, adapter)
+        drop_member(state.waiting_list, state.waiting_index, count.waiting_adapters, adapter)
         count.waiting_adapters -= 1
         count.label_hash ^= state.waiting_label[adapter]
 
 
 @helper
-def next_waiting(limits: Limits, requests: Requests, state: State) -> int:
+def _candidate(requests: Requests, state: State, rules: Rules | None, adapter: int) -> int:
+    """Return the request that an adapter would be the next to admit; -1 if a policy forbids any."""
+    if rules is not None and rules.code == DRAIN and is_drained(state, adapter):
+        return first_to_pass(requests, state, rules, adapter)
+    if rules is not None and rules.code == MERGE and is_excluded(state, adapter):
+        return -1
+    return int(state.next[len(requests.adapter) + adapter])
+
+
+@helper
+def next_waiting(limits: Limits, requests: Requests, state: State, rules: Rules | None) -> int:
     """Return the oldest waiting request whose adapter may join the batch, or -1."""
     count = state.count
     slot_left = count.active < limits.max_loras
@@ -86,63 +79,32 @@ def next_waiting(limits: Limits, requests: Requests, state: State) -> int:
     candidates, n = state.active_list, count.active
     if slot_left or count.waiting_adapters < n:
         candidates, n = state.waiting_list, count.waiting_adapters
-    first_sentinel = len(requests.adapter)
     best, best_order = -1, np.iinfo(np.int64).max
     for i in range(n):
         adapter = candidates[i]
         if state.waiting_by_adapter[adapter] > 0 and (
             slot_left or state.running_by_adapter[adapter] > 0
         ):
-            head = state.next[first_sentinel + adapter]
-            if state.order[head] < best_order:
-                best, best_order = head, state.order[head]
+            request = _candidate(requests, state, rules, adapter)
+            if request >= 0 and state.order[request] < best_order:
+                best, best_order = request, state.order[request]
     if state.waiting_by_adapter[limits.base_model] > 0:
-        head = state.next[first_sentinel + limits.base_model]
-        if state.order[head] < best_order:
-            best = head
+        request = _candidate(requests, state, rules, limits.base_model)
+        if request >= 0 and state.order[request] < best_order:
+            best = request
     return best
 
 
 @helper
-def _make_resident(limits: Limits, state: State, adapter: int) -> tuple[int, int, float]:
-    """Bring an adapter into a slot; return (loads from host, reads from disk, seconds)."""
-    count = state.count
-    gpu_list, host_list = limits.base_model + 1, limits.base_model + 1  # the sentinels
-    if state.on_gpu[adapter]:
-        remove(state.gpu_next, state.gpu_previous, adapter)
-        remove(state.host_next, state.host_previous, adapter)
-        return 0, 0, 0.0
-    seconds, reads = state.load_s[adapter], 0
-    if state.on_host[adapter]:
-        remove(state.host_next, state.host_previous, adapter)
-    else:
-        seconds, reads = seconds + state.read_s[adapter], 1
-        if count.host_adapters == limits.max_cpu_loras:
-            oldest = state.host_next[host_list]
-            remove(state.host_next, state.host_previous, oldest)
-            state.on_host[oldest] = False
-            if state.on_gpu[oldest]:
-                remove(state.gpu_next, state.gpu_previous, oldest)
-                state.on_gpu[oldest] = False
-                count.gpu_adapters -= 1
-        else:
-            count.host_adapters += 1
-        state.on_host[adapter] = True
-    if count.gpu_adapters == limits.max_loras:
-        oldest = state.gpu_next[gpu_list]
-        remove(state.gpu_next, state.gpu_previous, oldest)
-        state.on_gpu[oldest] = False
-    else:
-        count.gpu_adapters += 1
-    state.on_gpu[adapter] = True
-    return 1, reads, seconds
-
-
-@helper
 def start_running(
-    limits: Limits, requests: Requests, state: State, request: int
+    limits: Limits,
+    requests: Requests,
+    state: State,
+    rules: Rules | None,
+    request: int,
+    now_s: float,
 ) -> tuple[int, int, float]:
-    """Put a request at the end of the running ones; returns as `_make_resident`."""
+    """Put a request at the end of the running ones; returns as `make_resident`."""
     count = state.count
     if count.stack_top == len(state.stack):
         _compact_stack(state)
@@ -152,17 +114,26 @@ def start_running(
     count.running += 1
     adapter = requests.adapter[request]
     state.running_by_adapter[adapter] += 1
+    if rules is not None and rules.code == COST_AWARE:
+        note_use(state, rules, adapter, 1, now_s)
     if adapter == limits.base_model or state.running_by_adapter[adapter] > 1:
         return 0, 0, 0.0
-    _add_member(state.active_list, state.active_index, count.active, adapter)
+    add_member(state.active_list, state.active_index, count.active, adapter)
     count.active += 1
     count.eligible_waiting += state.waiting_by_adapter[adapter]
     count.label_hash ^= state.running_label[adapter]
-    return _make_resident(limits, state, adapter)
+    return make_resident(limits, state, rules, adapter, now_s)
 
 
 @helper
-def stop_running(limits: Limits, requests: Requests, state: State, request: int) -> None:
+def stop_running(
+    limits: Limits,
+    requests: Requests,
+    state: State,
+    rules: Rules | None,
+    request: int,
+    now_s: float,
+) -> None:
     """Take a request out of the running ones; its adapter, if now idle, becomes evictable."""
     count = state.count
     state.stack_index[request] = NOT_RUNNING
@@ -171,12 +142,15 @@ def stop_running(limits: Limits, requests: Requests, state: State, request: int)
     state.running_by_adapter[adapter] -= 1
     if adapter == limits.base_model or state.running_by_adapter[adapter] > 0:
         return
-    _drop_member(state.active_list, state.active_index, count.active, adapter)
+    drop_member(state.active_list, state.active_index, count.active, adapter)
     count.active -= 1
     count.eligible_waiting -= state.waiting_by_adapter[adapter]
     count.label_hash ^= state.running_label[adapter]
-    append(state.gpu_next, state.gpu_previous, adapter, limits.base_model + 1)
-    append(state.host_next, state.host_previous, adapter, limits.base_model + 1)
+    if rules is not None and rules.code == DRAIN:
+        state.drained_for[adapter] = NOT_RUNNING
+    if rules is not None and rules.code == COST_AWARE:
+        note_use(state, rules, adapter, 0, now_s)
+    become_idle(limits, state, adapter)
 
 
 @helper

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from adapter_twin import __version__
 from adapter_twin.config import EngineConfig, Workload, config_hash
+from adapter_twin.twin.policies import Policy
 from adapter_twin.twin.session import Session
 from adapter_twin.workload import BASE_MODEL
 
@@ -168,6 +169,8 @@ class Simulation:
     seed : int
     calibration : str
         Its name.
+    policy : Policy, optional
+        None is vLLM's own.
     """
 
     records: Records
@@ -178,6 +181,7 @@ class Simulation:
     engine: EngineConfig
     seed: int
     calibration: str
+    policy: Policy | None = None
 
     @property
     def duration_s(self) -> float:
@@ -186,10 +190,12 @@ class Simulation:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Config hashes of workload and engine, seed, package version, calibration name."""
+        """Config hashes, seed, package version, calibration name, and a policy beyond vLLM's."""
+        own = {} if self.policy is None else {"policy": repr(self.policy)}
         return {
             "config_hash": f"{config_hash(self.workload)}-{config_hash(self.engine)}",
             "seed": self.seed,
             "version": __version__,
             "calibration": self.calibration,
+            **own,
         }

@@ -5,7 +5,7 @@ It follows vLLM's V1 scheduler with LoRA, step by step:
 1. `schedule` first serves the running requests (a decode each, and the rest of at most one chunked
    prompt), preempting the last ones while KV blocks lack; then it admits waiting requests in order,
    skipping those whose adapter would need one slot too many.
-2. The caller decides how long the step takes (see `adapter_twin.twin.clock`).
+2. The caller decides how long the step takes (see `adapter_twin.twin.step_law`).
 3. `complete_step` emits the tokens: first tokens, and the requests that end with this step.
 
 No loop runs over the decoding requests. A request that decodes gets one token in every step, so the
@@ -17,6 +17,8 @@ only the last running request can be in the middle of its prompt.
 Waiting requests stand in one first-in-first-out list per adapter. The engine's single list with
 skipping and these lists admit the same requests in the same order: the next one is the oldest head
 among the adapters that may run.
+
+Policies of other engines (`adapter_twin.twin.policies`) decide otherwise where `rules` is not None.
 """
 
 from __future__ import annotations
@@ -24,17 +26,29 @@ from __future__ import annotations
 import numpy as np
 
 from adapter_twin.twin.compiled import helper
+from adapter_twin.twin.lists import append, remove
+from adapter_twin.twin.policies.drain import drain_for_starving
+from adapter_twin.twin.policies.merge import choose_merged
+from adapter_twin.twin.policies.unified_pool import blocks_to_load, make_room
 from adapter_twin.twin.queues import (
-    append,
     blocks_for,
     count_waiting,
     last_running,
     next_waiting,
-    remove,
     start_running,
     stop_running,
 )
-from adapter_twin.twin.state import Batch, Limits, Requests, State
+from adapter_twin.twin.residency import prefetch
+from adapter_twin.twin.state import (
+    DRAIN,
+    MERGE,
+    UNIFIED_POOL,
+    Batch,
+    Limits,
+    Requests,
+    Rules,
+    State,
+)
 
 
 @helper
@@ -58,7 +72,14 @@ def _stop_decoding(limits: Limits, state: State, request: int) -> None:
 
 
 @helper
-def _preempt(limits: Limits, requests: Requests, state: State, request: int, now_s: float) -> None:
+def _preempt(
+    limits: Limits,
+    requests: Requests,
+    state: State,
+    rules: Rules | None,
+    request: int,
+    now_s: float,
+) -> None:
     """Send the last running request back to the head of the queue, to start from scratch."""
     count = state.count
     if request == count.chunked:
@@ -73,7 +94,7 @@ def _preempt(limits: Limits, requests: Requests, state: State, request: int, now
         requests.stalled_s[request] -= now_s
     count.free_blocks += blocks_for(tokens, limits.block_size)
     count.stack_top -= 1
-    stop_running(limits, requests, state, request)
+    stop_running(limits, requests, state, rules, request, now_s)
     requests.preemptions[request] += 1
     count.preemptions += 1
     state.order[request] = -count.preemptions
@@ -83,7 +104,21 @@ def _preempt(limits: Limits, requests: Requests, state: State, request: int, now
 
 
 @helper
-def schedule(limits: Limits, requests: Requests, state: State, now_s: float) -> Batch:
+def _have_room(
+    limits: Limits, state: State, rules: Rules | None, blocks: int, adapter: int
+) -> bool:
+    """Return whether so many KV blocks are free, if need be those of idle adapters but this one."""
+    if blocks <= state.count.free_blocks:
+        return True
+    if rules is not None and rules.code == UNIFIED_POOL:
+        return make_room(limits, state, blocks, adapter)
+    return False
+
+
+@helper
+def schedule(
+    limits: Limits, requests: Requests, state: State, rules: Rules | None, now_s: float
+) -> Batch:
     """Choose the batch of the next step and allocate its KV blocks and slots.
 
     Parameters
@@ -92,6 +127,8 @@ def schedule(limits: Limits, requests: Requests, state: State, now_s: float) -> 
     requests : Requests
     state : State
         Changed in place, as are the records of the requests admitted.
+    rules : Rules, optional
+        A policy beyond vLLM's.
     now_s : float
         Start of the step.
 
@@ -104,6 +141,12 @@ def schedule(limits: Limits, requests: Requests, state: State, now_s: float) -> 
     size, budget = limits.block_size, limits.max_num_batched_tokens
     prompts = left = chunk = chunk_blocks = context = 0
     count.prefilled = 0
+    load_s = 0.0
+    if rules is not None and rules.code == DRAIN:
+        drain_for_starving(limits, requests, state, rules, now_s)
+    if rules is not None and rules.code == MERGE:
+        load_s += choose_merged(limits, requests, state, rules, now_s)
+
     if count.chunked >= 0:
         request = count.chunked
         done = state.base_tokens[request]
@@ -112,13 +155,14 @@ def schedule(limits: Limits, requests: Requests, state: State, now_s: float) -> 
         chunk_blocks = blocks_for(done + chunk, size) - blocks_for(done, size)
 
     preempted = 0
-    while state.opens_block[count.step % size] + chunk_blocks > count.free_blocks:
+    opened = count.step % size
+    while not _have_room(limits, state, rules, state.opens_block[opened] + chunk_blocks, -1):
         request = last_running(state)
         if request == count.chunked:
             chunk = chunk_blocks = 0
-        _preempt(limits, requests, state, request, now_s)
+        _preempt(limits, requests, state, rules, request, now_s)
         preempted += 1
-    count.free_blocks -= state.opens_block[count.step % size] + chunk_blocks
+    count.free_blocks -= state.opens_block[opened] + chunk_blocks
 
     tokens = count.decoding + chunk
     if chunk > 0:
@@ -131,20 +175,25 @@ def schedule(limits: Limits, requests: Requests, state: State, now_s: float) -> 
             count.prefilled, count.chunked = 1, -1
 
     loads = reads = scanned = 0
-    load_s = 0.0
     while preempted == 0 and tokens < budget and count.running < limits.max_num_seqs:
-        request = next_waiting(limits, requests, state)
+        request = next_waiting(limits, requests, state, rules)
         if request < 0:
             scanned = count.waiting
             break
         needed = requests.prompt_tokens[request] + state.emitted[request]
         chunk = min(needed, budget - tokens)
-        if blocks_for(chunk, size) > count.free_blocks:
+        adapter = requests.adapter[request]
+        needed_blocks = blocks_for(chunk, size)
+        if rules is not None and rules.code == UNIFIED_POOL:
+            needed_blocks += blocks_to_load(state, adapter)
+        if not _have_room(limits, state, rules, needed_blocks, adapter):
             break
         count.free_blocks -= blocks_for(chunk, size)
         remove(state.next, state.previous, request)
-        new_loads, new_reads, seconds = start_running(limits, requests, state, request)
-        count_waiting(limits, state, requests.adapter[request], -1)
+        new_loads, new_reads, seconds = start_running(
+            limits, requests, state, rules, request, now_s
+        )
+        count_waiting(limits, state, adapter, -1)
         loads, reads, load_s = loads + new_loads, reads + new_reads, load_s + seconds
         requests.load_wait_s[request] += seconds
         if np.isnan(requests.scheduled_s[request]):
@@ -157,6 +206,10 @@ def schedule(limits: Limits, requests: Requests, state: State, now_s: float) -> 
             count.chunked = request
         tokens, prompts, context = tokens + chunk, prompts + 1, context + chunk
 
+    if rules is not None and rules.prefetch:
+        new_loads, new_reads = prefetch(limits, requests, state, rules, now_s)
+        loads, reads = loads + new_loads, reads + new_reads
+
     return Batch(
         tokens,
         count.decoding,
@@ -167,11 +220,14 @@ def schedule(limits: Limits, requests: Requests, state: State, now_s: float) -> 
         reads,
         load_s,
         scanned,
+        bool(rules is not None and count.merged),
     )
 
 
 @helper
-def complete_step(limits: Limits, requests: Requests, state: State, end_s: float) -> int:
+def complete_step(
+    limits: Limits, requests: Requests, state: State, rules: Rules | None, end_s: float
+) -> int:
     """Emit the tokens of the scheduled batch at time `end_s`, and end what is complete.
 
     Parameters
@@ -181,6 +237,8 @@ def complete_step(limits: Limits, requests: Requests, state: State, end_s: float
         ``first_token_s`` and ``end_s`` are set for the requests concerned.
     state : State
         Changed in place; moves on to the next step.
+    rules : Rules, optional
+        A policy beyond vLLM's.
     end_s : float
 
     Returns
@@ -215,7 +273,7 @@ def complete_step(limits: Limits, requests: Requests, state: State, end_s: float
         _stop_decoding(limits, state, request)
         count.context_tokens -= tokens
         count.free_blocks += blocks_for(tokens, limits.block_size)
-        stop_running(limits, requests, state, request)
+        stop_running(limits, requests, state, rules, request, end_s)
         requests.end_s[request] = end_s
         completed += 1
     return completed

@@ -11,9 +11,12 @@ from numpy.typing import NDArray
 
 from adapter_twin.config import EngineConfig
 from adapter_twin.errors import AdapterTwinError
+from adapter_twin.strict import require
 from adapter_twin.twin import clock as engine_clock
-from adapter_twin.twin.clock import CLOCK, PAUSES, STEPS, FrontEnd, StepLaw
-from adapter_twin.twin.state import COUNTERS, NOT_RUNNING, Limits, Requests, State
+from adapter_twin.twin.clock import CLOCK, PAUSES, STEPS, FrontEnd
+from adapter_twin.twin.policies import Merge, Policy, UnifiedPool
+from adapter_twin.twin.state import COUNTERS, NOT_RUNNING, Limits, Requests, Rules, State
+from adapter_twin.twin.step_law import StepLaw
 from adapter_twin.workload import Trace
 
 LABEL_TABLE = 1 << 19
@@ -27,6 +30,7 @@ class Session:
     limits: Limits
     requests: Requests
     state: State
+    rules: Rules | None  # of a policy beyond vLLM's
     clock: Any  # one record of CLOCK
     law: StepLaw
     front_end: FrontEnd
@@ -72,6 +76,8 @@ def new_session(
     kv_cache_tokens: int,
     load_s: NDArray[np.float64],
     read_s: NDArray[np.float64],
+    policy: Policy | None = None,
+    adapter_blocks: NDArray[np.int64] | None = None,
 ) -> Session:
     """Lay out a run.
 
@@ -85,6 +91,10 @@ def new_session(
     kv_cache_tokens : int
     load_s, read_s : float64, shape (adapters,)
         Seconds to copy each adapter into a slot, and to read it from disk before that.
+    policy : Policy, optional
+        Left out, it is vLLM's own.
+    adapter_blocks : int64, shape (adapters,), optional
+        KV blocks that each adapter takes on the GPU (`UnifiedPool` only).
 
     Raises
     ------
@@ -92,14 +102,18 @@ def new_session(
         A request is longer than the KV cache.
     """
     n_adapters, n = len(load_s), len(trace)
-    longest = int(np.max(trace.prompt_tokens + trace.output_tokens, initial=1))
-    if longest > kv_cache_tokens - kv_cache_tokens % engine.block_size:
-        raise AdapterTwinError(
-            f"lengths: a request of {longest} tokens exceeds the KV cache of {kv_cache_tokens}; "
-            "lower max_loras or max_lora_rank, or shorten the requests"
-        )
+    pooled = isinstance(policy, UnifiedPool)
+    require(pooled == (adapter_blocks is not None), "adapter_blocks: give them to a UnifiedPool")
+    if adapter_blocks is None:
+        adapter_blocks = np.zeros(n_adapters, np.int64)
+    blocks = np.append(adapter_blocks, 0)  # the base model takes none
+    _check_lengths(trace, engine, kv_cache_tokens, blocks)
+    if isinstance(policy, Merge):
+        regimes = len(law.token_breaks) + 1
+        require(len(law.coefficients) == 2 * regimes, "law: Merge needs that of a merged adapter")
     limits = Limits(
         max_loras=engine.max_loras,
+        gpu_slots=n_adapters if pooled else engine.max_loras,
         max_cpu_loras=engine.max_cpu_loras,
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
@@ -116,7 +130,8 @@ def new_session(
     return Session(
         limits=limits,
         requests=_new_requests(trace, n_adapters),
-        state=_new_state(limits, n, kv_cache_tokens // engine.block_size, load_s, read_s),
+        state=_new_state(limits, n, kv_cache_tokens // engine.block_size, load_s, read_s, blocks),
+        rules=None if policy is None else policy.rules(),
         clock=clock,
         law=_typed_law(law),
         front_end=_typed_front_end(front_end),
@@ -125,6 +140,21 @@ def new_session(
         seen=np.zeros(LABEL_TABLE if observed else 0, np.uint64),
         used=used,
     )
+
+
+def _check_lengths(
+    trace: Trace, engine: EngineConfig, kv_cache_tokens: int, blocks: NDArray[np.int64]
+) -> None:
+    """Refuse a request that, with its adapter's blocks, does not fit even alone."""
+    tokens, what = trace.prompt_tokens + trace.output_tokens, "request"
+    if blocks.any():  # -1, the base model, is the last one
+        tokens, what = tokens + engine.block_size * blocks[trace.adapter], "request and its adapter"
+    longest = int(np.max(tokens, initial=1))
+    if longest > kv_cache_tokens - kv_cache_tokens % engine.block_size:
+        raise AdapterTwinError(
+            f"lengths: a {what} of {longest} tokens exceeds the KV cache of {kv_cache_tokens}; "
+            "lower max_loras or max_lora_rank, or shorten the requests"
+        )
 
 
 # numba compiles the kernel anew for every combination of argument types: let there be one.
@@ -176,10 +206,12 @@ def _new_state(
     kv_blocks: int,
     load_s: NDArray[np.float64],
     read_s: NDArray[np.float64],
+    adapter_blocks: NDArray[np.int64],
 ) -> State:
     n = limits.base_model
     count = _record(COUNTERS)
     count.free_blocks, count.chunked = kv_blocks, NOT_RUNNING
+    count.prefetching = count.merging = NOT_RUNNING
     # A list that is empty points to its own sentinel.
     nodes = np.arange(n_requests + n + 1 + limits.horizon, dtype=np.int32)
     idle = np.arange(n + 2, dtype=np.int32)
@@ -201,7 +233,8 @@ def _new_state(
         waiting_by_adapter=np.zeros(n + 1, np.int32),
         load_s=np.concatenate((load_s, base_model)),
         read_s=np.concatenate((read_s, base_model)),
-        on_gpu=np.zeros(n, np.bool_),
+        adapter_blocks=_typed(adapter_blocks, np.int64),
+        on_gpu=np.arange(n + 1) == n,
         on_host=np.zeros(n, np.bool_),
         active_list=np.zeros(n + 1, np.int32),
         active_index=np.zeros(n + 1, np.int32),
@@ -209,6 +242,11 @@ def _new_state(
         waiting_index=np.zeros(n + 1, np.int32),
         running_label=labels[0],
         waiting_label=labels[1],
+        drained_for=np.full(n + 1, NOT_RUNNING, np.int32),
+        drained_by=np.full(n + 1, NOT_RUNNING, np.int32),
+        remaining=np.zeros(n + 1, np.int64),
+        uses=np.zeros(n + 1),
+        used_s=np.zeros(n + 1),
         gpu_next=idle,
         gpu_previous=idle.copy(),
         host_next=idle.copy(),

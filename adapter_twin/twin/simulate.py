@@ -11,6 +11,7 @@ import numpy as np
 from adapter_twin.calibration import Calibration
 from adapter_twin.config import Arrivals, EngineConfig, Workload
 from adapter_twin.scenario import run_seed, run_to_workload
+from adapter_twin.twin.policies import Merge, Policy, UnifiedPool
 from adapter_twin.twin.records import Simulation, make_gaps, make_records
 from adapter_twin.twin.server import run_in_simpy
 from adapter_twin.twin.session import new_session
@@ -26,6 +27,7 @@ def simulate(
     observer: bool = False,
     clock: Literal["compiled", "simpy"] = "compiled",
     trace: Trace | None = None,
+    policy: Policy | None = None,
 ) -> Simulation:
     """Predict how an engine serves a workload, from configuration alone.
 
@@ -44,6 +46,8 @@ def simulate(
         Who turns the engine loop; the records are the same.
     trace : Trace, optional
         What `draw_requests` returns for these arguments, where several engines share it.
+    policy : Policy, optional
+        One of `adapter_twin.twin.policies`; left out, it is vLLM's own.
 
     Returns
     -------
@@ -54,7 +58,8 @@ def simulate(
     AdapterTwinError
         The GPU would refuse to start this configuration, or a request does not fit in its KV cache.
     """
-    kv_cache_tokens = calibration.memory.require_start(engine)
+    pooled = isinstance(policy, UnifiedPool)
+    kv_cache_tokens = calibration.memory.require_start(engine, slots=not pooled)
     calibration.warn_outside_range(engine, workload)
     if trace is None:
         trace = draw_requests(workload, calibration, seed=seed, observer=observer)
@@ -62,11 +67,13 @@ def simulate(
     session = new_session(
         trace,
         engine,
-        calibration.step_law(engine),
+        calibration.step_law(engine, merging=isinstance(policy, Merge)),
         calibration.front_end_law(workload.duration_s, observer),
         kv_cache_tokens,
-        calibration.loading.load_s(ranks, engine.max_lora_rank),
+        calibration.loading.load_s(ranks, ranks if pooled else engine.max_lora_rank),
         calibration.loading.read_s(ranks),
+        policy,
+        calibration.memory.adapter_blocks(ranks, engine.block_size) if pooled else None,
     )
     if clock == "simpy":
         run_in_simpy(session)
@@ -81,6 +88,7 @@ def simulate(
         engine=engine,
         seed=seed,
         calibration=calibration.name,
+        policy=policy,
     )
 
 

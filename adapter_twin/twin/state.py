@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 NOT_RUNNING = -1
 
+DRAIN, COST_AWARE, UNIFIED_POOL, MERGE = range(1, 5)
+"""Codes of the policies beyond vLLM's (`adapter_twin.twin.policies`)."""
+
 COUNTERS = np.dtype(
     [
         ("step", np.int64),  # number of the current step
@@ -28,14 +31,41 @@ COUNTERS = np.dtype(
         ("host_adapters", np.int64),  # adapters in the host-memory cache
         ("waiting_adapters", np.int64),  # adapters with a waiting request
         ("label_hash", np.uint64),  # identifies the sets of running and waiting adapters
+        # of policies beyond vLLM's
+        ("prefetching", np.int64),  # the adapter being copied while the model runs, or -1
+        ("prefetched_s", np.float64),  # when that is done
+        ("merging", np.int64),  # the only adapter that admits requests, or -1
+        ("merged", np.bool_),  # its weights are merged
     ]
 )
+
+
+class Rules(NamedTuple):
+    """A policy beyond vLLM's as the scheduler reads it: its code, and its own parameters.
+
+    vLLM's own is None. That is a type of its own, so numba drops the branches on ``rules is None``
+    and compiles it without a trace of the others.
+    """
+
+    code: int
+    max_wait_s: float = 0.0
+    tolerance: float = 0.0
+    frequency: float = 0.0
+    recency: float = 0.0
+    cost: float = 0.0
+    window_s: float = 0.0
+    prefetch: bool = False
+    merge_share: float = 0.0
+    unmerge_share: float = 0.0
+    switch_s: float = 0.0
+    max_lead_s: float = 0.0
 
 
 class Limits(NamedTuple):
     """What the engine's configuration fixes for a run."""
 
-    max_loras: int
+    max_loras: int  # adapters in a batch
+    gpu_slots: int  # adapters on the GPU: as many, but in a unified pool
     max_cpu_loras: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -54,8 +84,9 @@ class Batch(NamedTuple):
     adapters: int  # distinct adapters
     host_loads: int  # adapters copied from host memory into a slot
     disk_loads: int  # adapters read from disk before that
-    load_s: float
+    load_s: float  # before the model runs: copies and reads, and switches of a merged adapter
     scanned: int  # waiting requests looked at
+    merged: bool  # its one adapter costs nothing
 
 
 class Requests(NamedTuple):
@@ -96,7 +127,8 @@ class State(NamedTuple):
     waiting_by_adapter: NDArray[np.int32]
     load_s: NDArray[np.float64]  # host memory -> slot
     read_s: NDArray[np.float64]  # disk -> host memory
-    on_gpu: NDArray[np.bool_]
+    adapter_blocks: NDArray[np.int64]  # that it takes on the GPU: none where it has a slot
+    on_gpu: NDArray[np.bool_]  # the base model always is
     on_host: NDArray[np.bool_]
     active_list: NDArray[np.int32]
     active_index: NDArray[np.int32]
@@ -104,6 +136,11 @@ class State(NamedTuple):
     waiting_index: NDArray[np.int32]
     running_label: NDArray[np.uint64]
     waiting_label: NDArray[np.uint64]
+    drained_for: NDArray[np.int32]  # the adapter that it makes room for, or -1
+    drained_by: NDArray[np.int32]  # the adapter last drained for it, or -1
+    remaining: NDArray[np.int64]  # tokens that its longest running request has yet to emit
+    uses: NDArray[np.float64]  # requests admitted, faded until `used_s`
+    used_s: NDArray[np.float64]
     # least recently used first: adapters in a slot, and in the host cache, that no request uses
     gpu_next: NDArray[np.int32]
     gpu_previous: NDArray[np.int32]
