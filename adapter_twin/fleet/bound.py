@@ -151,7 +151,10 @@ def certificate(oracle: Oracle, levels: Levels, *, whole: bool = True) -> Certif
         b_ub=np.concatenate([np.zeros(len(row)), np.ones(len(every))]),
         method="highs",
     )
-    weights = np.maximum(solution.x[len(rates) :].reshape(len(measured), -1), 0)
+    weights = np.zeros(measured.shape[:2])
+    weights[0] = 1  # any weights prove something
+    if solution.x is not None:
+        weights = np.maximum(solution.x[len(rates) :].reshape(weights.shape), 0)
     return Certificate(levels, weights / np.maximum(weights.sum(axis=0), 1))
 
 
