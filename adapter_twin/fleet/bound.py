@@ -16,8 +16,8 @@ over the very adapters, so neither its rounding nor its tolerance can spoil the 
    that the polling queue (`adapter_twin.planning.slot_sharing`) tells from its rate and from how
    long a request runs; these shares sum to the slots at most. Without gating, it is in a batch as
    often as M/G/infinity says. The lower of both sums to the distinct adapters in a batch at most.
-   These are limited: the more there are, the lower the capacity, and it has to be the share of
-   ``low`` that must not starve. The capacity is asked for equal adapters that each have a slot, for
+   These are limited: the more there are, the lower the capacity, and it has to be above ``low`` by
+   `Oracle.most_utilisation`. The capacity is asked for equal adapters that each have a slot, for
    all numbers of both; it is convex in the number of adapters, so chords lie above it. Requests run
    the longer the more adapters are active, so ranges of their number are told apart.
 3. With whole adapters, dual feasible functions of both (Fekete and Schepers, 2001): where ``x``
@@ -29,8 +29,7 @@ active parts: an adapter with so many requests that it never leaves its slot may
 
 **What it rests on.** It is proven for the model, not for GPUs, and takes for granted what the
 calibrations' laws do: another adapter in the batch, a wait, a load into a slot or a queue never
-make a step faster; ITL grows with load and adapters. What capacity the queue of an overloaded GPU
-takes is computed for a few numbers of adapters and interpolated. Tests try random sets.
+make a step faster; ITL grows with load and adapters. Tests try random sets.
 """
 
 from __future__ import annotations
@@ -55,7 +54,6 @@ SIMILAR = 0.03
 
 ROUNDING = 1e-6
 """Of GPUs, taken off before a sum of prices is rounded up."""
-
 
 STEPS = (1, 2, 3, 4, 5)
 """Dual feasible functions of the load: with the first, two adapters of above half a GPU's load are
@@ -168,8 +166,12 @@ def lower_bound(oracle: Oracle, *, whole: bool = True) -> int:
         Of placements that do not split the oracle's parts any further; otherwise of all.
     """
     proven = certificate(oracle, levels_of(oracle), whole=whole)
-    total = proven.prices(*_adapters(oracle, whole=whole)).sum()
-    return max(math.ceil(float(total) - ROUNDING), 1)
+    return gpus_for(proven.prices(*_adapters(oracle, whole=whole)))
+
+
+def gpus_for(prices: Floats) -> int:
+    """Return the GPUs that adapters of these prices need at least."""
+    return max(math.ceil(float(prices.sum()) - ROUNDING), 1)
 
 
 def _adapters(oracle: Oracle, *, whole: bool) -> tuple[Floats, Ints]:

@@ -5,15 +5,15 @@ once. A number of slots serves a set when
 
 - vLLM starts, and the throughput is at least the share of the offered load at which starvation
   begins, plus the safety margin of `adapter_twin.planning.choice`;
+- the load is below the capacity by that margin, or a queue would grow for as long as it lasts: the
+  starvation criterion alone accepts that within an hour;
 - no adapter waits for a slot for more than what may be lost of the window, so that a rare adapter
   does not starve where the sum over all hides it. The share that is left of an adapter's requests
-  is thus above the threshold for each of them, unless the GPU itself is overloaded;
+  is thus above the threshold for each of them;
 - with an SLO on ITL, the *mean* ITL is within the limit. The model knows no percentiles;
 - with an SLO on TTFT, a step and the *longest* wait for a slot are within the limit. The model
   knows neither waits for KV blocks and prompts ahead, nor the front end's time;
 - with any SLO, the load is at most `SLO_UTILISATION` of the capacity, to keep these waits short.
-
-Without an SLO, an accepted GPU may be overloaded by what may starve. Let the twin confirm it.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 SLO_UTILISATION = 0.9
 """Above that, with an SLO, waits that the model does not know are no longer short."""
+
 TRACE = 1e-6
 """Requests/s of an adapter with next to no load."""
 
@@ -143,10 +144,6 @@ class Oracle:
             return None
         return self._serve([self._own[i] for i in chosen], rank)
 
-    def forget(self) -> None:
-        """Forget all verdicts, so that the time a method takes can be measured."""
-        self._known.clear()
-
     def serve_alike(self, count: int, rate: float, rank: int) -> Verdict | None:
         """Return how one GPU serves so many adapters of one rate in requests/s, and one rank."""
         own = [Adapter(name=f"{i}", rank=1, request_rate=rate) for i in range(count)]
@@ -207,11 +204,16 @@ class Oracle:
         lost_s, slo = (1 - self.threshold) * HOUR_S, self.demand.slo
         return lost_s if slo is None or slo.ttft_ms is None else min(lost_s, slo.ttft_ms / 1e3)
 
+    @property
+    def most_utilisation(self) -> float:
+        """Highest load that a GPU may have, by its capacity."""
+        return 1 - self.criterion.margin if self.demand.slo is None else SLO_UTILISATION
+
     def _within_limits(self, table: pd.DataFrame) -> pd.Series[bool]:
         within: pd.Series[bool] = table.slot_wait_s <= self.longest_wait_s
+        within &= table.utilisation <= self.most_utilisation
         slo = self.demand.slo
         if slo is not None:
-            within &= table.utilisation <= SLO_UTILISATION
             if slo.itl_ms is not None:
                 within &= table.mean_itl_ms <= slo.itl_ms
             if slo.ttft_ms is not None:

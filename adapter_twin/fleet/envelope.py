@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin.config import EngineConfig
-from adapter_twin.fleet.capacity import SLO_UTILISATION, TRACE, Oracle
+from adapter_twin.fleet.capacity import TRACE, Oracle
 from adapter_twin.fleet.levels import LOWER, Levels
 from adapter_twin.planning.replica import HOUR_S
 
@@ -25,10 +25,6 @@ LIGHT = 0.005
 
 OVERLOAD = 2.0
 """Of the capacity: with that, batches are as full as they get."""
-
-SAMPLED = (1, 2, 4, 8, 16, 32, 64)
-LOWEST_FACTOR, PRECISION = 0.9, 1.001
-"""Numbers of adapters for which the queue's part is found, its limit, and how precisely."""
 
 TOLERANCE = 1.002
 """Active adapters by slots: the polling queue's wait is found to within 1.001."""
@@ -62,12 +58,7 @@ def _of_rank(oracle: Oracle, rank: int) -> Iterator[tuple[int, float, float, Flo
     emitted = served / (1 - 1.01 * alone.running.max() / light / HOUR_S)
     least = oracle.threshold / emitted
     fullest = oracle.table([OVERLOAD * capacity], few).running.max()
-    taken = _taken_by_queue(oracle, rank, capacities, least)
-    capacities = {
-        size: (distinct, reached / np.interp(distinct, *taken))
-        for size, (distinct, reached) in capacities.items()
-    }
-    needed = least if slo is None else 1 / SLO_UTILISATION
+    needed = 1 / oracle.most_utilisation
     highest = max(curve[1][0] for curve in capacities.values()) / needed
     for low, high in _ranges(highest):
         load = max(low, light)
@@ -97,35 +88,6 @@ def _residences_s(oracle: Oracle, rank: int, load: float, most: float) -> Floats
         engine = oracle.engines.make(count, rank, count)
         residences.append(oracle.table([load / count] * count, [engine]).running[0] / load)
     return np.array(residences)[ranges]
-
-
-def _taken_by_queue(
-    oracle: Oracle, rank: int, capacities: dict[int, tuple[Floats, Floats]], least: float
-) -> tuple[list[int], list[float]]:
-    """Return the ratio by which the queue of an overloaded GPU, which slows steps, takes capacity.
-
-    An accepted GPU may leave some load unserved. A few numbers of equal adapters are compared with
-    what they could serve without a queue.
-
-    Returns
-    -------
-    numbers, ratios : list
-    """
-    numbers = [size for size in SAMPLED if size in capacities] or [1]
-    if oracle.demand.slo is not None or numbers[0] not in capacities:
-        return numbers, [1.0] * len(numbers)
-    ratios = []
-    for slots in numbers:
-        without = capacities[slots][1][-1] / least
-        engine = oracle.engines.make(slots, rank, slots)
-        low, high = LOWEST_FACTOR * without, without
-        while high > PRECISION * low:
-            middle = (low * high) ** 0.5
-            run = oracle.table([middle / slots] * slots, [engine]).iloc[0]
-            fits = run.total_throughput >= oracle.threshold * run.offered_tokens_per_s
-            low, high = (middle, high) if fits else (low, middle)
-        ratios.append(without / high)
-    return numbers, ratios
 
 
 def _ranges(highest: float) -> Iterator[tuple[float, float]]:

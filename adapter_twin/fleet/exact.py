@@ -10,7 +10,6 @@ placement, and `adapter_twin.fleet.bound` the bound.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +17,7 @@ from itertools import islice
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from adapter_twin.fleet.bound import ROUNDING, lower_bound
+from adapter_twin.fleet.bound import gpus_for, lower_bound
 from adapter_twin.fleet.capacity import Oracle
 from adapter_twin.fleet.greedy import Groups, best_greedy
 
@@ -90,7 +89,7 @@ def fewest_gpus(
         if len(dealt) < len(greedy) and all(oracle.serve(group) for group in dealt):
             groups = dealt
     own = solution.mip_dual_bound if complete else None
-    bound = lower_bound(oracle) if own is None else max(math.ceil(own - ROUNDING), 1)
+    bound = lower_bound(oracle) if own is None else gpus_for(np.array(own))
     return Exact(groups, bound, complete and own is not None)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,14 @@ from adapter_twin import __version__
 from adapter_twin.calibration import load_calibration
 from adapter_twin.config import Slo, config_hash
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.fleet.bound import ROUNDING, certificate, lower_bound
+from adapter_twin.fleet.bound import certificate, gpus_for
 from adapter_twin.fleet.capacity import Oracle
+from adapter_twin.fleet.check import FIGURES
 from adapter_twin.fleet.envelope import levels_of
 from adapter_twin.fleet.greedy import Groups, best_greedy
 from adapter_twin.fleet.local_search import improve
 from adapter_twin.fleet.placement import Placement
-from adapter_twin.fleet.repair import hold
+from adapter_twin.fleet.repair import NotServed, hold
 from adapter_twin.planning.choice import MARGIN
 from adapter_twin.planning.demand import Demand
 from adapter_twin.planning.recommend import NOTABLE_WAIT_MS, vllm_args
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
 TIGHTER = (0.8, 0.65, 0.5, 0.4, 0.3)
 """Shares of an SLO's limits that the capacity model's means are tried to be kept within."""
-
-MARGINS = (0.05, 0.08)
-"""Safety margins that are tried where a smaller one starves GPUs."""
 
 Tell = Callable[[int, int, str], None]
 
@@ -72,10 +70,11 @@ def place(
     calibration = warmed_up(load_calibration(demand.calibration, demand.model))
     tell(0, 1, f"placing {len(demand.adapters)} adapters")
     oracle = Oracle(demand, calibration, margin=margin)
-    placement, checked, repairs = _place(demand, oracle, jobs, tell)
+    groups, bound = fewest(oracle)
+    oracle, placement, checked, repairs = _hold(oracle, groups, jobs, tell)
     answer = {
         "gpus": len(placement.replicas),
-        "lower_bound": lower_bound(oracle),
+        "lower_bound": bound,
         "repaired": repairs,
         "replicas": _replicas(demand, placement, checked, oracle),
         "advice": _advice(demand, checked),
@@ -95,35 +94,39 @@ def fewest(oracle: Oracle) -> tuple[Groups, int]:
     """
     parts = oracle.parts
     prices = certificate(oracle, levels_of(oracle)).prices(parts.rate, parts.rank)
-    bound = max(math.ceil(float(prices.sum()) - ROUNDING), 1)
+    bound = gpus_for(prices)
     return improve(oracle, best_greedy(oracle), prices, enough=bound), bound
 
 
-def _place(
-    demand: Demand, oracle: Oracle, jobs: int, tell: Tell
-) -> tuple[Placement, pd.DataFrame, int]:
-    """Place so that the twin agrees: where it does not, the capacity model has to ask for more."""
-    failed = None
-    for stricter in _stricter(demand, oracle):
+def _hold(
+    oracle: Oracle, groups: Groups, jobs: int, tell: Tell
+) -> tuple[Oracle, Placement, pd.DataFrame, int]:
+    """Have the twin agree; where it does not, place anew by an oracle that asks for more."""
+    demand = oracle.demand
+    try:
+        return oracle, *hold(demand, oracle, groups, jobs=jobs, tell=tell)
+    except NotServed:
+        for stricter in _stricter(oracle):
+            with suppress(NotServed):
+                placed = fewest(stricter)[0]
+                return stricter, *hold(demand, stricter, placed, jobs=jobs, tell=tell)
+        raise
+
+
+def _stricter(oracle: Oracle) -> Iterator[Oracle]:
+    """Yield oracles that ask for more and more: they know means, an SLO is of percentiles.
+
+    They end where an adapter alone cannot have it; without an SLO there are none.
+    """
+    demand, slo = oracle.demand, oracle.demand.slo
+    if slo is None:
+        return
+    for share in TIGHTER:
+        tighter = replace(demand, slo=_tighter(slo, share))
         try:
-            return hold(demand, stricter, fewest(stricter)[0], jobs=jobs, tell=tell)
-        except AdapterTwinError as error:
-            failed = failed or error
-    assert failed is not None
-    raise failed
-
-
-def _stricter(demand: Demand, oracle: Oracle) -> Iterator[Oracle]:
-    """Yield oracles that ask for more and more, the given one first."""
-    laws, margin, slo = oracle.calibration, oracle.criterion.margin, demand.slo
-    yield oracle
-    if slo is None:  # it accepts GPUs whose queue grows by what may starve
-        for wider in MARGINS:
-            if wider > margin:
-                yield Oracle(demand, laws, margin=wider)
-    else:  # it knows means, and the SLO is of percentiles
-        for share in TIGHTER:
-            yield Oracle(replace(demand, slo=_tighter(slo, share)), laws, margin=margin)
+            yield Oracle(tighter, oracle.calibration, margin=oracle.criterion.margin)
+        except AdapterTwinError:
+            return
 
 
 def _tighter(slo: Slo, share: float) -> Slo:
@@ -147,7 +150,8 @@ def _replicas(
 ) -> list[dict[str, Any]]:
     rows = []
     for plan, service in zip(placement.replicas, checked.to_dict("records"), strict=True):
-        verdict, engine = oracle.serve_plan(plan), plan.engine
+        engine, verdict = plan.engine, oracle.serve_plan(plan)
+        assert verdict is not None  # the oracle has accepted it
         rows.append(
             {
                 "adapters": [demand.adapters[i].name for i in plan.adapters],
@@ -159,7 +163,7 @@ def _replicas(
                         engine.max_loras, engine.max_lora_rank
                     )
                 ),
-                "utilisation": None if verdict is None else verdict.utilisation,
+                "utilisation": verdict.utilisation,
                 **{str(k): v for k, v in service.items() if k in _SERVICE},
                 "vllm_args": vllm_args(engine),
             }
@@ -167,11 +171,4 @@ def _replicas(
     return rows
 
 
-_SERVICE = (
-    "offered_tokens_per_s",
-    "total_throughput",
-    "mean_ttft_ms",
-    "p99_ttft_ms",
-    "mean_itl_ms",
-    "slo_attainment",
-)
+_SERVICE = ("offered_tokens_per_s", *FIGURES, "slo_attainment")

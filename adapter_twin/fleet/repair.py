@@ -26,6 +26,10 @@ SHED = 0.05
 Tell = Callable[[int, int, str], None]
 
 
+class NotServed(AdapterTwinError):
+    """GPUs of a placement do not serve in the twin, and moving adapters does not help."""
+
+
 def hold(
     demand: Demand,
     oracle: Oracle,
@@ -58,8 +62,8 @@ def hold(
 
     Raises
     ------
-    AdapterTwinError
-        Something still starves after `ROUNDS` rounds.
+    NotServed
+        More than `MOST_STARVING` do not serve, or some still do not after `ROUNDS` rounds.
     """
     groups, changed = [list(group) for group in groups], set[int]()
     for done in range(ROUNDS):
@@ -77,7 +81,7 @@ def hold(
         changed.update(starving)
         shed = [part for k in starving for part in _lightest(oracle, groups[k])]
         _take_in(oracle, groups, shed, exclude=set(starving))
-    raise AdapterTwinError(
+    raise NotServed(
         f"placement: {len(starving)} of {len(groups)} GPUs do not serve in the twin, and moving "
         "adapters does not help; relax the slo or give a larger margin"
     )
