@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ import pandas as pd
 from adapter_twin.calibration import Calibration, load_calibration
 from adapter_twin.config import EngineConfig, Lengths, zipf_adapters
 from adapter_twin.fleet.baselines import first_fit_by_count, round_robin
-from adapter_twin.fleet.bound import lower_bound
 from adapter_twin.fleet.capacity import Oracle
 from adapter_twin.fleet.check import check_placement
 from adapter_twin.fleet.cluster import Failure, simulate_cluster
@@ -28,24 +26,21 @@ from adapter_twin.fleet.routers.placed import Placed
 from adapter_twin.fleet.routers.random import Random
 from adapter_twin.fleet.routers.rank_aware import RankAware
 from adapter_twin.fleet.routers.round_robin import RoundRobin
-from adapter_twin.fleet.scenarios import PlacementScenario
-from adapter_twin.metrics import ttft_s
+from adapter_twin.fleet.scenarios import MODEL, PlacementScenario
 from adapter_twin.planning.demand import Demand
 from adapter_twin.planning.steady_state import warmed_up
+from adapter_twin.study import MEAN_INPUT_TOKENS, MEAN_OUTPUT_TOKENS
 
-MODEL = "llama-3.1-8b-instruct"
-LENGTHS = Lengths(mean_input_tokens=223, mean_output_tokens=200)
+LENGTHS = Lengths(mean_input_tokens=MEAN_INPUT_TOKENS, mean_output_tokens=MEAN_OUTPUT_TOKENS)
 
 METHODS: dict[str, Callable[[Oracle], Groups]] = {
     "round robin, blind to ranks": round_robin,
     "first fit by count": first_fit_by_count,
     "first fit by load (sequel paper)": first_fit_decreasing,
     "best greedy": best_greedy,
-    "best greedy and local search": lambda oracle: fewest(oracle)[0],
 }
-"""Ways of placing, the simplest first."""
-
 BEST = "best greedy and local search"
+"""Ways of placing, the simplest first, and what `place` does."""
 
 
 def compare_placements(
@@ -57,7 +52,7 @@ def compare_placements(
     -------
     pandas.DataFrame
         A row per scenario: ``name, ranks, zipf_exponent, skewed, adapters``; ``bound``; the GPUs of
-        each of `METHODS`; ``starving``, GPUs of the best method that starve in the twin.
+        each of `METHODS` and `BEST`; ``starving``, GPUs of `BEST` that starve in the twin.
     """
     tasks = (joblib.delayed(_place)(scenario, check) for scenario in drawn)
     return pd.DataFrame(joblib.Parallel(jobs)(tasks))
@@ -66,13 +61,14 @@ def compare_placements(
 def _place(scenario: PlacementScenario, check: bool) -> dict[str, Any]:
     oracle = Oracle(scenario.demand)
     placed = {name: method(oracle) for name, method in METHODS.items()}
+    placed[BEST], bound = fewest(oracle)
     row: dict[str, Any] = {
         "name": scenario.name,
         "ranks": scenario.ranks,
         "zipf_exponent": scenario.zipf_exponent,
         "skewed": scenario.skewed,
         "adapters": len(scenario.demand.adapters),
-        "bound": lower_bound(oracle),
+        "bound": bound,
         **{name: len(groups) for name, groups in placed.items()},
     }
     if check and scenario.demand.slo is None:
@@ -90,7 +86,7 @@ def gaps(table: pd.DataFrame) -> pd.DataFrame:
     """
     rng = np.random.default_rng(0)
     rows = []
-    for name in METHODS:
+    for name in (*METHODS, BEST):
         gap = 100 * (table[name] / table.bound - 1).to_numpy()
         means = rng.choice(gap, (2000, len(gap))).mean(axis=1)
         low, high = np.percentile(means, [2.5, 97.5])
@@ -113,9 +109,8 @@ def compare_routers(
     Returns
     -------
     pandas.DataFrame
-        A row per router: means over seeds of ``served`` (percent of the tokens asked for),
-        ``mean_ttft_ms``, ``p99_ttft_ms``, its ``low`` and ``high`` over the seeds, ``loads`` per
-        100 requests.
+        A row per router: means over seeds of `adapter_twin.fleet.cluster.ClusterRun.service` and of
+        ``loads`` per 100 requests; ``low`` and ``high`` of the p99 TTFT over the seeds.
     """
     asked = Demand(
         model=MODEL, adapters=zipf_adapters(256, rate, 0.9, [8, 8, 8, 32]), lengths=LENGTHS
@@ -127,12 +122,14 @@ def compare_routers(
         joblib.delayed(_route)(asked, gpus, name, seed, duration_s, failures)
         for name, seed in tasks
     )
-    table = pd.DataFrame(rows).groupby("router", sort=False)
+    return _over_seeds(rows, "router")
+
+
+def _over_seeds(rows: list[dict[str, Any]], by: str) -> pd.DataFrame:
+    """Return means, and the lowest and the highest p99 TTFT."""
+    table = pd.DataFrame(rows).groupby(by, sort=False, dropna=False)
     spread = table.p99_ttft_ms.agg(["min", "max"])
-    means = table[["served", "mean_ttft_ms", "p99_ttft_ms", "loads"]].mean()
-    means.insert(3, "low", spread["min"])
-    means.insert(4, "high", spread["max"])
-    return means.reset_index()
+    return table.mean().assign(low=spread["min"], high=spread["max"]).reset_index()
 
 
 def _route(
@@ -153,21 +150,11 @@ def _route(
         "rank-aware": RankAware(asked.adapters),
         "placed": Placed(placement),
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run = simulate_cluster(
-            asked.workload(duration_s), placement, laws, routers[name], seed=seed, failures=failures
-        )
-    waits_ms = 1e3 * ttft_s(run.records)
-    waits_ms = waits_ms[np.isfinite(waits_ms)]
-    served = run.by_replica()
-    return {
-        "router": name,
-        "served": 100 * served.total_throughput.sum() / served.offered_tokens_per_s.sum(),
-        "mean_ttft_ms": waits_ms.mean(),
-        "p99_ttft_ms": np.percentile(waits_ms, 99),
-        "loads": 100 * np.count_nonzero(run.records.load_wait_s) / len(run.records),
-    }
+    run = simulate_cluster(
+        asked.workload(duration_s), placement, laws, routers[name], seed=seed, failures=failures
+    )
+    loads = 100 * np.count_nonzero(run.records.load_wait_s) / len(run.records)
+    return {"router": name, **run.service(), "loads": loads}
 
 
 def _engine(rank: int, adapters: int) -> EngineConfig:
@@ -239,10 +226,7 @@ def how_often(
         joblib.delayed(_drifting)(asked, engine, gpus, laws, drift, every, duration_s, seed)
         for every, seed in tasks
     )
-    table = pd.DataFrame(rows).groupby("every_s", sort=False, dropna=False)
-    spread = table.p99_ttft_ms.agg(["min", "max"])
-    means = table[["moved", "served", "worst_served", "mean_ttft_ms", "p99_ttft_ms"]].mean()
-    return means.assign(low=spread["min"], high=spread["max"]).reset_index()
+    return _over_seeds(rows, "every_s")
 
 
 def _drifting(
@@ -255,9 +239,7 @@ def _drifting(
     duration_s: float,
     seed: int,
 ) -> dict[str, float]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = place_again(
-            asked, engine, gpus, laws, drift, every_s=every_s, duration_s=duration_s, seed=seed
-        )
+    found = place_again(
+        asked, engine, gpus, laws, drift, every_s=every_s, duration_s=duration_s, seed=seed
+    )
     return {"every_s": float("nan") if every_s is None else every_s} | found

@@ -9,7 +9,6 @@ import json
 import resource
 import sys
 import time
-import warnings
 from pathlib import Path
 
 from adapter_twin.calibration import load_calibration
@@ -36,7 +35,6 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=REQUESTS)
     arguments = parser.parse_args()
 
-    warnings.simplefilter("ignore")  # more adapters than were measured
     laws = load_calibration("auto", MODEL)
     adapters = zipf_adapters(ADAPTERS, arguments.requests / HOUR_S, 0.8, [8, 16])
     workload = Workload(

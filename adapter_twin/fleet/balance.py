@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adapter_twin.fleet.capacity import Oracle
 from adapter_twin.fleet.greedy import Groups
 from adapter_twin.strict import require
 
@@ -45,19 +43,6 @@ def spread(loads: ArrayLike, gpus: int) -> Groups:
     return groups
 
 
-def spread_by_rank(loads: ArrayLike, ranks: ArrayLike, gpus: int) -> Groups:
-    """Return items dealt to GPUs with ranks kept apart: equal loads, the widest ranks first.
-
-    A wide adapter makes every slot of its GPU wide, so only the GPU at the seam has two ranks.
-    """
-    require(gpus >= 1, f"gpus: must be at least 1, got {gpus}")
-    loads, ranks = np.asarray(loads, float), np.asarray(ranks)
-    order = np.lexsort((-loads, -ranks))
-    before = np.cumsum(loads[order]) - loads[order] / 2
-    gpu = np.minimum((before / loads.sum() * gpus).astype(int), gpus - 1)
-    return [order[gpu == k].tolist() for k in range(gpus)]
-
-
 def rebalance(loads: ArrayLike, home: NDArray[np.int_], gpus: int) -> int:
     """Move items from the fullest to the emptiest GPU until loads are even; return how many moved.
 
@@ -85,17 +70,3 @@ def rebalance(loads: ArrayLike, home: NDArray[np.int_], gpus: int) -> int:
         total[full] -= loads[item]
         total[empty] += loads[item]
         moved += 1
-
-
-def candidates(oracle: Oracle, gpus: int) -> list[Groups]:
-    """Return the ways of spreading a demand that are worth a look in the twin.
-
-    Only such whose every GPU the oracle accepts, and that use them all.
-    """
-    parts = oracle.parts
-    tried = [spread(parts.rate, gpus), spread_by_rank(parts.rate, parts.rank, gpus)]
-    return [groups for groups in tried if _accepted(oracle, groups)]
-
-
-def _accepted(oracle: Oracle, groups: Sequence[Sequence[int]]) -> bool:
-    return all(len(group) > 0 and oracle.serve(group) is not None for group in groups)

@@ -34,11 +34,10 @@ def split_trace(trace: Trace, placement: Placement, seed: int) -> NDArray[np.int
     for index, plan in enumerate(placement.replicas):
         for adapter, share in zip(plan.adapters, plan.shares, strict=True):
             homes.setdefault(adapter, []).append((index, share))
-    last = int(np.max(trace.adapter, initial=0))
+    last = max(max(homes), int(np.max(trace.adapter, initial=0)))
     first = np.full(last + 2, -1, np.int32)  # the base model, -1, is the last entry
     for adapter, parts in homes.items():
-        if adapter <= last:
-            first[adapter] = parts[0][0]
+        first[adapter] = parts[0][0]
     replica = first[trace.adapter]
     rng = np.random.default_rng([seed, 1])
     for adapter, parts in homes.items():
@@ -85,21 +84,23 @@ def check_placement(
 
     trace = draw_requests(demand.workload(duration_s), calibration, seed=seed)
     replica = split_trace(trace, placement, seed)
+    order = np.argsort(replica, kind="stable")  # by arrival within each
+    ends = np.searchsorted(replica[order], range(len(placement.replicas) + 1))
     tasks = (
         joblib.delayed(_serve)(
             plan,
             replica_workload(demand, plan, duration_s),
-            _own_requests(trace, replica == index, plan.adapters),
+            _own_requests(trace, order[begin:end], plan.adapters),
             calibration,
             demand.slo,
             seed,
         )
-        for index, plan in enumerate(placement.replicas)
+        for plan, begin, end in zip(placement.replicas, ends[:-1], ends[1:], strict=True)
     )
     return pd.DataFrame(joblib.Parallel(jobs)(tasks))
 
 
-def _own_requests(trace: Trace, own: NDArray[np.bool_], adapters: Sequence[int]) -> Trace:
+def _own_requests(trace: Trace, own: NDArray[np.int64], adapters: Sequence[int]) -> Trace:
     """Return a replica's requests, its adapters numbered from zero."""
     number = np.full(max(adapters) + 1, -1, np.int32)
     number[list(adapters)] = np.arange(len(adapters))

@@ -20,10 +20,11 @@ from adapter_twin.config import EngineConfig, Workload
 from adapter_twin.fleet.placement import Placement
 from adapter_twin.fleet.replica import Life, Replica
 from adapter_twin.fleet.routers import Router
-from adapter_twin.metrics import STARVATION_THRESHOLD, summarize
+from adapter_twin.metrics import STARVATION_THRESHOLD, summarize, ttft_s
 from adapter_twin.strict import require
 from adapter_twin.twin.feed import Feed
 from adapter_twin.twin.records import Gaps, Records, make_gaps, make_records
+from adapter_twin.twin.session import check_lengths
 from adapter_twin.twin.simulate import draw_requests
 from adapter_twin.workload import Trace
 
@@ -93,6 +94,27 @@ class ClusterRun:
     gaps: list[Gaps]
     engines: tuple[EngineConfig, ...]
     duration_s: float
+
+    def service(self) -> dict[str, float]:
+        """Return the service of the whole cluster.
+
+        Returns
+        -------
+        dict
+            ``served``, percent of the tokens asked for, and ``worst_served``, of the replica that
+            served the least of its load; ``mean_ttft_ms`` and ``p99_ttft_ms`` of the requests that
+            got a token, other than in `by_replica`, where they have to be complete.
+        """
+        waits_ms = 1e3 * ttft_s(self.records)
+        waits_ms = waits_ms[np.isfinite(waits_ms)]
+        by_replica = self.by_replica()
+        throughput, asked = by_replica.total_throughput, by_replica.offered_tokens_per_s
+        return {
+            "served": 100 * float(throughput.sum() / asked.sum()),
+            "worst_served": 100 * float((throughput / asked).min()),
+            "mean_ttft_ms": float(waits_ms.mean()),
+            "p99_ttft_ms": float(np.percentile(waits_ms, 99)),
+        }
 
     def by_replica(self) -> pd.DataFrame:
         """Return each replica's load and service.
@@ -209,16 +231,10 @@ class Cluster:
         self.given_to: list[Life | None] = [None] * len(trace)
         self._candidates: dict[int, list[Replica]] = {}  # by adapter, until something changes
         self.replicas = []
-        longest = int(np.max(trace.prompt_tokens + trace.output_tokens, initial=1))
         for index, (plan, calibration) in enumerate(
             zip(placement.replicas, calibrations, strict=True)
         ):
-            room = calibration.memory.require_start(plan.engine)
-            require(
-                longest <= room - room % plan.engine.block_size,
-                f"lengths: a request of {longest} tokens exceeds the KV cache of replica {index}, "
-                f"{room}; lower max_loras or max_lora_rank, or shorten the requests",
-            )
+            check_lengths(trace, plan.engine, calibration.memory.require_start(plan.engine))
             served = frozenset(plan.adapters)
             self._check(index, plan.engine, served)
             feed = self._feed(plan.engine, calibration)
@@ -302,23 +318,21 @@ class Cluster:
 
     def result(self) -> ClusterRun:
         """Collect what all lives of all replicas have recorded."""
-        lives = [life for replica in self.replicas for life in replica.lives]
         columns = _nothing(self.trace)
         server = np.full(len(self.trace), NOWHERE, np.int32)
-        gaps: list[list[Gaps]] = [[] for _ in self.replicas]
-        for life in lives:
-            recorded = make_records(life.feed.session, life.calibration.front_end.overhead_s)
-            places = [i for i, r in enumerate(life.requests) if self.given_to[r] is life]
-            own = np.array(life.requests, np.int64)[places]
-            for name in set(columns) - {"arrival_s"}:
-                columns[name][own] = getattr(recorded, name)[places]
-            server[own] = life.replica
-            gaps[life.replica].append(make_gaps(life.feed.session))
+        for replica in self.replicas:
+            for life in replica.lives:
+                recorded = make_records(life.feed.session, replica.calibration.front_end.overhead_s)
+                places = [i for i, r in enumerate(life.requests) if self.given_to[r] is life]
+                own = np.array(life.requests, np.int64)[places]
+                for name in set(columns) - {"arrival_s"}:
+                    columns[name][own] = getattr(recorded, name)[places]
+                server[own] = replica.index
         return ClusterRun(
             Records(**columns),
             server,
             self.retries,
-            [_joined(some) for some in gaps],
+            [_joined([make_gaps(life.feed.session) for life in r.lives]) for r in self.replicas],
             tuple(replica.engine for replica in self.replicas),
             self.workload.duration_s,
         )

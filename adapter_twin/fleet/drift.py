@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +14,10 @@ from adapter_twin.fleet.cluster import Move, simulate_cluster
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
 from adapter_twin.fleet.routers.placed import Placed
 from adapter_twin.lengths import draw_lengths
-from adapter_twin.metrics import ttft_s
 from adapter_twin.planning.demand import Demand
+from adapter_twin.planning.replica import HOUR_S
 from adapter_twin.strict import require, require_positive
 from adapter_twin.workload import Trace
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Floats = NDArray[np.float64]
 
@@ -113,7 +109,7 @@ def place_again(
     drift: Drift,
     *,
     every_s: float | None,
-    duration_s: float = 3600.0,
+    duration_s: float = HOUR_S,
     seed: int = 0,
 ) -> dict[str, float]:
     """Serve drifting traffic, with homes chosen anew every so often by what was just asked for.
@@ -137,9 +133,7 @@ def place_again(
     Returns
     -------
     dict
-        ``moved`` adapters, in total; ``served``, percent of the tokens asked for; ``mean_ttft_ms``
-        and ``p99_ttft_ms`` of the requests that got a token; ``worst_served``, percent, of the
-        replica that served the least of its load.
+        ``moved`` adapters, in total, and `adapter_twin.fleet.cluster.ClusterRun.service`.
     """
     rates = np.array([adapter.request_rate for adapter in demand.adapters])
     table = drifting_rates(rates, drift, duration_s, seed)
@@ -149,17 +143,7 @@ def place_again(
     run = simulate_cluster(
         demand.workload(duration_s), first, laws, Placed(first), seed=seed, moves=moves, trace=trace
     )
-    waits_ms = 1e3 * ttft_s(run.records)
-    waits_ms = waits_ms[np.isfinite(waits_ms)]
-    by_replica: pd.DataFrame = run.by_replica()
-    asked = by_replica.offered_tokens_per_s
-    return {
-        "moved": float(moved),
-        "served": 100 * float(by_replica.total_throughput.sum() / asked.sum()),
-        "worst_served": 100 * float((by_replica.total_throughput / asked).min()),
-        "mean_ttft_ms": float(waits_ms.mean()),
-        "p99_ttft_ms": float(np.percentile(waits_ms, 99)),
-    }
+    return {"moved": float(moved)} | run.service()
 
 
 def _moves(

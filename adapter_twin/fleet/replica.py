@@ -21,17 +21,13 @@ class Life:
 
     Attributes
     ----------
-    replica : int
     feed : Feed
     requests : list of int
         Numbers in the cluster's trace, in the order in which the server was given them.
-    calibration : Calibration
     """
 
-    replica: int
     feed: Feed
     requests: list[int]
-    calibration: Calibration
 
 
 class Replica:
@@ -92,7 +88,7 @@ class Replica:
 
     def start(self, feed: Feed) -> None:
         """Begin a new life, with nothing loaded."""
-        self.lives.append(Life(self.index, feed, [], self.calibration))
+        self.lives.append(Life(feed, []))
         self.up, self._idle, self.outstanding = True, None, 0
         self._process = self.env.process(self._turn_engine_loop(feed))
 

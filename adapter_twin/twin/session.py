@@ -107,7 +107,7 @@ def new_session(
     if adapter_blocks is None:
         adapter_blocks = np.zeros(n_adapters, np.int64)
     blocks = np.append(adapter_blocks, 0)  # the base model takes none
-    _check_lengths(trace, engine, kv_cache_tokens, blocks)
+    check_lengths(trace, engine, kv_cache_tokens, blocks)
     if isinstance(policy, Merge):
         regimes = len(law.token_breaks) + 1
         require(len(law.coefficients) == 2 * regimes, "law: Merge needs that of a merged adapter")
@@ -142,12 +142,15 @@ def new_session(
     )
 
 
-def _check_lengths(
-    trace: Trace, engine: EngineConfig, kv_cache_tokens: int, blocks: NDArray[np.int64]
+def check_lengths(
+    trace: Trace,
+    engine: EngineConfig,
+    kv_cache_tokens: int,
+    blocks: NDArray[np.int64] | None = None,
 ) -> None:
-    """Refuse a request that, with its adapter's blocks, does not fit even alone."""
+    """Raise `AdapterTwinError` for a request that does not fit even alone, with adapter blocks."""
     tokens, what = trace.prompt_tokens + trace.output_tokens, "request"
-    if blocks.any():  # -1, the base model, is the last one
+    if blocks is not None and blocks.any():  # -1, the base model, is the last one
         tokens, what = tokens + engine.block_size * blocks[trace.adapter], "request and its adapter"
     longest = int(np.max(tokens, initial=1))
     if longest > kv_cache_tokens - kv_cache_tokens % engine.block_size:
