@@ -50,10 +50,13 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 SIMILAR = 0.03
-"""Rates that differ by less are one type in the linear program, at their mean."""
+"""Rates that differ by less are one type in the linear program, at the highest of them."""
 
 ROUNDING = 1e-6
 """Of GPUs, taken off before a sum of prices is rounded up."""
+
+IMPOSSIBLE = 10
+"""Of a GPU: what an adapter costs where no GPU can have it."""
 
 STEPS = (1, 2, 3, 4, 5)
 """Dual feasible functions of the load: with the first, two adapters of above half a GPU's load are
@@ -99,13 +102,12 @@ def measures(levels: Levels, rates: Floats, *, whole: bool) -> Floats:
     """
     load = rates / levels.high[:, None]
     active = levels.active(rates, whole=whole)
-    stepped = [
-        np.maximum(np.ceil((k + 1) * share) - 1, 0) / k
-        for share in (load, active)
-        for k in STEPS
-        if whole
-    ]
-    return np.stack([load, active, *stepped])
+    if not whole:
+        return np.stack([load, active])
+    stepped = [np.maximum(np.ceil((k + 1) * load) - 1, 0) / k for k in STEPS]
+    most = np.where(levels.most > 0, levels.most, 1 / IMPOSSIBLE)
+    counted = (rates >= levels.thresholds[:, None, None]) / most.T[:, :, None]
+    return np.concatenate([np.stack([load, active, *stepped]), counted])
 
 
 def certificate(oracle: Oracle, levels: Levels, *, whole: bool = True) -> Certificate:
@@ -184,8 +186,9 @@ def _adapters(oracle: Oracle, *, whole: bool) -> tuple[Floats, Ints]:
 
 
 def _types(rates: Floats, ranks: Ints) -> tuple[Floats, Ints, Floats]:
-    """Return mean rates, ranks and numbers of adapters that are alike."""
+    """Return the rates, ranks and numbers of adapters that are alike: the highest rate of each."""
     group = np.floor(np.log(rates) / SIMILAR)
     kinds, kind = np.unique(np.stack([ranks, group]), axis=1, return_inverse=True)
-    counts = np.bincount(kind).astype(float)
-    return np.bincount(kind, rates) / counts, kinds[0].astype(np.int64), counts
+    highest = np.zeros(kinds.shape[1])
+    np.maximum.at(highest, kind, rates)
+    return highest, kinds[0].astype(np.int64), np.bincount(kind).astype(float)

@@ -1,7 +1,7 @@
 """The oracle: whether one GPU serves a set of adapters, and with how many slots.
 
-It asks the analytic model (`adapter_twin.planning.analytic.analyse`) about all numbers of slots at
-once. A number of slots serves a set when
+It asks the analytic model (`adapter_twin.planning.analytic.analyse_each`) about all numbers of
+slots at once. A number of slots serves a set when
 
 - vLLM starts, and the throughput is at least the share of the offered load at which starvation
   begins, plus the safety margin of `adapter_twin.planning.choice`;
@@ -19,27 +19,30 @@ once. A number of slots serves a set when
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from adapter_twin.calibration import Calibration, load_calibration
-from adapter_twin.config import Adapter, EngineConfig, Workload
+from adapter_twin.config import EngineConfig
 from adapter_twin.fleet.engines import Engines
 from adapter_twin.fleet.parts import split_adapters
-from adapter_twin.fleet.placement import Placement, ReplicaPlan, part_of
+from adapter_twin.fleet.placement import Placement, ReplicaPlan
 from adapter_twin.metrics import STARVATION_THRESHOLD
-from adapter_twin.planning.analytic import analyse
+from adapter_twin.planning.analytic import Traffic, analyse_each
 from adapter_twin.planning.choice import MARGIN, TIE, Criterion
 from adapter_twin.planning.demand import Demand
 from adapter_twin.planning.replica import HOUR_S
 from adapter_twin.planning.steady_state import warmed_up
+from adapter_twin.planning.traffic_mix import group_rates
 from adapter_twin.strict import require
 
 if TYPE_CHECKING:
     import pandas as pd
+
+Floats = NDArray[np.float64]
 
 SLO_UTILISATION = 0.9
 """Above that, with an SLO, waits that the model does not know are no longer short."""
@@ -129,31 +132,22 @@ class Oracle:
         self.engines = Engines(demand, self.calibration)
         self._most_alone: dict[int, float] = {}
         self.parts = split_adapters(demand, self.engines.most_slots, self.most_alone, allowed=split)
-        dealt = zip(self.parts.adapter.tolist(), self.parts.share.tolist(), strict=True)
-        # parts of one adapter differ in name
-        self._own = [
-            replace(part_of(demand.adapters[i], share), name=f"{part}")
-            for part, (i, share) in enumerate(dealt)
-        ]
 
     def serve(self, members: Sequence[int] | NDArray[np.int64]) -> Verdict | None:
         """Return how one GPU serves some of the parts, or None where it cannot."""
         chosen = np.asarray(members, np.int64)
-        rank = int(self.parts.rank[chosen].max())
-        if self.parts.rate[chosen].sum() > HOPELESS * self.most_alone(rank):
+        rates, rank = self.parts.rate[chosen], int(self.parts.rank[chosen].max())
+        if rates.sum() > HOPELESS * self.most_alone(rank):
             return None
-        return self._serve([self._own[i] for i in chosen], rank)
+        return self._serve(rates, rank)
 
     def serve_alike(self, count: int, rate: float, rank: int) -> Verdict | None:
         """Return how one GPU serves so many adapters of one rate in requests/s, and one rank."""
-        own = [Adapter(name=f"{i}", rank=1, request_rate=rate) for i in range(count)]
-        return self._serve(own, rank)
+        return self._serve(np.full(count, rate), rank)
 
     def serve_plan(self, plan: ReplicaPlan) -> Verdict | None:
         """Return how a planned GPU serves, with the slots of its plan; None where it does not."""
-        shares = zip(plan.adapters, plan.shares, strict=True)
-        own = [part_of(self.demand.adapters[i], share) for i, share in shares]
-        return self._best(own, [plan.engine])
+        return self._best(self._rates(plan.adapters, plan.shares), [plan.engine])
 
     def place(self, groups: Iterable[Sequence[int]]) -> Placement:
         """Return groups of parts as a checked placement, each with its best number of slots."""
@@ -161,27 +155,68 @@ class Oracle:
         placement.check(self.demand)
         return placement
 
-    def table(self, rates: Sequence[float], engines: Sequence[EngineConfig]) -> pd.DataFrame:
+    def accepts(
+        self, rates: Floats, counts: NDArray[np.int64], rank: int, patience: float = 1.0
+    ) -> NDArray[np.bool_]:
+        """Return for each rate whether one GPU serves so many adapters: `serve_alike` at once.
+
+        The SLO's limit on ITL may be exceeded by the factor `patience`.
+        """
+        tried = [
+            (i, engine, self._traffic([rate], [count]))
+            for i, (rate, count) in enumerate(zip(rates.tolist(), counts.tolist(), strict=True))
+            for engine in self.engines.candidates(count, rank)
+        ]
+        accepted = np.zeros(len(rates), bool)
+        if tried:
+            table = analyse_each([(engine, of) for _, engine, of in tried], self.calibration)
+            np.logical_or.at(accepted, [i for i, *_ in tried], self._good(table, patience))
+        return accepted
+
+    def alike(self, loads: ArrayLike, counts: ArrayLike, rank: int) -> pd.DataFrame:
+        """Return what the analytic model says of equal adapters that have a slot each.
+
+        Parameters
+        ----------
+        loads : array_like of float
+            Requests/s of all adapters together.
+        counts : array_like of int
+        rank : int
+            Of the slots.
+        """
+        pairs = [
+            (self.engines.make(count, rank, count), self._traffic([load / count], [count]))
+            for load, count in zip(np.ravel(loads).tolist(), np.ravel(counts).tolist(), strict=True)
+        ]
+        return analyse_each(pairs, self.calibration)
+
+    def table(self, rates: ArrayLike, engines: Sequence[EngineConfig]) -> pd.DataFrame:
         """Return what the analytic model says of adapters with these requests/s."""
-        own = [Adapter(name=f"{i}", rank=1, request_rate=rate) for i, rate in enumerate(rates)]
-        return analyse(self._workload(own), engines, self.calibration)
+        traffic = self._traffic(rates)
+        return analyse_each([(engine, traffic) for engine in engines], self.calibration)
 
-    def _workload(self, own: Sequence[Adapter]) -> Workload:
-        return Workload(adapters=tuple(own), duration_s=HOUR_S, lengths=self.demand.lengths)
+    def _traffic(self, rates: ArrayLike, counts: ArrayLike | None = None) -> Traffic:
+        if counts is None:
+            rates, counts = np.unique(np.asarray(rates), return_counts=True)
+        return Traffic(*group_rates(rates, counts), 0.0, self.demand.lengths, HOUR_S)
 
-    def _serve(self, own: Sequence[Adapter], rank: int) -> Verdict | None:
-        rates = np.sort([adapter.request_rate for adapter in own])
+    def _rates(self, adapters: Sequence[int], shares: Sequence[float]) -> Floats:
+        rates = [self.demand.adapters[i].request_rate for i in adapters]
+        return np.asarray(np.array(rates) * shares)
+
+    def _serve(self, rates: Floats, rank: int) -> Verdict | None:
+        rates = np.sort(rates)
         key = rank, rates.tobytes()
         if key not in self._known:
-            self._known[key] = self._best(own, self.engines.candidates(len(own), rank))
+            self._known[key] = self._best(rates, self.engines.candidates(len(rates), rank))
         return self._known[key]
 
-    def _best(self, own: Sequence[Adapter], engines: Sequence[EngineConfig]) -> Verdict | None:
+    def _best(self, rates: Floats, engines: Sequence[EngineConfig]) -> Verdict | None:
         if not engines:
             return None
         self.calls += 1
-        table = analyse(self._workload(own), engines, self.calibration)
-        good = np.flatnonzero(self.criterion.feasible(table) & self._within_limits(table))
+        table = self.table(rates, engines)
+        good = np.flatnonzero(self._good(table))
         if not len(good):
             return None
         throughput, ttft_ms = table.total_throughput.to_numpy(), table.mean_ttft_ms.to_numpy()
@@ -209,25 +244,26 @@ class Oracle:
         """Highest load that a GPU may have, by its capacity."""
         return 1 - self.criterion.margin if self.demand.slo is None else SLO_UTILISATION
 
-    def _within_limits(self, table: pd.DataFrame) -> pd.Series[bool]:
-        within: pd.Series[bool] = table.slot_wait_s <= self.longest_wait_s
+    def _good(self, table: pd.DataFrame, patience: float = 1.0) -> pd.Series[bool]:
+        within = self.criterion.feasible(table) & (table.slot_wait_s <= self.longest_wait_s)
         within &= table.utilisation <= self.most_utilisation
         slo = self.demand.slo
         if slo is not None:
             if slo.itl_ms is not None:
-                within &= table.mean_itl_ms <= slo.itl_ms
+                within &= table.mean_itl_ms <= patience * slo.itl_ms
             if slo.ttft_ms is not None:
                 within &= table.mean_itl_ms + 1e3 * table.slot_wait_s <= slo.ttft_ms
         return within
 
     def _plan(self, group: Sequence[int]) -> ReplicaPlan:
         shares = self.parts.together(group)
-        own = [part_of(self.demand.adapters[i], share) for i, share in shares.items()]
-        verdict = self._serve(own, int(self.parts.rank[np.asarray(group)].max()))
+        adapters, parts = tuple(shares), tuple(shares.values())
+        rank = int(self.parts.rank[np.asarray(group)].max())
+        verdict = self._serve(self._rates(adapters, parts), rank)
         require(verdict is not None, "placement: one GPU would starve adapters; move some away")
         assert verdict is not None
-        engine = self.engines.make(verdict.slots, verdict.max_lora_rank, len(own))
-        return ReplicaPlan(engine, tuple(shares), tuple(shares.values()))
+        engine = self.engines.make(verdict.slots, verdict.max_lora_rank, len(adapters))
+        return ReplicaPlan(engine, adapters, parts)
 
     def most_alone(self, rank: int) -> float:
         """Return the most requests/s of one adapter that a GPU serves, 0 where it serves none."""

@@ -34,11 +34,11 @@ class Engines:
     def candidates(self, count: int, rank: int) -> list[EngineConfig]:
         """Return the engines that are tried for so many adapters.
 
-        Slots for all of them, powers of two, and midway between them; or those of the demand.
+        Slots for all of them, powers of two, and three between each; or those of the demand.
         """
         most = min(count, self.most_slots(rank))
         powers = [2**k for k in range(most.bit_length())]
-        sizes = {size for power in powers for size in (power, 3 * power // 2)} | {count}
+        sizes = {power * quarters // 4 for power in powers for quarters in range(4, 8)} | {count}
         if self._given is not None:
             sizes, most = set(self._given), self.most_slots(rank)
         return [self.make(size, rank, count) for size in sorted(sizes) if size <= most]

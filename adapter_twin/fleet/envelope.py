@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin.config import EngineConfig
 from adapter_twin.fleet.capacity import TRACE, Oracle
+from adapter_twin.fleet.counting import most_adapters, thresholds_of
 from adapter_twin.fleet.levels import LOWER, Levels
 from adapter_twin.planning.replica import HOUR_S
+from adapter_twin.planning.slot_sharing import visits_s
 
 Floats = NDArray[np.float64]
+Capacities = Mapping[int, tuple[Floats, Floats]]
 
-FINE, COARSE = 0.97, 0.8
-"""Ratios of neighbouring loads: fine ones above half of the highest, coarse ones below."""
+FINE = 0.985
+"""Ratio of neighbouring loads above half of the highest."""
+
+COARSE = 14
+"""Loads below that."""
+
+FEW = 16
+"""Adapters at whose highest loads there are levels."""
 
 LOWEST = 0.05
 """Load of the lowest level by the highest one."""
@@ -32,16 +43,17 @@ TOLERANCE = 1.002
 
 def levels_of(oracle: Oracle) -> Levels:
     """Ask the oracle's model what GPUs can hold, for the ranks of its parts."""
-    levels = [
-        level for rank in np.unique(oracle.parts.rank) for level in _of_rank(oracle, int(rank))
-    ]
-    columns = (np.array(column) for column in zip(*levels, strict=True))
-    rank, high, most_active, residence_s, served = columns
-    return Levels(rank, high, most_active, residence_s, served, oracle.longest_wait_s)
+    thresholds = thresholds_of(oracle.parts.rate)
+    ranks = [int(rank) for rank in np.unique(oracle.parts.rank)]
+    columns = zip(*(_of_rank(oracle, rank, thresholds) for rank in ranks), strict=True)
+    rank, high, most_active, residence_s, running, most = map(np.concatenate, columns)
+    return Levels(
+        rank, high, most_active, residence_s, running, oracle.longest_wait_s, thresholds, most
+    )
 
 
-def _of_rank(oracle: Oracle, rank: int) -> Iterator[tuple[int, float, float, Floats, float]]:
-    """Yield the fields of the levels of one rank."""
+def _of_rank(oracle: Oracle, rank: int, thresholds: Floats) -> tuple[NDArray[Any], ...]:
+    """Return the fields of the levels of one rank."""
     slo = oracle.demand.slo
     engines = oracle.engines.all(len(oracle.parts), rank)
     capacities = {
@@ -59,44 +71,104 @@ def _of_rank(oracle: Oracle, rank: int) -> Iterator[tuple[int, float, float, Flo
     least = oracle.threshold / emitted
     fullest = oracle.table([OVERLOAD * capacity], few).running.max()
     needed = 1 / oracle.most_utilisation
-    highest = max(curve[1][0] for curve in capacities.values()) / needed
-    for low, high in _ranges(highest):
-        load = max(low, light)
-        longest_s = oracle.longest_wait_s + fullest / (least * load)
-        share = max(least, 1 - longest_s / HOUR_S)
-        state = oracle.table([share * load], few)
-        running = float(state.running.min())
-        most = max(
-            min(TOLERANCE * slots, _most_distinct(*curve, needed * low))
-            for slots, curve in capacities.items()
+    low, high = _ranges(capacities, needed)
+
+    loads = np.maximum(low, light)
+    shortest_s = oracle.alike(least * loads, np.ones_like(loads, int), rank).running / (
+        least * loads
+    )
+    late_s = _longest_mean_wait_s(oracle, rank, low, shortest_s.to_numpy())
+    late_s += fullest / (least * loads)
+    loads *= np.maximum(least, 1 - late_s / HOUR_S)
+    most_active = np.array([_most_active(capacities, needed * load) for load in low])
+    patience = _patience(oracle, rank, high)
+    if slo is not None and slo.itl_ms is not None:
+        most_active = np.array(
+            [
+                _most_in_time(oracle, rank, load, most, patience * slo.itl_ms)
+                for load, most in zip(loads, most_active, strict=True)
+            ]
         )
-        # the number running fluctuates around its mean
-        most /= 1 - 0.5 / max(np.sqrt(running), 1.0)
-        if slo is not None and slo.itl_ms is not None:
-            most = min(most, _most_in_time(oracle, rank, share * load, most, slo.itl_ms))
-        if most > 0:
-            residence_s = _residences_s(oracle, rank, share * load, most)
-            yield rank, high, most, residence_s if low >= light else residence_s / 2, share
+    slowest = min(curve[1][-1] for curve in capacities.values())
+    residence_s = _running(oracle, rank, loads, most_active) / loads[:, None]
+    residence_s[low < light] /= 2
+    running = _running(oracle, rank, np.maximum(needed * low, slowest), most_active)
+    most = np.tile(most_adapters(oracle, rank, thresholds, patience), (len(low), 1))
+    some = most_active > 0
+    columns = np.full(len(low), rank), high, most_active, residence_s, running, most
+    return tuple(column[some] for column in columns)
 
 
-def _residences_s(oracle: Oracle, rank: int, load: float, most: float) -> Floats:
-    """Return how long a request runs at least, in s, with more than `LOWER` adapters active."""
-    adapters = min(most, oracle.engines.most_slots(rank))
-    distinct, ranges = np.unique(np.maximum(LOWER * adapters, 1).astype(int), return_inverse=True)
-    residences = []
-    for count in distinct.tolist():
-        engine = oracle.engines.make(count, rank, count)
-        residences.append(oracle.table([load / count] * count, [engine]).running[0] / load)
-    return np.array(residences)[ranges]
+def _longest_mean_wait_s(oracle: Oracle, rank: int, loads: Floats, residence_s: Floats) -> Floats:
+    """Return what requests wait on average at most, of adapters that have a load together.
+
+    The head of an adapter's queue waits as long as can be, those that join it half of that on
+    average, and those that find the adapter in its slot not at all. Rarer adapters have fewer that
+    join: the longest mean is theirs. See `adapter_twin.planning.slot_sharing`.
+    """
+    parts, longest_s = oracle.parts, oracle.longest_wait_s
+    rates = np.sort(parts.rate[parts.rank <= rank])
+    together = np.concatenate([[0.0], np.cumsum(rates)])
+    means_s = []
+    for load, runs_s in zip(np.clip(loads, rates[0], together[-1]), residence_s, strict=True):
+        visit_s = visits_s(rates, np.full(len(rates), runs_s), longest_s)
+        waits_s = longest_s * (1 + rates * longest_s / 2) / (1 + rates * (longest_s + visit_s))
+        cumulated = np.concatenate([[0.0], np.cumsum(rates * waits_s)])
+        means_s.append(np.interp(load, together, cumulated) / load)
+    return np.array(means_s)
 
 
-def _ranges(highest: float) -> Iterator[tuple[float, float]]:
-    high = highest
-    while high > LOWEST * highest:
-        low = high * (FINE if high > highest / 2 else COARSE)
-        yield low, high
-        high = low
-    yield 0.0, high
+def _patience(oracle: Oracle, rank: int, loads: Floats) -> float:
+    """Return how much longer ITL may be at a lower load, at most.
+
+    Where the law of step times changes with the tokens of a step, steps may get faster with load.
+
+    Parameters
+    ----------
+    loads : float64, shape (n,)
+        In requests/s, the highest first.
+    """
+    counts = [2**k for k in range(oracle.engines.most_slots(rank).bit_length())]
+    table = oracle.alike(np.repeat(loads, len(counts)), np.tile(counts, len(loads)), rank)
+    itl_ms = np.where(table.utilisation < 1, table.mean_itl_ms, np.inf)
+    itl_ms = itl_ms.reshape(len(loads), len(counts))
+    shortest_ms = np.minimum.accumulate(itl_ms, axis=0)
+    settled = np.isfinite(itl_ms)
+    return float((itl_ms[settled] / shortest_ms[settled]).max())
+
+
+def _most_active(capacities: Capacities, needed: float) -> float:
+    """Return the most adapters that can be active where the capacity is what is needed."""
+    return max(
+        min(TOLERANCE * slots, _most_distinct(*curve, needed))
+        for slots, curve in capacities.items()
+    )
+
+
+def _running(oracle: Oracle, rank: int, loads: Floats, most_active: Floats) -> Floats:
+    """Return how many requests run at least, with more than `LOWER` adapters active.
+
+    Returns
+    -------
+    float64, shape (loads, ranges)
+    """
+    adapters = np.minimum(most_active, oracle.engines.most_slots(rank))
+    counts = np.maximum(LOWER * adapters[:, None], 1).astype(int)
+    table = oracle.alike(np.broadcast_to(loads[:, None], counts.shape), counts, rank)
+    return table.running.to_numpy().reshape(counts.shape)
+
+
+def _ranges(capacities: Capacities, needed: float) -> tuple[Floats, Floats]:
+    """Return the lowest and the highest load of each level, the highest level first.
+
+    Among them is the most that few adapters can have, so that they are priced by it exactly.
+    """
+    few = [curve[1][-1] / needed for slots, curve in capacities.items() if slots <= FEW]
+    highest = max(curve[1][0] for curve in capacities.values()) / needed
+    fine = np.geomspace(highest, highest / 2, math.ceil(math.log(2) / -math.log(FINE)))
+    coarse = np.geomspace(highest / 2, LOWEST * highest, COARSE)
+    high = np.unique([*few, *fine, *coarse])[::-1]
+    return np.append(high[1:], 0.0), high
 
 
 def _capacities(oracle: Oracle, engines: list[EngineConfig]) -> list[tuple[Floats, Floats]]:
@@ -129,9 +201,7 @@ def _most_in_time(oracle: Oracle, rank: int, load: float, most: float, limit_ms:
     """Return a number of adapters that is too many for the SLO on ITL, or `most`."""
 
     def in_time(count: int) -> bool:
-        engine = oracle.engines.make(count, rank, count)
-        itl_ms = oracle.table([load / count] * count, [engine]).mean_itl_ms[0]
-        return bool(itl_ms <= limit_ms)
+        return bool(oracle.alike([load], [count], rank).mean_itl_ms[0] <= limit_ms)
 
     low, high = 0, int(min(most, oracle.engines.most_slots(rank))) + 1
     if high - 1 >= 1 and in_time(high - 1):

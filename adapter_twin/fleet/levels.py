@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from adapter_twin.planning.slot_sharing import share_slots
+from adapter_twin.planning.slot_sharing import visits_s
 
 Floats = NDArray[np.float64]
 
-UPPER = np.array([1, 0.98, 0.96, 0.94, 0.91, 0.88, 0.84, 0.79, 0.74, 0.68, 0.61, 0.54, 0.46, 0.38])
-UPPER = np.append(UPPER, [0.3, 0.22, 0.14, 0.07])
+UPPER = 0.96 ** np.arange(66)
 LOWER = np.array([*UPPER[1:], 0.0])
 """Ranges of the adapters that are active, by the most that can be."""
 
@@ -22,10 +21,8 @@ GRID = 1.015
 FINER = 300
 """Grid steps below the lowest rate, to a hundredth of it, that parts of adapters are looked at."""
 
-BLOCK = 32
-"""Grid steps for which shares are computed at once, and kept."""
-
-NO_SLOTS = 1e-9
+FEW = 4
+"""Below so many running requests, a share of the steps need not grow with their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +37,25 @@ class Levels:
         Load in requests/s.
     most_active : float64, shape (n,)
         Sum of the adapters' active shares.
-    residence_s : float64, shape (n, ranges)
-        Time for which a request runs at least, with more than `LOWER` of the most active adapters.
-    served : float64, shape (n,)
-        Share of the load that is served at least.
+    residence_s, running : float64, shape (n, ranges)
+        With more than `LOWER` of the most active adapters: time for which a request runs at least;
+        requests that run at least where the most complete.
     wait_s : float
         Longest wait of an adapter for a slot.
+    thresholds : float64, shape (t,)
+        Requests/s of an adapter.
+    most : int64, shape (n, t)
+        Adapters with at least that rate, at most; the same at all levels of a rank.
     """
 
     rank: NDArray[np.int64]
     high: Floats
     most_active: Floats
     residence_s: Floats
-    served: Floats
+    running: Floats
     wait_s: float
+    thresholds: Floats
+    most: NDArray[np.int64]
     _known: dict[int, Floats] = field(default_factory=dict)
 
     def active(self, rates: Floats, *, whole: bool) -> Floats:
@@ -71,27 +73,28 @@ class Levels:
         float64, shape (n, m)
         """
         place = np.floor(np.log(rates) / np.log(GRID)).astype(np.int64)
-        first = (place.min() - (0 if whole else FINER)) // BLOCK * BLOCK
-        blocks = [self._block(start) for start in range(first, int(place.max()) + 1, BLOCK)]
-        part = np.concatenate(blocks, axis=1)
+        different, back = np.unique(place, return_inverse=True)
         if not whole:  # parts of a rate below may be the least active by rate
-            grid = GRID ** np.arange(first, first + part.shape[1], dtype=float)
-            part = grid * np.minimum.accumulate(part / (GRID * grid), axis=1)
-        return np.asarray(part[:, place - first])
+            different = np.arange(different[0] - FINER, different[-1] + 1)
+            back = place - different[0]
+        part = self._active(different.tolist())
+        if not whole:
+            part = GRID**different * np.minimum.accumulate(part / GRID ** (different + 1.0), axis=1)
+        return np.asarray(part[:, back])
 
-    def _block(self, start: int) -> Floats:
-        """Return `active` of one adapter for a block of the grid of rates."""
-        if start not in self._known:
-            grid = GRID ** np.arange(start, start + BLOCK, dtype=float)
-            part = np.full((len(self.high), BLOCK), np.inf)
-            for upper, residence_s in zip(UPPER, self.residence_s.T, strict=True):
-                each, all_s = np.tile(grid, len(residence_s)), np.repeat(residence_s, BLOCK)
-                in_batch = -np.expm1(-each * all_s * np.repeat(self.served, BLOCK))
-                share = np.minimum(active_share(each, all_s, self.wait_s), in_batch)
-                most = upper * self.most_active[:, None]
-                part = np.minimum(part, share.reshape(part.shape) / most)
-            self._known[start] = part
-        return self._known[start]
+    def _active(self, places: list[int]) -> Floats:
+        """Return `active` of whole adapters with the rates of some places on the grid."""
+        new = [place for place in places if place not in self._known]
+        rates = GRID ** np.array(new, float)
+        part = np.full((len(self.high), len(new)), np.inf)
+        each = np.tile(rates, len(self.high))
+        for i, upper in enumerate(UPPER if new else ()):
+            runs_s = np.repeat(self.residence_s[:, i], len(new))
+            holding = active_share(each, runs_s, self.wait_s).reshape(part.shape)
+            share = batch_share(rates / self.high[:, None], self.running[:, i, None], holding)
+            part = np.minimum(part, share / (upper * self.most_active[:, None]))
+        self._known.update(zip(new, part.T, strict=True))
+        return np.stack([self._known[place] for place in places], axis=1)
 
 
 def active_share(rates: Floats, residence_s: Floats, wait_s: float) -> Floats:
@@ -102,9 +105,28 @@ def active_share(rates: Floats, residence_s: Floats, wait_s: float) -> Floats:
     rates, residence_s : float64, shape (n,)
     wait_s : float
     """
-    one = np.ones((len(rates), 1))
-    # with next to no slots, every adapter waits as long as can be
-    visits = share_slots(
-        np.full(len(rates), NO_SLOTS), rates[:, None], one, residence_s, np.full(len(rates), wait_s)
+    visit_s = visits_s(rates, residence_s, wait_s)
+    return np.asarray(visit_s / (1 / rates + wait_s + visit_s))
+
+
+def batch_share(of_load: Floats, running: Floats, holding: Floats) -> Floats:
+    """Return the share of the steps with an adapter's requests in the batch, of those with a slot.
+
+    The analytic model takes the number running at two points, and weighs them by their tokens.
+
+    Parameters
+    ----------
+    of_load : float64, shape (n, m)
+        The adapter's share of the requests.
+    running : float64, shape (n, 1)
+        Requests that run on average.
+    holding : float64, shape (n, m)
+        Share of the time in which the adapter holds a slot.
+    """
+    spread = np.sqrt(running)
+    lower, upper = (
+        np.minimum(-np.expm1(-of_load * np.maximum(running + side, 0)), holding)
+        for side in (-spread, spread)
     )
-    return np.asarray(1 - (1 / rates + wait_s) * visits.per_s)
+    weight = np.where(running > FEW, (1 + 1 / spread) / 2, 0)
+    return np.asarray(lower + weight * (upper - lower))

@@ -79,6 +79,28 @@ def share_slots(
 
 
 @numba.njit(cache=True, error_model="numpy")
+def visits_s(rates: Floats, residence_s: Floats, head_wait_s: float) -> Floats:
+    """Return the mean lengths in s of adapters' visits to a slot that they have waited for.
+
+    Parameters
+    ----------
+    rates, residence_s : float64, shape (n,)
+        Requests/s of an adapter, and the mean time for which one of its requests runs.
+    head_wait_s : float
+
+    Returns
+    -------
+    float64, shape (n,)
+    """
+    lengths_s, emptying = np.empty(len(rates)), np.empty((STATES, 1))
+    for i in range(len(rates)):
+        load = min(residence_s[i] * rates[i], HEAVIEST)
+        _fill_emptying(emptying, np.full(1, load))
+        lengths_s[i] = _visit_s(head_wait_s, rates[i], residence_s[i], emptying[:, 0])
+    return lengths_s
+
+
+@numba.njit(cache=True, error_model="numpy")
 def _share_slots(
     slots: Floats, rates: Floats, adapters: Floats, residence_s: Floats, longest_wait_s: Floats
 ) -> tuple[Floats, Floats, Floats, Floats, Floats]:
