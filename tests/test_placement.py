@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from adapter_twin.config import Adapter, EngineConfig, Lengths, Slo
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.fleet.baselines import first_fit_by_count, round_robin, starving
-from adapter_twin.fleet.bound import Certificate, certificate, lower_bound
+from adapter_twin.fleet.bound import Certificate, certificate, lower_bound, measures
 from adapter_twin.fleet.capacity import Oracle
 from adapter_twin.fleet.envelope import levels_of
 from adapter_twin.fleet.exact import fewest_gpus
 from adapter_twin.fleet.greedy import (
     Groups,
     best_greedy,
+    fill,
     first_fit_decreasing,
     grouped_by_rank,
 )
@@ -93,24 +94,28 @@ def test_a_bound_for_any_splitting_is_not_above_that_for_whole_adapters() -> Non
 
 
 @pytest.mark.parametrize("slo", [None, Slo(ttft_ms=5000.0, itl_ms=60.0)])
-def test_no_set_that_the_oracle_accepts_costs_more_than_a_gpu(slo: Slo | None) -> None:
-    oracle = Oracle(drawn(120, 5.0, 0.9, "narrow", slo))
-    proven = certificate(oracle, levels_of(oracle))
-    prices = proven.prices(oracle.parts.rate, oracle.parts.rank)
+@pytest.mark.parametrize(("exponent", "ranks"), [(0.5, "narrow"), (1.2, "skewed")])
+def test_no_set_that_the_oracle_accepts_is_more_than_a_gpu_by_any_measure(
+    exponent: float, ranks: str, slo: Slo | None
+) -> None:
+    oracle = Oracle(drawn(120, 5.0, exponent, ranks, slo))
+    levels = levels_of(oracle)
+    rate, rank = oracle.parts.rate, oracle.parts.rank
+    measured = measures(levels, rate, whole=True)
+    prices = certificate(oracle, levels).prices(rate, rank)
     rng = np.random.default_rng(0)
     dearest = 0.0
     for _ in range(30):
         # of random sets as many adapters as fit, so that they are near the edge
-        of_ranks = np.flatnonzero(oracle.parts.rank <= rng.choice([8, 16]))
-        order = rng.permutation(of_ranks)[: rng.integers(2, 200)]
-        if rng.random() < 0.5:
-            order = order[np.argsort(oracle.parts.rate[order])]
-        low, high = 0, len(order) + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            fits = oracle.serve(order[:middle]) is not None
-            low, high = (middle, high) if fits else (low, middle)
-        dearest = max(dearest, float(prices[order[:low]].sum()))
+        of_ranks = np.flatnonzero(rank <= rng.choice(np.unique(rank)))
+        order = rng.permutation(of_ranks)
+        if rng.random() < 0.5:  # neighbours by load
+            order = order[np.argsort(rate[order])][rng.integers(len(order)) :]
+        fitting = order[fill(oracle, [], order, guess=8)]
+        width, load = rank[fitting].max(), rate[fitting].sum()
+        level = np.flatnonzero((levels.rank == width) & (levels.high >= load))[-1]
+        assert measured[:, level, fitting].sum(axis=1).max() <= 1 + 1e-9
+        dearest = max(dearest, float(prices[fitting].sum()))
     assert 0.8 < dearest <= 1
 
 

@@ -14,22 +14,27 @@ over the very adapters, so neither its rounding nor its tolerance can spoil the 
 2. *Active share* by the most active adapters. None waits longer for a slot than
    `Oracle.longest_wait_s`. With that wait an adapter holds a slot for at least a share of the time
    that the polling queue (`adapter_twin.planning.slot_sharing`) tells from its rate and from how
-   long a request runs; these shares sum to the slots at most. Without gating, it is in a batch as
-   often as M/G/infinity says. The lower of both sums to the distinct adapters in a batch at most.
-   These are limited: the more there are, the lower the capacity, and it has to be above ``low`` by
-   `Oracle.most_utilisation`. The capacity is asked for equal adapters that each have a slot, for
-   all numbers of both; it is convex in the number of adapters, so chords lie above it. Requests run
-   the longer the more adapters are active, so ranges of their number are told apart.
-3. With whole adapters, dual feasible functions of both (Fekete and Schepers, 2001): where ``x``
-   sums to 1 at most, so does ``floor((k + 1) x) / k``.
+   long a request runs; these shares sum to the slots at most. Of the steps that decide the
+   capacity it is in the batch as often as M/G/infinity says, or as it holds a slot. These sum to
+   the distinct adapters in a batch at most, which are limited: the more there are, the lower the
+   capacity, and it has to be above ``low`` by `Oracle.most_utilisation`. The capacity is asked for
+   equal adapters that each have a slot, for all numbers of both; it is convex in the number of
+   adapters, so chords lie above it. Requests run the longer the more adapters are active, so ranges
+   of their number are told apart.
+3. With whole adapters, *dual feasible functions* of the load (Fekete and Schepers, 2001): where
+   ``x`` sums to 1 at most, so does ``ceil((k + 1) x - 1) / k``.
+4. With whole adapters, the *number* of those with at least some rate, by the most that a GPU serves
+   of adapters with just that rate (`adapter_twin.fleet.counting`).
 
-The third, and the second as it stands, hold for placements that do not split the oracle's parts any
-further. For a bound on all placements, the third is left out and the second is that of the least
+The last two, and the second as it stands, hold for placements that do not split the oracle's parts
+any further. For a bound on all placements, they are left out and the second is that of the least
 active parts: an adapter with so many requests that it never leaves its slot may take less in parts.
 
 **What it rests on.** It is proven for the model, not for GPUs, and takes for granted what the
 calibrations' laws do: another adapter in the batch, a wait, a load into a slot or a queue never
-make a step faster; ITL grows with load and adapters. Tests try random sets.
+make a step faster; what serves adapters serves fewer of them, or with fewer requests. Where laws
+of the step change with its tokens, ITL may fall as load grows; that is measured and allowed for
+(`adapter_twin.fleet.envelope`). Tests try random sets.
 """
 
 from __future__ import annotations
@@ -94,7 +99,8 @@ class Certificate:
 def measures(levels: Levels, rates: Floats, *, whole: bool) -> Floats:
     """Return what of a GPU adapters take, in several measures: each sums to 1 at most.
 
-    They are the load and the active share; if adapters stay `whole`, the `STEPS` of the load too.
+    They are the load and the active share; if adapters stay `whole`, the `STEPS` of the load and
+    the numbers above thresholds, too.
 
     Returns
     -------
@@ -149,7 +155,7 @@ def certificate(oracle: Oracle, levels: Levels, *, whole: bool = True) -> Certif
         np.concatenate([-counts, np.zeros(one.shape[1] - len(counts))]),
         A_ub=vstack([matrix, one]).tocsr(),
         b_ub=np.concatenate([np.zeros(len(row)), np.ones(len(every))]),
-        method="highs",
+        method="highs-ipm",  # any weights prove something, so its tolerance does no harm
     )
     weights = np.zeros(measured.shape[:2])
     weights[0] = 1  # any weights prove something

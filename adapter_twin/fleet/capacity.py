@@ -10,9 +10,11 @@ slots at once. A number of slots serves a set when
 - no adapter waits for a slot for more than what may be lost of the window, so that a rare adapter
   does not starve where the sum over all hides it. The share that is left of an adapter's requests
   is thus above the threshold for each of them;
-- with an SLO on ITL, the *mean* ITL is within the limit. The model knows no percentiles;
-- with an SLO on TTFT, a step and the *longest* wait for a slot are within the limit. The model
-  knows neither waits for KV blocks and prompts ahead, nor the front end's time;
+- with an SLO on ITL, `Spread.itl` times the mean ITL is within the limit;
+- with an SLO on TTFT, a step and the wait for a slot are within the limit, also while more adapters
+  than the mean have requests: the SLO's percentile of their number, as if normally distributed with
+  `Spread.active` times its deviation. Those without a slot wait for as many visits to end. The
+  model knows neither waits for KV blocks and prompts ahead, nor the front end's time;
 - with any SLO, the load is at most `SLO_UTILISATION` of the capacity, to keep these waits short.
 """
 
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import norm
 
 from adapter_twin.calibration import Calibration, load_calibration
 from adapter_twin.config import EngineConfig
@@ -81,6 +84,22 @@ class Verdict:
     slot_wait_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """What an SLO's percentile is by what the model knows; the twin tells, see `repair`.
+
+    Attributes
+    ----------
+    itl : float
+        Percentile of the requests' mean ITL by its mean over all.
+    active : float
+        Deviation of the number of adapters with requests, by that of independent ones.
+    """
+
+    itl: float = 1.0
+    active: float = 1.0
+
+
 class Oracle:
     """Verdicts on sets of adapters on one GPU.
 
@@ -91,6 +110,8 @@ class Oracle:
         Left out, the demand's, of a server on which every adapter has been used.
     margin : float
         See `adapter_twin.planning.choice.Criterion`.
+    spread : Spread
+        Counts with an SLO only.
     split : bool
         Whether an adapter that is too much for one GPU may be split over several.
 
@@ -114,6 +135,7 @@ class Oracle:
         calibration: Calibration | None = None,
         *,
         margin: float = MARGIN,
+        spread: Spread = Spread(),
         split: bool = True,
     ) -> None:
         require(
@@ -126,6 +148,7 @@ class Oracle:
             load_calibration(demand.calibration, demand.model)
         )
         self.criterion = Criterion(margin=margin)
+        self.spread = spread
         self.threshold = STARVATION_THRESHOLD + margin
         self.calls = 0
         self._known: dict[tuple[int, bytes], Verdict | None] = {}
@@ -155,12 +178,20 @@ class Oracle:
         placement.check(self.demand)
         return placement
 
-    def accepts(
-        self, rates: Floats, counts: NDArray[np.int64], rank: int, patience: float = 1.0
+    def may_serve(
+        self, rates: Floats, counts: NDArray[np.int64], rank: int, patience: float
     ) -> NDArray[np.bool_]:
-        """Return for each rate whether one GPU serves so many adapters: `serve_alike` at once.
+        """Return for each rate whether so many adapters may be among those that one GPU serves.
 
-        The SLO's limit on ITL may be exceeded by the factor `patience`.
+        Parameters
+        ----------
+        rates : float64, shape (n,)
+            Requests/s of one adapter.
+        counts : int64, shape (n,)
+        rank : int
+            Of the slots.
+        patience : float
+            Times by which the SLO's limit on ITL may be exceeded.
         """
         tried = [
             (i, engine, self._traffic([rate], [count]))
@@ -170,7 +201,7 @@ class Oracle:
         accepted = np.zeros(len(rates), bool)
         if tried:
             table = analyse_each([(engine, of) for _, engine, of in tried], self.calibration)
-            np.logical_or.at(accepted, [i for i, *_ in tried], self._good(table, patience))
+            np.logical_or.at(accepted, [i for i, *_ in tried], self._may_be_good(table, patience))
         return accepted
 
     def alike(self, loads: ArrayLike, counts: ArrayLike, rank: int) -> pd.DataFrame:
@@ -216,7 +247,7 @@ class Oracle:
             return None
         self.calls += 1
         table = self.table(rates, engines)
-        good = np.flatnonzero(self._good(table))
+        good = np.flatnonzero(self._good(table, len(rates), engines))
         if not len(good):
             return None
         throughput, ttft_ms = table.total_throughput.to_numpy(), table.mean_ttft_ms.to_numpy()
@@ -244,16 +275,32 @@ class Oracle:
         """Highest load that a GPU may have, by its capacity."""
         return 1 - self.criterion.margin if self.demand.slo is None else SLO_UTILISATION
 
-    def _good(self, table: pd.DataFrame, patience: float = 1.0) -> pd.Series[bool]:
-        within = self.criterion.feasible(table) & (table.slot_wait_s <= self.longest_wait_s)
-        within &= table.utilisation <= self.most_utilisation
+    @property
+    def itl_limit_ms(self) -> float:
+        """Longest mean ITL."""
         slo = self.demand.slo
-        if slo is not None:
-            if slo.itl_ms is not None:
-                within &= table.mean_itl_ms <= patience * slo.itl_ms
-            if slo.ttft_ms is not None:
-                within &= table.mean_itl_ms + 1e3 * table.slot_wait_s <= slo.ttft_ms
-        return within
+        return np.inf if slo is None or slo.itl_ms is None else slo.itl_ms / self.spread.itl
+
+    def _may_be_good(self, table: pd.DataFrame, patience: float = 1.0) -> pd.Series[bool]:
+        return (
+            self.criterion.feasible(table)
+            & (table.utilisation <= self.most_utilisation)
+            & (table.slot_wait_s <= self.longest_wait_s)
+            & (table.mean_itl_ms <= patience * self.itl_limit_ms)
+        )
+
+    def _good(
+        self, table: pd.DataFrame, adapters: int, engines: Sequence[EngineConfig]
+    ) -> pd.Series[bool]:
+        good, slo = self._may_be_good(table), self.demand.slo
+        if slo is None or slo.ttft_ms is None:
+            return good
+        deviations = self.spread.active * norm.ppf(slo.percentile / 100)
+        wanted = table.active_adapters + deviations * np.sqrt(table.active_variance)
+        lacking = np.minimum(wanted, adapters) - [engine.max_loras for engine in engines]
+        wait_s = table.slot_wait_s + np.maximum(lacking, 0) / table.visits_per_s
+        in_time: pd.Series[bool] = table.mean_itl_ms + 1e3 * wait_s <= slo.ttft_ms
+        return good & in_time
 
     def _plan(self, group: Sequence[int]) -> ReplicaPlan:
         shares = self.parts.together(group)

@@ -50,7 +50,7 @@ def most_adapters(
     while (open_ := np.flatnonzero(too_many - fit > 1)).size:
         # geometric at first: of a long list, few fit
         middle = np.where(fit > 0, (fit + too_many) // 2, np.sqrt(too_many).astype(np.int64))[open_]
-        good = oracle.accepts(thresholds[open_], middle, rank, patience)
+        good = oracle.may_serve(thresholds[open_], middle, rank, patience)
         fit[open_] = np.where(good, middle, fit[open_])
         too_many[open_] = np.where(good, too_many[open_], middle)
     return fit

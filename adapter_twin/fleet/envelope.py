@@ -54,7 +54,6 @@ def levels_of(oracle: Oracle) -> Levels:
 
 def _of_rank(oracle: Oracle, rank: int, thresholds: Floats) -> tuple[NDArray[Any], ...]:
     """Return the fields of the levels of one rank."""
-    slo = oracle.demand.slo
     engines = oracle.engines.all(len(oracle.parts), rank)
     capacities = {
         engine.max_loras: curve
@@ -82,13 +81,10 @@ def _of_rank(oracle: Oracle, rank: int, thresholds: Floats) -> tuple[NDArray[Any
     loads *= np.maximum(least, 1 - late_s / HOUR_S)
     most_active = np.array([_most_active(capacities, needed * load) for load in low])
     patience = _patience(oracle, rank, high)
-    if slo is not None and slo.itl_ms is not None:
-        most_active = np.array(
-            [
-                _most_in_time(oracle, rank, load, most, patience * slo.itl_ms)
-                for load, most in zip(loads, most_active, strict=True)
-            ]
-        )
+    limit_ms = patience * oracle.itl_limit_ms
+    if np.isfinite(limit_ms):
+        limited = zip(loads, most_active, strict=True)
+        most_active = np.array([_most_in_time(oracle, rank, *one, limit_ms) for one in limited])
     slowest = min(curve[1][-1] for curve in capacities.values())
     residence_s = _running(oracle, rank, loads, most_active) / loads[:, None]
     residence_s[low < light] /= 2

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapter_twin import __version__
 from adapter_twin.calibration import load_calibration
-from adapter_twin.config import Slo, config_hash
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.config import config_hash
 from adapter_twin.fleet.bound import certificate, gpus_for
 from adapter_twin.fleet.capacity import Oracle
 from adapter_twin.fleet.check import FIGURES
@@ -18,7 +16,7 @@ from adapter_twin.fleet.envelope import levels_of
 from adapter_twin.fleet.greedy import Groups, best_greedy
 from adapter_twin.fleet.local_search import improve
 from adapter_twin.fleet.placement import Placement
-from adapter_twin.fleet.repair import NotServed, hold
+from adapter_twin.fleet.repair import NotServed, hold, learn_spread
 from adapter_twin.planning.choice import MARGIN
 from adapter_twin.planning.demand import Demand
 from adapter_twin.planning.recommend import NOTABLE_WAIT_MS, vllm_args
@@ -27,10 +25,34 @@ from adapter_twin.planning.steady_state import warmed_up
 if TYPE_CHECKING:
     import pandas as pd
 
-TIGHTER = (0.8, 0.65, 0.5, 0.4, 0.3)
-"""Shares of an SLO's limits that the capacity model's means are tried to be kept within."""
+ATTEMPTS = 6
+"""Times that is learned from the twin what an SLO's percentile asks for."""
 
 Tell = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A placement of which every GPU serves in the twin.
+
+    Attributes
+    ----------
+    oracle : Oracle
+        That it was placed by.
+    bound : int
+        With fewer GPUs no placement is accepted by that oracle, see `adapter_twin.fleet.bound`.
+    placement : Placement
+    checked : pandas.DataFrame
+        See `adapter_twin.fleet.check.check_placement`.
+    repaired : int
+        GPUs from which adapters were moved after the check.
+    """
+
+    oracle: Oracle
+    bound: int
+    placement: Placement
+    checked: pd.DataFrame
+    repaired: int
 
 
 def place(
@@ -70,21 +92,20 @@ def place(
     calibration = warmed_up(load_calibration(demand.calibration, demand.model))
     tell(0, 1, f"placing {len(demand.adapters)} adapters")
     oracle = Oracle(demand, calibration, margin=margin)
-    groups, bound = fewest(oracle)
-    oracle, placement, checked, repairs = _hold(oracle, groups, jobs, tell)
+    held = place_and_hold(oracle, jobs=jobs, tell=tell)
     answer = {
-        "gpus": len(placement.replicas),
-        "lower_bound": bound,
-        "repaired": repairs,
-        "replicas": _replicas(demand, placement, checked, oracle),
-        "advice": _advice(demand, checked),
+        "gpus": len(held.placement.replicas),
+        "lower_bound": held.bound,
+        "repaired": held.repaired,
+        "replicas": _replicas(held),
+        "advice": _advice(demand, held.checked),
         "criterion": str(oracle.criterion),
         "calibration": calibration.name,
         "seed": demand.seed,
         "version": __version__,
         "config_hash": config_hash(demand),
     }
-    return answer, placement
+    return answer, held.placement
 
 
 def fewest(oracle: Oracle) -> tuple[Groups, int]:
@@ -98,41 +119,27 @@ def fewest(oracle: Oracle) -> tuple[Groups, int]:
     return improve(oracle, best_greedy(oracle), prices, enough=bound), bound
 
 
-def _hold(
-    oracle: Oracle, groups: Groups, jobs: int, tell: Tell
-) -> tuple[Oracle, Placement, pd.DataFrame, int]:
-    """Have the twin agree; where it does not, place anew by an oracle that asks for more."""
-    demand = oracle.demand
-    try:
-        return oracle, *hold(demand, oracle, groups, jobs=jobs, tell=tell)
-    except NotServed:
-        for stricter in _stricter(oracle):
-            with suppress(NotServed):
-                placed = fewest(stricter)[0]
-                return stricter, *hold(demand, stricter, placed, jobs=jobs, tell=tell)
-        raise
+def place_and_hold(
+    oracle: Oracle, *, jobs: int = -1, tell: Tell = lambda done, total, text: None
+) -> Held:
+    """Place by an oracle and have the twin agree; where an SLO is missed, learn why and try again.
 
-
-def _stricter(oracle: Oracle) -> Iterator[Oracle]:
-    """Yield oracles that ask for more and more: they know means, an SLO is of percentiles.
-
-    They end where an adapter alone cannot have it; without an SLO there are none.
+    Raises
+    ------
+    NotServed
+        It is missed after `ATTEMPTS`, or starves without an SLO.
+    AdapterTwinError
+        No GPU serves one of the adapters by what has been learned.
     """
-    demand, slo = oracle.demand, oracle.demand.slo
-    if slo is None:
-        return
-    for share in TIGHTER:
-        tighter = replace(demand, slo=_tighter(slo, share))
+    for attempt in range(ATTEMPTS):
+        groups, bound = fewest(oracle)
         try:
-            yield Oracle(tighter, oracle.calibration, margin=oracle.criterion.margin)
-        except AdapterTwinError:
-            return
-
-
-def _tighter(slo: Slo, share: float) -> Slo:
-    limits = {"ttft_ms": slo.ttft_ms, "itl_ms": slo.itl_ms}
-    given = {name: share * limit for name, limit in limits.items() if limit is not None}
-    return replace(slo, **given)
+            return Held(oracle, bound, *hold(oracle, groups, jobs=jobs, tell=tell))
+        except NotServed as missed:
+            if oracle.demand.slo is None or attempt == ATTEMPTS - 1:
+                raise
+            oracle = learn_spread(oracle, missed)
+    raise AssertionError("unreachable")
 
 
 def _advice(demand: Demand, checked: pd.DataFrame) -> str | None:
@@ -145,12 +152,11 @@ def _advice(demand: Demand, checked: pd.DataFrame) -> str | None:
     )
 
 
-def _replicas(
-    demand: Demand, placement: Placement, checked: pd.DataFrame, oracle: Oracle
-) -> list[dict[str, Any]]:
-    rows = []
-    for plan, service in zip(placement.replicas, checked.to_dict("records"), strict=True):
-        engine, verdict = plan.engine, oracle.serve_plan(plan)
+def _replicas(held: Held) -> list[dict[str, Any]]:
+    rows, demand, memory = [], held.oracle.demand, held.oracle.calibration.memory
+    served = zip(held.placement.replicas, held.checked.to_dict("records"), strict=True)
+    for plan, service in served:
+        engine, verdict = plan.engine, held.oracle.serve_plan(plan)
         assert verdict is not None  # the oracle has accepted it
         rows.append(
             {
@@ -159,9 +165,7 @@ def _replicas(
                 "adapter_slots": engine.max_loras,
                 "max_lora_rank": engine.max_lora_rank,
                 "kv_cache_tokens": int(
-                    oracle.calibration.memory.kv_cache_tokens(
-                        engine.max_loras, engine.max_lora_rank
-                    )
+                    memory.kv_cache_tokens(engine.max_loras, engine.max_lora_rank)
                 ),
                 "utilisation": verdict.utilisation,
                 **{str(k): v for k, v in service.items() if k in _SERVICE},

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.fleet.capacity import Oracle
+from adapter_twin.fleet.capacity import Oracle, Spread
 from adapter_twin.fleet.check import check_placement
 from adapter_twin.fleet.greedy import Groups
 from adapter_twin.fleet.placement import Placement
-from adapter_twin.planning.demand import Demand
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,12 +25,32 @@ SHED = 0.05
 Tell = Callable[[int, int, str], None]
 
 
+SURER = 1.5
+"""Factor to the deviation of the number of adapters with requests, where waits break the SLO."""
+
+NEAR = 0.97
+"""Of a limit: from there on it is what is missed, or one of both."""
+
+
 class NotServed(AdapterTwinError):
-    """GPUs of a placement do not serve in the twin, and moving adapters does not help."""
+    """GPUs of a placement do not serve in the twin, and moving adapters does not help.
+
+    Attributes
+    ----------
+    placement : Placement
+    checked : pandas.DataFrame
+    """
+
+    def __init__(self, placement: Placement, checked: pd.DataFrame) -> None:
+        self.placement, self.checked = placement, checked
+        starving = int((~checked.serves).sum())
+        super().__init__(
+            f"placement: {starving} of {len(checked)} GPUs do not serve in the twin, and moving "
+            "adapters does not help; relax the slo or give a larger margin"
+        )
 
 
 def hold(
-    demand: Demand,
     oracle: Oracle,
     groups: Groups,
     *,
@@ -42,10 +61,8 @@ def hold(
 
     Parameters
     ----------
-    demand : Demand
-        What has to be served.
     oracle : Oracle
-        Decides which sets to try; it may ask for more than the demand does.
+        Its demand has to be served; it decides which sets are tried.
     groups : list of list of int
         Indices into ``oracle.parts``, one list per GPU.
     jobs : int
@@ -65,7 +82,8 @@ def hold(
     NotServed
         More than `MOST_STARVING` do not serve, or some still do not after `ROUNDS` rounds.
     """
-    groups, changed = [list(group) for group in groups], set[int]()
+    demand, changed = oracle.demand, set[int]()
+    groups = [list(group) for group in groups]
     for done in range(ROUNDS):
         tell(done, ROUNDS, f"simulating {len(groups)} GPUs")
         placement = oracle.place(groups)
@@ -81,10 +99,30 @@ def hold(
         changed.update(starving)
         shed = [part for k in starving for part in _lightest(oracle, groups[k])]
         _take_in(oracle, groups, shed, exclude=set(starving))
-    raise NotServed(
-        f"placement: {len(starving)} of {len(groups)} GPUs do not serve in the twin, and moving "
-        "adapters does not help; relax the slo or give a larger margin"
-    )
+    raise NotServed(placement, checked)
+
+
+def learn_spread(oracle: Oracle, missed: NotServed) -> Oracle:
+    """Return an oracle that knows better what an SLO's percentile is by what the model tells.
+
+    ITL at the percentile is so many times the mean of the model: of the GPUs that miss the SLO the
+    one that has most. Where TTFT is missed, more adapters than expected have requests at a time.
+    """
+    demand, slo, spread = oracle.demand, oracle.demand.slo, oracle.spread
+    assert slo is not None
+    itl, late, slow = spread.itl, False, False
+    for plan, service in zip(
+        missed.placement.replicas, missed.checked.to_dict("records"), strict=True
+    ):
+        verdict = oracle.serve_plan(plan)
+        if service["serves"] or verdict is None:
+            continue
+        late |= slo.ttft_ms is not None and service["slo_ttft_ms"] > NEAR * slo.ttft_ms
+        if slo.itl_ms is not None and service["slo_itl_ms"] > NEAR * slo.itl_ms:
+            slow, itl = True, max(itl, service["slo_itl_ms"] / verdict.mean_itl_ms)
+    surer = SURER if late or not slow else 1.0
+    learned = Spread(itl=itl, active=surer * spread.active)
+    return Oracle(demand, oracle.calibration, margin=oracle.criterion.margin, spread=learned)
 
 
 def _lightest(oracle: Oracle, group: list[int]) -> list[int]:

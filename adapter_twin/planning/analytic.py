@@ -87,9 +87,11 @@ def analyse(
         ratio; ``total_throughput`` in tokens/s; ``mean_itl_ms``; ``mean_ttft_ms``, which is a step
         and the wait for a slot, without the front end and waits for KV blocks; requests
         ``running`` and ``distinct_adapters`` in a mean batch; ``slot_wait_s`` of an adapter;
-        ``binds`` (arrival, slots, kv, requests or compute); ``starved``; ``holds``, false near
-        saturation and where slots starve requests: there the model claims a verdict, no accuracy.
-        Where a start is refused there are no figures, and ``utilisation`` is infinite.
+        ``active_adapters``, those that hold a slot, ``active_variance`` if they do so
+        independently, and their ``visits_per_s`` to slots; ``binds`` (arrival, slots, kv, requests
+        or compute); ``starved``; ``holds``, false near saturation and where slots starve requests:
+        there the model claims a verdict, no accuracy. Where a start is refused there are no
+        figures, and ``utilisation`` is infinite.
     """
     traffic = Traffic.of(workload)
     return analyse_each([(engine, traffic) for engine in engines], calibration)
@@ -137,6 +139,9 @@ def _analyse_few(
         "running": state.running,
         "distinct_adapters": state.adapters,
         "slot_wait_s": visits.head_wait_s,
+        "active_adapters": visits.active,
+        "active_variance": visits.variance,
+        "visits_per_s": visits.per_s,
     }
     return pd.DataFrame(
         {

@@ -51,6 +51,8 @@ class Visits:
         Visits of all adapters per second.
     burst : float64, shape (n,)
         Requests that had gathered before the visit, as a mean request finds them.
+    active, variance : float64, shape (n,)
+        Adapters that hold a slot, and the variance of that if they did so independently.
     """
 
     head_wait_s: Floats
@@ -58,6 +60,8 @@ class Visits:
     wait_s: Floats
     per_s: Floats
     burst: Floats
+    active: Floats
+    variance: Floats
 
 
 def share_slots(
@@ -103,10 +107,11 @@ def visits_s(rates: Floats, residence_s: Floats, head_wait_s: float) -> Floats:
 @numba.njit(cache=True, error_model="numpy")
 def _share_slots(
     slots: Floats, rates: Floats, adapters: Floats, residence_s: Floats, longest_wait_s: Floats
-) -> tuple[Floats, Floats, Floats, Floats, Floats]:
+) -> tuple[Floats, Floats, Floats, Floats, Floats, Floats, Floats]:
     """Return the fields of `Visits`."""
     n, groups = rates.shape
-    head_wait_s, per_s, burst = np.zeros(n), np.zeros(n), np.zeros(n)
+    head_wait_s, per_s, burst, variance = np.zeros(n), np.zeros(n), np.zeros(n), np.zeros(n)
+    all_active = np.zeros(n)
     admitted, wait_s = np.ones((n, groups)), np.zeros((n, groups))
     emptying, active = np.empty((STATES, groups)), np.zeros(groups)
     for i in range(n):
@@ -123,6 +128,7 @@ def _share_slots(
             visit_s = _visit_s(head_s, rate, residence_s[i], emptying[:, group])
             cycle_s = 1 / rate + head_s + visit_s
             active[group] = count * visit_s / cycle_s
+            variance[i] += active[group] * (1 - visit_s / cycle_s)
             # Of the requests in a cycle the first waits all of W, those that join it half on
             # average.
             waits_s = head_s + rate * head_s**2 / 2
@@ -132,10 +138,11 @@ def _share_slots(
             requests_per_s += count * rate
         head_wait_s[i] = head_s
         burst[i] /= max(requests_per_s, 1e-12)
+        all_active[i] = active.sum()
         if active.sum() > TOLERANCE * slots[i]:
             last_s = _last_admission_s(slots[i], rates[i], active)
             admitted[i] = -np.expm1(-rates[i] * last_s)
-    return head_wait_s, admitted, wait_s, per_s, burst
+    return head_wait_s, admitted, wait_s, per_s, burst, all_active, variance
 
 
 @numba.njit(cache=True, error_model="numpy")
