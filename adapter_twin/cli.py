@@ -384,6 +384,9 @@ def place(
     workload: Annotated[
         Path, typer.Argument(metavar="WORKLOAD.yaml", help="Adapters, traffic and SLO.")
     ],
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Use so many GPUs, for the shortest waits.")
+    ] = None,
     margin: Annotated[
         float | None, typer.Option(help="Safety margin on the served share of the load.")
     ] = None,
@@ -396,7 +399,7 @@ def place(
     jobs: JOBS = -1,
     as_json: JSON = False,
 ) -> None:
-    """Place all adapters on as few GPUs as possible, and check each in the twin."""
+    """Place all adapters on as few GPUs as possible, or on a given number, and check them."""
     import pandas as pd
 
     from adapter_twin.calibration import load_calibration
@@ -412,7 +415,11 @@ def place(
     demand = load_demand(workload)
     with progress() as tell:
         answer, placement = place_adapters(
-            demand, margin=MARGIN if margin is None else margin, jobs=jobs, tell=tell
+            demand,
+            gpus=gpus,
+            margin=MARGIN if margin is None else margin,
+            jobs=jobs,
+            tell=tell,
         )
     if manifests is not None:
         laws = load_calibration(demand.calibration, demand.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,11 +14,10 @@ from adapter_twin.calibration import Calibration, load_calibration
 from adapter_twin.config import EngineConfig, Lengths, zipf_adapters
 from adapter_twin.fleet.baselines import first_fit_by_count, round_robin
 from adapter_twin.fleet.capacity import Oracle
-from adapter_twin.fleet.check import check_placement
 from adapter_twin.fleet.cluster import Failure, simulate_cluster
 from adapter_twin.fleet.drift import Drift, place_again
+from adapter_twin.fleet.fewest import place_and_hold
 from adapter_twin.fleet.greedy import Groups, best_greedy, first_fit_decreasing
-from adapter_twin.fleet.place import fewest
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
 from adapter_twin.fleet.routers import Router
 from adapter_twin.fleet.routers.adapter_affinity import AdapterAffinity
@@ -30,6 +30,7 @@ from adapter_twin.fleet.scenarios import MODEL, PlacementScenario
 from adapter_twin.planning.demand import Demand
 from adapter_twin.planning.steady_state import warmed_up
 from adapter_twin.study import MEAN_INPUT_TOKENS, MEAN_OUTPUT_TOKENS
+from adapter_twin.work import workers
 
 LENGTHS = Lengths(mean_input_tokens=MEAN_INPUT_TOKENS, mean_output_tokens=MEAN_OUTPUT_TOKENS)
 
@@ -44,38 +45,45 @@ BEST = "best greedy and local search"
 
 
 def compare_placements(
-    drawn: Iterable[PlacementScenario], *, check: bool = True, jobs: int = -1
+    drawn: Iterable[PlacementScenario], *, scheduler: str | None = None
 ) -> pd.DataFrame:
-    """Place scenarios by every method.
+    """Place scenarios by every method; the best one's placements are simulated and repaired.
+
+    Parameters
+    ----------
+    drawn : iterable of PlacementScenario
+    scheduler : str, optional
+        Address of a Dask scheduler whose workers do the work, see `adapter_twin.work.workers`.
 
     Returns
     -------
     pandas.DataFrame
-        A row per scenario: ``name, ranks, zipf_exponent, skewed, adapters``; ``bound``; the GPUs of
-        each of `METHODS` and `BEST`; ``starving``, GPUs of `BEST` that starve in the twin.
+        A row per scenario: ``name, ranks, zipf_exponent, skewed, adapters``, whether it has an
+        ``slo``; ``bound``; the GPUs of each of `METHODS` and of `BEST`, of which every GPU serves
+        in the twin; ``repaired`` GPUs among these.
     """
-    tasks = (joblib.delayed(_place)(scenario, check) for scenario in drawn)
-    return pd.DataFrame(joblib.Parallel(jobs)(tasks))
+    tasks = (joblib.delayed(_place)(scenario) for scenario in drawn)
+    with workers(scheduler):
+        return pd.DataFrame(joblib.Parallel(-1)(tasks))
 
 
-def _place(scenario: PlacementScenario, check: bool) -> dict[str, Any]:
-    oracle = Oracle(scenario.demand)
-    placed = {name: method(oracle) for name, method in METHODS.items()}
-    placed[BEST], bound = fewest(oracle)
-    row: dict[str, Any] = {
+def _place(scenario: PlacementScenario) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lengths and ranks beyond those measured
+        held = place_and_hold(Oracle(scenario.demand), jobs=1)
+        placed = {name: len(method(held.oracle)) for name, method in METHODS.items()}
+    return {
         "name": scenario.name,
         "ranks": scenario.ranks,
         "zipf_exponent": scenario.zipf_exponent,
         "skewed": scenario.skewed,
         "adapters": len(scenario.demand.adapters),
-        "bound": bound,
-        **{name: len(groups) for name, groups in placed.items()},
+        "slo": scenario.demand.slo is not None,
+        "bound": held.bound,
+        **placed,
+        BEST: len(held.placement.replicas),
+        "repaired": held.repaired,
     }
-    if check and scenario.demand.slo is None:
-        placement = oracle.place(placed[BEST])
-        served = check_placement(scenario.demand, placement, oracle.calibration, jobs=1)
-        row["starving"] = int((~served.serves).sum())
-    return row
 
 
 def gaps(table: pd.DataFrame) -> pd.DataFrame:

@@ -20,10 +20,12 @@ from adapter_twin.fleet.balance import rebalance, spread
 from adapter_twin.fleet.capacity import Oracle
 from adapter_twin.fleet.check import check_placement
 from adapter_twin.fleet.drift import Drift, drifting_rates, drifting_trace, place_again
+from adapter_twin.fleet.fewest import fewest, place_and_hold
 from adapter_twin.fleet.manifests import manifest, write_manifests
 from adapter_twin.fleet.place import place
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
 from adapter_twin.fleet.repair import hold
+from adapter_twin.fleet.shortest_wait import shortest_wait
 from adapter_twin.planning.demand import Demand
 from adapter_twin.planning.steady_state import warmed_up
 
@@ -126,6 +128,34 @@ def test_spread_keeps_every_item_and_grahams_bound(own: list[float], gpus: int) 
     assert sorted(item for group in groups for item in group) == list(range(len(own)))
     fullest = max(sum(own[item] for item in group) for group in groups)
     assert fullest <= sum(own) / gpus + max(own) + 1e-9
+
+
+def test_more_gpus_than_needed_shorten_the_waits(laws: Calibration) -> None:
+    oracle = Oracle(demand(), laws)
+    held = place_and_hold(oracle, jobs=1)
+    fewer, more = (
+        shortest_wait(oracle, len(held.placement.replicas) + extra, jobs=1) for extra in (0, 3)
+    )
+    assert len(more.placement.replicas) == len(held.placement.replicas) + 3
+    assert more.checked.serves.all()
+    longest = [one.checked.p99_ttft_ms.max() for one in (more, fewer, held)]
+    assert longest == sorted(longest)
+
+
+def test_a_number_of_gpus_that_cannot_serve_is_refused_with_one_that_may(laws: Calibration) -> None:
+    oracle = Oracle(demand(), laws)
+    _, bound = fewest(oracle)
+    for gpus in {0, bound - 1, len(oracle.parts) + 1}:
+        with pytest.raises(AdapterTwinError, match=r"^gpus: "):
+            shortest_wait(oracle, gpus, jobs=1)
+
+
+def test_an_slo_that_means_would_miss_is_held_after_a_look_at_the_twin(laws: Calibration) -> None:
+    asked = replace(demand(), slo=Slo(ttft_ms=5000.0, itl_ms=45.0))
+    held = place_and_hold(Oracle(asked, laws), jobs=1)
+    assert held.oracle.spread.itl > 1
+    assert held.checked.slo_attainment.min() >= 0.99
+    assert held.bound <= len(held.placement.replicas)
 
 
 @given(loads, st.integers(1, 6), st.integers(0, 9))

@@ -1,72 +1,42 @@
-"""How few GPUs for all adapters: place, prove a bound, check in the twin, repair."""
+"""Which adapters on which GPU: the answer to a demand, on the fewest GPUs or on a given number."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapter_twin import __version__
 from adapter_twin.calibration import load_calibration
 from adapter_twin.config import config_hash
-from adapter_twin.fleet.bound import certificate, gpus_for
 from adapter_twin.fleet.capacity import Oracle
 from adapter_twin.fleet.check import FIGURES
-from adapter_twin.fleet.envelope import levels_of
-from adapter_twin.fleet.greedy import Groups, best_greedy
-from adapter_twin.fleet.local_search import improve
+from adapter_twin.fleet.fewest import Held, place_and_hold
 from adapter_twin.fleet.placement import Placement
-from adapter_twin.fleet.repair import NotServed, hold, learn_spread
+from adapter_twin.fleet.shortest_wait import shortest_wait
 from adapter_twin.planning.choice import MARGIN
 from adapter_twin.planning.demand import Demand
 from adapter_twin.planning.recommend import NOTABLE_WAIT_MS, vllm_args
 from adapter_twin.planning.steady_state import warmed_up
+from adapter_twin.work import Tell, quietly
 
 if TYPE_CHECKING:
     import pandas as pd
-
-ATTEMPTS = 6
-"""Times that is learned from the twin what an SLO's percentile asks for."""
-
-Tell = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A placement of which every GPU serves in the twin.
-
-    Attributes
-    ----------
-    oracle : Oracle
-        That it was placed by.
-    bound : int
-        With fewer GPUs no placement is accepted by that oracle, see `adapter_twin.fleet.bound`.
-    placement : Placement
-    checked : pandas.DataFrame
-        See `adapter_twin.fleet.check.check_placement`.
-    repaired : int
-        GPUs from which adapters were moved after the check.
-    """
-
-    oracle: Oracle
-    bound: int
-    placement: Placement
-    checked: pd.DataFrame
-    repaired: int
 
 
 def place(
     demand: Demand,
     *,
+    gpus: int | None = None,
     margin: float = MARGIN,
     jobs: int = -1,
-    tell: Tell = lambda done, total, text: None,
+    tell: Tell = quietly,
 ) -> tuple[dict[str, Any], Placement]:
-    """Place a demand's adapters on as few GPUs as possible so that none starves.
+    """Place a demand's adapters on as few GPUs as possible, or on a given number; all serve.
 
     Parameters
     ----------
     demand : Demand
+    gpus : int, optional
+        Use so many, for the shortest waits.
     margin : float
         See `adapter_twin.planning.choice.Criterion`.
     jobs : int
@@ -87,12 +57,16 @@ def place(
     Raises
     ------
     AdapterTwinError
-        An adapter that no GPU serves, no calibration, or a placement that cannot be repaired.
+        An adapter that no GPU serves, no calibration, too few GPUs, or a placement that cannot be
+        repaired.
     """
     calibration = warmed_up(load_calibration(demand.calibration, demand.model))
     tell(0, 1, f"placing {len(demand.adapters)} adapters")
     oracle = Oracle(demand, calibration, margin=margin)
-    held = place_and_hold(oracle, jobs=jobs, tell=tell)
+    if gpus is None:
+        held = place_and_hold(oracle, jobs=jobs, tell=tell)
+    else:
+        held = shortest_wait(oracle, gpus, jobs=jobs, tell=tell)
     answer = {
         "gpus": len(held.placement.replicas),
         "lower_bound": held.bound,
@@ -106,40 +80,6 @@ def place(
         "config_hash": config_hash(demand),
     }
     return answer, held.placement
-
-
-def fewest(oracle: Oracle) -> tuple[Groups, int]:
-    """Return the placement on the fewest GPUs that is found in little time, and a lower bound.
-
-    The best greedy placement, improved by local search with the prices that prove the bound.
-    """
-    parts = oracle.parts
-    prices = certificate(oracle, levels_of(oracle)).prices(parts.rate, parts.rank)
-    bound = gpus_for(prices)
-    return improve(oracle, best_greedy(oracle), prices, enough=bound), bound
-
-
-def place_and_hold(
-    oracle: Oracle, *, jobs: int = -1, tell: Tell = lambda done, total, text: None
-) -> Held:
-    """Place by an oracle and have the twin agree; where an SLO is missed, learn why and try again.
-
-    Raises
-    ------
-    NotServed
-        It is missed after `ATTEMPTS`, or starves without an SLO.
-    AdapterTwinError
-        No GPU serves one of the adapters by what has been learned.
-    """
-    for attempt in range(ATTEMPTS):
-        groups, bound = fewest(oracle)
-        try:
-            return Held(oracle, bound, *hold(oracle, groups, jobs=jobs, tell=tell))
-        except NotServed as missed:
-            if oracle.demand.slo is None or attempt == ATTEMPTS - 1:
-                raise
-            oracle = learn_spread(oracle, missed)
-    raise AssertionError("unreachable")
 
 
 def _advice(demand: Demand, checked: pd.DataFrame) -> str | None:

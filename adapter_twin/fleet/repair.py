@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from adapter_twin.errors import AdapterTwinError
@@ -10,6 +9,7 @@ from adapter_twin.fleet.capacity import Oracle, Spread
 from adapter_twin.fleet.check import check_placement
 from adapter_twin.fleet.greedy import Groups
 from adapter_twin.fleet.placement import Placement
+from adapter_twin.work import Tell, quietly
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,8 +21,6 @@ MOST_STARVING = 0.5
 
 SHED = 0.05
 """Share of its load that a GPU which starves gives away in a round, the lightest adapters first."""
-
-Tell = Callable[[int, int, str], None]
 
 
 SURER = 1.5
@@ -55,7 +53,7 @@ def hold(
     groups: Groups,
     *,
     jobs: int = -1,
-    tell: Tell = lambda done, total, text: None,
+    tell: Tell = quietly,
 ) -> tuple[Placement, pd.DataFrame, int]:
     """Check a placement in the twin and repair what does not serve, until all of it does.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,21 +11,17 @@ from adapter_twin import __version__
 from adapter_twin.calibration import Calibration, load_calibration
 from adapter_twin.config import config_hash
 from adapter_twin.datasets import read_table, replacing, write_table
-from adapter_twin.errors import AdapterTwinError
 from adapter_twin.planning.design import Design, load_design
 from adapter_twin.planning.grid import FIGURES, evaluate, grid_runs
 from adapter_twin.scenario import records
 from adapter_twin.strict import require
+from adapter_twin.work import Tell, quietly, workers
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Tell = Callable[[int, int, str], None]
-"""Takes the workloads that are complete, those of the whole sweep, and what is going on."""
-
 DESIGN = "design.yaml"
 PARTS = "parts"
-CONNECT_S = 10.0
 
 
 def run_sweep(
@@ -37,7 +31,7 @@ def run_sweep(
     calibration: str = "auto",
     jobs: int = -1,
     scheduler: str | None = None,
-    tell: Tell = lambda done, total, text: None,
+    tell: Tell = quietly,
 ) -> int:
     """Predict what a design asks and is not in `out` yet.
 
@@ -54,7 +48,7 @@ def run_sweep(
     scheduler : str, optional
         Address of a Dask scheduler, ``tcp://host:port``, whose workers do the work instead.
     tell : callable
-        Told at the start and after every workload.
+        Told of the workloads that are complete, at the start and after every one.
 
     Returns
     -------
@@ -75,8 +69,8 @@ def run_sweep(
     done, total = len(workloads) - len(todo), len(workloads)
     tell(done, total, f"sweep {design.name}")
     tasks = (joblib.delayed(_predict)(row, design, calibrations[row["model"]]) for row in todo)
-    with _backend(scheduler) as options:
-        results = joblib.Parallel(jobs, return_as="generator_unordered", **options)(tasks)
+    with workers(scheduler):
+        results = joblib.Parallel(jobs, return_as="generator_unordered")(tasks)
         for workload_id, model, table in results:
             write_table(table, _part(out, {"model": model, "workload_id": workload_id}))
             done += 1
@@ -151,26 +145,3 @@ def _open(out: Path, file: Path, design: Design, calibrations: dict[str, Calibra
         (out / PARTS / model).mkdir(parents=True, exist_ok=True)
     with replacing(copy) as temporary:
         temporary.write_text(f"{stamp}\n" + file.read_text(encoding="utf-8"), encoding="utf-8")
-
-
-@contextmanager
-def _backend(scheduler: str | None) -> Iterator[dict[str, Any]]:
-    """Give the options of `joblib.Parallel` that send work to this machine or to a Dask cluster."""
-    if scheduler is None:
-        yield {}
-        return
-    try:
-        from distributed import Client
-    except ImportError:
-        raise AdapterTwinError(
-            "scheduler: needs Dask; pip install 'adapter-twin[distributed]'"
-        ) from None
-    try:
-        client: Any = Client(scheduler, timeout=CONNECT_S)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise AdapterTwinError(
-            f"scheduler: {scheduler} cannot be reached ({reason}); start dask scheduler there"
-        ) from None
-    with client, joblib.parallel_config("dask", client=client):
-        yield {}

@@ -5,7 +5,6 @@ Beside the models lie what they were chosen by, a model card and the small trees
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +36,7 @@ from adapter_twin.planning.verdicts import (
     verdicts,
 )
 from adapter_twin.strict import require
+from adapter_twin.work import Tell, quietly
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,8 +48,6 @@ FEWEST_RATES = 3 * FOLDS
 
 SMALL_TREES = [name for name in MODELS if name.startswith("small tree")]
 
-Tell = Callable[[int, int, str], None]
-
 
 def train(
     runs: pd.DataFrame,
@@ -57,7 +55,7 @@ def train(
     criterion: Criterion,
     *,
     jobs: int = -1,
-    tell: Tell = lambda done, total, text: None,
+    tell: Tell = quietly,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Fit every model to the optima of a sweep, keep the best of each target, and describe it.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -27,9 +27,7 @@ from adapter_twin.profiling.run_tables import failed, kv_cache, run_id, run_row
 from adapter_twin.profiling.server import Server, free_port
 from adapter_twin.profiling.serving import measure_run
 from adapter_twin.profiling.store import Store
-
-Tell = Callable[[int, int, str], None]
-"""Takes the pieces that are complete, those of the whole campaign, and what is going on."""
+from adapter_twin.work import Tell, quietly
 
 UNMEASURED_S = {"micro": 60.0, "start": 45.0}
 """Taken for the time of a micro-profile and of a server's start until one was measured."""
@@ -67,7 +65,7 @@ class Summary:
     stopped: str | None
 
 
-def run_campaign(file: Path, out: Path, tell: Tell = lambda done, total, line: None) -> Summary:
+def run_campaign(file: Path, out: Path, tell: Tell = quietly) -> Summary:
     """Measure what a campaign file asks and is not in `out` yet, and write the tables there.
 
     Parameters

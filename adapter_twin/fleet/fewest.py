@@ -1,0 +1,77 @@
+"""The fewest GPUs: place greedily, improve, prove a bound, and have the twin agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adapter_twin.fleet.bound import certificate, gpus_for
+from adapter_twin.fleet.capacity import Oracle
+from adapter_twin.fleet.envelope import levels_of
+from adapter_twin.fleet.greedy import Groups, best_greedy
+from adapter_twin.fleet.local_search import improve
+from adapter_twin.fleet.placement import Placement
+from adapter_twin.fleet.repair import NotServed, hold, learn_spread
+from adapter_twin.work import Tell, quietly
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ATTEMPTS = 6
+"""Times that is learned from the twin what an SLO's percentile asks for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A placement of which every GPU serves in the twin.
+
+    Attributes
+    ----------
+    oracle : Oracle
+        That it was placed by.
+    bound : int
+        With fewer GPUs no placement is accepted by that oracle, see `adapter_twin.fleet.bound`.
+    placement : Placement
+    checked : pandas.DataFrame
+        See `adapter_twin.fleet.check.check_placement`.
+    repaired : int
+        GPUs from which adapters were moved after the check.
+    """
+
+    oracle: Oracle
+    bound: int
+    placement: Placement
+    checked: pd.DataFrame
+    repaired: int
+
+
+def fewest(oracle: Oracle) -> tuple[Groups, int]:
+    """Return the placement on the fewest GPUs that is found in little time, and a lower bound.
+
+    The best greedy placement, improved by local search with the prices that prove the bound.
+    """
+    parts = oracle.parts
+    prices = certificate(oracle, levels_of(oracle)).prices(parts.rate, parts.rank)
+    bound = gpus_for(prices)
+    return improve(oracle, best_greedy(oracle), prices, enough=bound), bound
+
+
+def place_and_hold(oracle: Oracle, *, jobs: int = -1, tell: Tell = quietly) -> Held:
+    """Place by an oracle and have the twin agree; where an SLO is missed, learn why and try again.
+
+    Raises
+    ------
+    NotServed
+        It is missed after `ATTEMPTS`, or starves without an SLO.
+    AdapterTwinError
+        No GPU serves one of the adapters by what has been learned.
+    """
+    for attempt in range(ATTEMPTS):
+        groups, bound = fewest(oracle)
+        try:
+            return Held(oracle, bound, *hold(oracle, groups, jobs=jobs, tell=tell))
+        except NotServed as missed:
+            if oracle.demand.slo is None or attempt == ATTEMPTS - 1:
+                raise
+            oracle = learn_spread(oracle, missed)
+    raise AssertionError("unreachable")

@@ -1,0 +1,66 @@
+"""A given number of GPUs: of several ways to spread the load the one with the shortest waits."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from adapter_twin.fleet.balance import spread
+from adapter_twin.fleet.bound import certificate
+from adapter_twin.fleet.capacity import Oracle
+from adapter_twin.fleet.check import check_placement
+from adapter_twin.fleet.envelope import levels_of
+from adapter_twin.fleet.fewest import Held, fewest
+from adapter_twin.fleet.greedy import Groups
+from adapter_twin.strict import require
+from adapter_twin.work import Tell, quietly
+
+
+def shortest_wait(oracle: Oracle, gpus: int, *, jobs: int = -1, tell: Tell = quietly) -> Held:
+    """Return the placement on so many GPUs whose slowest GPU has the lowest p99 TTFT in the twin.
+
+    Tried are: even loads; even prices (`adapter_twin.fleet.bound`), which weigh a slot against the
+    load; and the placement on the fewest GPUs, whose fullest ones are halved, so that ranks stay
+    apart.
+
+    Raises
+    ------
+    AdapterTwinError
+        With so few GPUs none of these serves, or there are more GPUs than adapters.
+    """
+    parts = oracle.parts
+    require(
+        1 <= gpus <= len(parts),
+        f"gpus: got {gpus}; give 1 to {len(parts)}, each GPU gets an adapter at least",
+    )
+    groups, bound = fewest(oracle)
+    prices = certificate(oracle, levels_of(oracle)).prices(parts.rate, parts.rank)
+    tried = [spread(parts.rate, gpus), spread(prices, gpus)]
+    if len(groups) <= gpus:
+        tried.append(_halved(groups, prices, gpus))
+    held = []
+    for done, candidate in enumerate(tried):
+        tell(done, len(tried), f"simulating {gpus} GPUs")
+        if all(oracle.serve(group) is not None for group in candidate):
+            placement = oracle.place(candidate)
+            checked = check_placement(
+                oracle.demand, placement, oracle.calibration, seed=oracle.demand.seed, jobs=jobs
+            )
+            if checked.serves.all():
+                held.append(Held(oracle, bound, placement, checked, repaired=0))
+    tell(len(tried), len(tried), "chosen by the longest p99 TTFT")
+    require(
+        bool(held),
+        f"gpus: {gpus} are too few to serve; {bound} are the least that can be, and "
+        f"{len(groups)} the fewest that a placement was found for",
+    )
+    return min(held, key=lambda one: float(one.checked.p99_ttft_ms.max()))
+
+
+def _halved(groups: Groups, prices: np.ndarray, gpus: int) -> Groups:
+    """Return more groups: again and again the dearest one is dealt to two GPUs."""
+    groups = [list(group) for group in groups]
+    while len(groups) < gpus:
+        groups.sort(key=lambda group: float(prices[group].sum()) if len(group) > 1 else 0.0)
+        dearest = np.array(groups.pop())
+        groups += [dearest[half].tolist() for half in spread(prices[dearest], 2)]
+    return groups
