@@ -10,12 +10,11 @@ import joblib
 import numpy as np
 import pandas as pd
 
-from adapter_twin.calibration import Calibration, load_calibration
+from adapter_twin.calibration import load_calibration
 from adapter_twin.config import EngineConfig, Lengths, zipf_adapters
 from adapter_twin.fleet.baselines import first_fit_by_count, round_robin
 from adapter_twin.fleet.capacity import Oracle
 from adapter_twin.fleet.cluster import Failure, simulate_cluster
-from adapter_twin.fleet.drift import Drift, place_again
 from adapter_twin.fleet.fewest import place_and_hold
 from adapter_twin.fleet.greedy import Groups, best_greedy, first_fit_decreasing
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
@@ -130,11 +129,11 @@ def compare_routers(
         joblib.delayed(_route)(asked, gpus, name, seed, duration_s, failures)
         for name, seed in tasks
     )
-    return _over_seeds(rows, "router")
+    return over_seeds(rows, ["router"])
 
 
-def _over_seeds(rows: list[dict[str, Any]], by: str) -> pd.DataFrame:
-    """Return means, and the lowest and the highest p99 TTFT."""
+def over_seeds(rows: list[dict[str, Any]], by: list[str]) -> pd.DataFrame:
+    """Return means over all rows alike in some columns; the lowest and the highest p99 TTFT."""
     table = pd.DataFrame(rows).groupby(by, sort=False, dropna=False)
     spread = table.p99_ttft_ms.agg(["min", "max"])
     return table.mean().assign(low=spread["min"], high=spread["max"]).reset_index()
@@ -207,47 +206,3 @@ def _apart(asked: Demand, gpus: int) -> Placement:
         for gpu, group in enumerate(own)
     ]
     return Placement(tuple(plans))
-
-
-def how_often(
-    laws: Calibration,
-    drift: Drift,
-    every_s: Sequence[float | None],
-    seeds: Sequence[int],
-    *,
-    gpus: int = 4,
-    rate: float = 75.0,
-    duration_s: float = 3600.0,
-) -> pd.DataFrame:
-    """Serve drifting traffic with homes chosen anew every so often.
-
-    Returns
-    -------
-    pandas.DataFrame
-        A row per interval: ``every_s`` (NaN: never), means over seeds of
-        `adapter_twin.fleet.drift.place_again`, ``low`` and ``high`` of the p99 TTFT over them.
-    """
-    asked = Demand(model=MODEL, adapters=zipf_adapters(400, rate, 1.2, [16]), lengths=LENGTHS)
-    engine = EngineConfig(model=MODEL, max_loras=48, max_cpu_loras=200, max_lora_rank=16)
-    tasks = [(every, seed) for every in every_s for seed in seeds]
-    rows = joblib.Parallel(-1)(
-        joblib.delayed(_drifting)(asked, engine, gpus, laws, drift, every, duration_s, seed)
-        for every, seed in tasks
-    )
-    return _over_seeds(rows, "every_s")
-
-
-def _drifting(
-    asked: Demand,
-    engine: EngineConfig,
-    gpus: int,
-    laws: Calibration,
-    drift: Drift,
-    every_s: float | None,
-    duration_s: float,
-    seed: int,
-) -> dict[str, float]:
-    found = place_again(
-        asked, engine, gpus, laws, drift, every_s=every_s, duration_s=duration_s, seed=seed
-    )
-    return {"every_s": float("nan") if every_s is None else every_s} | found

@@ -19,7 +19,7 @@ from adapter_twin.planning.slot_sharing import visits_s
 Floats = NDArray[np.float64]
 Capacities = Mapping[int, tuple[Floats, Floats]]
 
-FINE = 0.985
+FINE = 0.992
 """Ratio of neighbouring loads above half of the highest."""
 
 COARSE = 14

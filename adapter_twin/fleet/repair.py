@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.fleet.capacity import Oracle, Spread
 from adapter_twin.fleet.check import check_placement
@@ -103,12 +105,13 @@ def hold(
 def learn_spread(oracle: Oracle, missed: NotServed) -> Oracle:
     """Return an oracle that knows better what an SLO's percentile is by what the model tells.
 
-    ITL at the percentile is so many times the mean of the model: of the GPUs that miss the SLO the
-    one that has most. Where TTFT is missed, more adapters than expected have requests at a time.
+    ITL at the percentile is so many times the mean of the model: the median of the GPUs whose ITL
+    misses the SLO; single ones are repaired. Where TTFT is missed, more adapters than expected have
+    requests at a time.
     """
     demand, slo, spread = oracle.demand, oracle.demand.slo, oracle.spread
     assert slo is not None
-    itl, late, slow = spread.itl, False, False
+    ratios, late = list[float](), False
     for plan, service in zip(
         missed.placement.replicas, missed.checked.to_dict("records"), strict=True
     ):
@@ -117,9 +120,11 @@ def learn_spread(oracle: Oracle, missed: NotServed) -> Oracle:
             continue
         late |= slo.ttft_ms is not None and service["slo_ttft_ms"] > NEAR * slo.ttft_ms
         if slo.itl_ms is not None and service["slo_itl_ms"] > NEAR * slo.itl_ms:
-            slow, itl = True, max(itl, service["slo_itl_ms"] / verdict.mean_itl_ms)
-    surer = SURER if late or not slow else 1.0
-    learned = Spread(itl=itl, active=surer * spread.active)
+            ratios.append(service["slo_itl_ms"] / verdict.mean_itl_ms)
+    learned = Spread(
+        itl=max(float(np.median(ratios)), spread.itl) if ratios else spread.itl,
+        active=spread.active * (SURER if late or not ratios else 1.0),
+    )
     return Oracle(demand, oracle.calibration, margin=oracle.criterion.margin, spread=learned)
 
 
