@@ -26,6 +26,7 @@ METHODS: dict[str, Callable[[Oracle], Groups]] = {
 ADAPTERS, GPUS = 10_000, 300.0
 LARGE = (("even", None), ("skewed", Slo(ttft_ms=2000.0)))
 LARGE_BAR_S = 60.0
+GROWING = (1_000, 10_000, 100_000)
 SMALL, SMALL_ADAPTERS = 12, 10
 
 
@@ -40,6 +41,18 @@ def large(lengths: Lengths) -> Iterator[dict[str, object]]:
             seconds = time.perf_counter() - began_s
             row = {"ranks": ranks, "slo": slo is not None, "method": name, "gpus": len(groups)}
             yield row | {"bound": bound, "seconds": seconds}
+
+
+def growing(lengths: Lengths) -> Iterator[dict[str, float]]:
+    """Yield what more and more adapters cost, on GPUs in proportion."""
+    for adapters in GROWING:
+        gpus = GPUS * adapters / ADAPTERS
+        demand = draw_demand(np.random.default_rng(0), adapters, gpus, 0.9, "even", lengths)
+        began_s = time.perf_counter()
+        oracle = Oracle(demand)
+        groups = first_fit_decreasing(oracle)
+        seconds = time.perf_counter() - began_s
+        yield {"adapters": adapters, "gpus": len(groups), "asked": oracle.calls, "seconds": seconds}
 
 
 def small(lengths: Lengths) -> Iterator[dict[str, object]]:
@@ -73,6 +86,15 @@ def main() -> None:
         verdict = "ok" if seconds <= LARGE_BAR_S else "MISSED"
         shown = row | {"seconds": f"{seconds:.1f}", "": verdict}
         print(", ".join(f"{name} {value}".strip() for name, value in shown.items()), flush=True)
+    grown = list(growing(lengths))
+    for row in grown:
+        print(
+            f"{row['adapters']:,} adapters, first fit: {row['gpus']:,} GPUs, {row['asked']:,} sets "
+            f"asked about, {row['seconds']:.1f} s"
+        )
+    adapters, seconds = ([row[name] for row in grown] for name in ("adapters", "seconds"))
+    exponent = np.polyfit(np.log(adapters), np.log(seconds), 1)[0]
+    print(f"seconds grow with the adapters to the power of {exponent:.2f}")
     exact = list(small(lengths))
     solved = [row for row in exact if row["fewest"] is not None]
     greedy, bound = (
@@ -83,7 +105,9 @@ def main() -> None:
         f"greedy placement has as few GPUs in {greedy}, the bound is as high in {bound}"
     )
     if arguments.json:
-        arguments.json.write_text(json.dumps({"large": rows, "small": exact}, indent=2) + "\n")
+        arguments.json.write_text(
+            json.dumps({"large": rows, "growing": grown, "small": exact}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":
