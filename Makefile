@@ -71,10 +71,12 @@ book: $(SETUP) $(executed)  ## Run the notebooks that are out of date and build 
 	  --path-output book --all --quiet -W -n --keep-going
 	@echo "The book is at book/_build/html/index.html"
 
-bench: $(SETUP)  ## Time the twin, the analytic model and recommend, and check their bars
+bench: $(SETUP)  ## Time twin, analytic model, recommend, placement and cluster, and check their bars
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.analytic
 	$(BIN)/python -m benchmarks.recommend
+	$(BIN)/python -m benchmarks.placement
+	$(BIN)/python -m benchmarks.cluster
 
 sweep: $(SETUP)  ## Predict a design afresh, as one table (DESIGN=NAME: paper or traffic; minutes)
 	$(BIN)/adapter-twin sweep designs/$(DESIGN).yaml --out data/external/sweeps/$(DESIGN) --table data/sweeps/$(DESIGN).parquet

@@ -13,6 +13,7 @@ import pandas as pd
 from adapter_twin.calibration import load_calibration
 from adapter_twin.config import EngineConfig, Lengths, zipf_adapters
 from adapter_twin.fleet.baselines import first_fit_by_count, round_robin
+from adapter_twin.fleet.bound import lower_bound
 from adapter_twin.fleet.capacity import Oracle
 from adapter_twin.fleet.cluster import Failure, simulate_cluster
 from adapter_twin.fleet.fewest import place_and_hold
@@ -42,6 +43,9 @@ METHODS: dict[str, Callable[[Oracle], Groups]] = {
 BEST = "best greedy and local search"
 """Ways of placing, the simplest first, and what `place` does."""
 
+FINER = 2
+"""Steps of the bound, where a placement is not at it."""
+
 
 def compare_placements(
     drawn: Iterable[PlacementScenario], *, scheduler: str | None = None
@@ -70,6 +74,9 @@ def _place(scenario: PlacementScenario) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lengths and ranks beyond those measured
         held = place_and_hold(Oracle(scenario.demand), jobs=1)
+        bound, gpus = held.bound, len(held.placement.replicas)
+        if bound < gpus:
+            bound = max(bound, lower_bound(held.oracle, finer=FINER))
         placed = {name: len(method(held.oracle)) for name, method in METHODS.items()}
     return {
         "name": scenario.name,
@@ -78,9 +85,9 @@ def _place(scenario: PlacementScenario) -> dict[str, Any]:
         "skewed": scenario.skewed,
         "adapters": len(scenario.demand.adapters),
         "slo": scenario.demand.slo is not None,
-        "bound": held.bound,
+        "bound": bound,
         **placed,
-        BEST: len(held.placement.replicas),
+        BEST: gpus,
         "repaired": held.repaired,
     }
 

@@ -12,6 +12,7 @@ from adapter_twin.planning.choice import Criterion
 from adapter_twin.planning.explain import diagnostics, regress
 from adapter_twin.planning.grid import GRID, grid_runs
 from adapter_twin.planning.labels import label
+from adapter_twin.planning.replica import HOUR_S
 from adapter_twin.planning.surrogates import MODELS, TARGETS, Split, chosen, compare, split
 from adapter_twin.planning.training import train_chosen
 from adapter_twin.planning.verdicts import CLASSIFIERS, compare_classifiers, verdicts
@@ -19,7 +20,6 @@ from adapter_twin.planning.verdicts import CLASSIFIERS, compare_classifiers, ver
 LLAMA = "llama-3.1-8b-instruct"
 
 SIZES = ["mean_input_tokens", "mean_requested_output_tokens"]
-HOUR_S = 3600.0
 
 QUICK_MODELS = ("linear", "small tree, depth 2", "small tree, depth 6", "decision tree")
 QUICK_CLASSIFIERS = ("logistic regression", "small tree, depth 6", "decision tree")
@@ -239,9 +239,3 @@ def margins(grids: pd.DataFrame, twin: pd.DataFrame, values: Sequence[float]) ->
         costs = reality.cost(reality.search_picks(twin, margin), grids)
         rows.append({"margin": 100 * margin, **reality.paper_style(costs)})
     return pd.DataFrame(rows)
-
-
-def frontier(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return predicted runs of one workload with the share of the load that they serve."""
-    share = runs.total_throughput / runs.offered_tokens_per_s
-    return runs.assign(served_share=100 * share.where(runs.simulated))

@@ -88,6 +88,10 @@ def test_the_best_greedy_is_near_the_bound_and_far_below_dealing_blindly(
     assert best <= 0.6 * len(round_robin(oracle))
 
 
+def test_a_finer_bound_is_not_lower_and_still_one(oracle: Oracle, bound: int) -> None:
+    assert bound <= lower_bound(oracle, finer=2) <= len(best_greedy(oracle))
+
+
 def test_a_bound_for_any_splitting_is_not_above_that_for_whole_adapters() -> None:
     oracle = Oracle(drawn(20, 3.0, 1.0, "equal", SLO))
     assert lower_bound(oracle, whole=False) <= lower_bound(oracle)

@@ -126,7 +126,7 @@ def certificate(oracle: Oracle, levels: Levels, *, whole: bool = True) -> Certif
     whole : bool
         The oracle's parts are not split any further.
     """
-    rates, ranks, counts = _types(*_adapters(oracle, whole=whole))
+    rates, ranks, counts = _types(*_adapters(oracle, whole=whole), SIMILAR / levels.finer)
     measured = measures(levels, rates, whole=whole)
     level, kind = np.nonzero(levels.rank[:, None] >= ranks)
     # maximise counts @ price with price[kind] <= sum of weight[level] measured[level, kind]
@@ -164,7 +164,7 @@ def certificate(oracle: Oracle, levels: Levels, *, whole: bool = True) -> Certif
     return Certificate(levels, weights / np.maximum(weights.sum(axis=0), 1))
 
 
-def lower_bound(oracle: Oracle, *, whole: bool = True) -> int:
+def lower_bound(oracle: Oracle, *, whole: bool = True, finer: int = 1) -> int:
     """Return a number of GPUs below which the oracle accepts no placement of the demand.
 
     Parameters
@@ -172,8 +172,10 @@ def lower_bound(oracle: Oracle, *, whole: bool = True) -> int:
     oracle : Oracle
     whole : bool
         Of placements that do not split the oracle's parts any further; otherwise of all.
+    finer : int
+        See `adapter_twin.fleet.envelope.levels_of`.
     """
-    proven = certificate(oracle, levels_of(oracle), whole=whole)
+    proven = certificate(oracle, levels_of(oracle, finer), whole=whole)
     return gpus_for(proven.prices(*_adapters(oracle, whole=whole)))
 
 
@@ -191,9 +193,9 @@ def _adapters(oracle: Oracle, *, whole: bool) -> tuple[Floats, Ints]:
     return parts.rate[first] / parts.share[first], parts.rank[first]
 
 
-def _types(rates: Floats, ranks: Ints) -> tuple[Floats, Ints, Floats]:
+def _types(rates: Floats, ranks: Ints, similar: float) -> tuple[Floats, Ints, Floats]:
     """Return the rates, ranks and numbers of adapters that are alike: the highest rate of each."""
-    group = np.floor(np.log(rates) / SIMILAR)
+    group = np.floor(np.log(rates) / similar)
     kinds, kind = np.unique(np.stack([ranks, group]), axis=1, return_inverse=True)
     highest = np.zeros(kinds.shape[1])
     np.maximum.at(highest, kind, rates)

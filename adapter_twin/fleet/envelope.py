@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,18 +11,15 @@ from numpy.typing import NDArray
 from adapter_twin.config import EngineConfig
 from adapter_twin.fleet.capacity import TRACE, Oracle
 from adapter_twin.fleet.counting import most_adapters, thresholds_of
-from adapter_twin.fleet.levels import LOWER, Levels
+from adapter_twin.fleet.levels import Levels, ranges
 from adapter_twin.planning.replica import HOUR_S
 from adapter_twin.planning.slot_sharing import visits_s
 
 Floats = NDArray[np.float64]
 Capacities = Mapping[int, tuple[Floats, Floats]]
 
-FINE = 0.992
-"""Ratio of neighbouring loads above half of the highest."""
-
-COARSE = 14
-"""Loads below that."""
+FINE, COARSE = 86, 14
+"""Loads above half of the highest, and below."""
 
 FEW = 16
 """Adapters at whose highest loads there are levels."""
@@ -41,18 +37,33 @@ TOLERANCE = 1.002
 """Active adapters by slots: the polling queue's wait is found to within 1.001."""
 
 
-def levels_of(oracle: Oracle) -> Levels:
-    """Ask the oracle's model what GPUs can hold, for the ranks of its parts."""
+def levels_of(oracle: Oracle, finer: int = 1) -> Levels:
+    """Ask the oracle's model what GPUs can hold, for the ranks of its parts.
+
+    Parameters
+    ----------
+    oracle : Oracle
+    finer : int
+        Levels are so many times as fine: the bound gets tighter, and takes longer.
+    """
     thresholds = thresholds_of(oracle.parts.rate)
     ranks = [int(rank) for rank in np.unique(oracle.parts.rank)]
-    columns = zip(*(_of_rank(oracle, rank, thresholds) for rank in ranks), strict=True)
+    columns = zip(*(_of_rank(oracle, rank, thresholds, finer) for rank in ranks), strict=True)
     rank, high, most_active, residence_s, running, most = map(np.concatenate, columns)
     return Levels(
-        rank, high, most_active, residence_s, running, oracle.longest_wait_s, thresholds, most
+        rank,
+        high,
+        most_active,
+        residence_s,
+        running,
+        oracle.longest_wait_s,
+        thresholds,
+        most,
+        finer,
     )
 
 
-def _of_rank(oracle: Oracle, rank: int, thresholds: Floats) -> tuple[NDArray[Any], ...]:
+def _of_rank(oracle: Oracle, rank: int, thresholds: Floats, finer: int) -> tuple[NDArray[Any], ...]:
     """Return the fields of the levels of one rank."""
     engines = oracle.engines.all(len(oracle.parts), rank)
     capacities = {
@@ -70,7 +81,7 @@ def _of_rank(oracle: Oracle, rank: int, thresholds: Floats) -> tuple[NDArray[Any
     least = oracle.threshold / emitted
     fullest = oracle.table([OVERLOAD * capacity], few).running.max()
     needed = 1 / oracle.most_utilisation
-    low, high = _ranges(capacities, needed)
+    low, high = _loads(capacities, needed, finer)
 
     loads = np.maximum(low, light)
     shortest_s = oracle.alike(least * loads, np.ones_like(loads, int), rank).running / (
@@ -86,9 +97,9 @@ def _of_rank(oracle: Oracle, rank: int, thresholds: Floats) -> tuple[NDArray[Any
         limited = zip(loads, most_active, strict=True)
         most_active = np.array([_most_in_time(oracle, rank, *one, limit_ms) for one in limited])
     slowest = min(curve[1][-1] for curve in capacities.values())
-    residence_s = _running(oracle, rank, loads, most_active) / loads[:, None]
+    residence_s = _running(oracle, rank, loads, most_active, finer) / loads[:, None]
     residence_s[low < light] /= 2
-    running = _running(oracle, rank, np.maximum(needed * low, slowest), most_active)
+    running = _running(oracle, rank, np.maximum(needed * low, slowest), most_active, finer)
     most = np.tile(most_adapters(oracle, rank, thresholds, patience), (len(low), 1))
     some = most_active > 0
     columns = np.full(len(low), rank), high, most_active, residence_s, running, most
@@ -141,28 +152,28 @@ def _most_active(capacities: Capacities, needed: float) -> float:
     )
 
 
-def _running(oracle: Oracle, rank: int, loads: Floats, most_active: Floats) -> Floats:
-    """Return how many requests run at least, with more than `LOWER` adapters active.
+def _running(oracle: Oracle, rank: int, loads: Floats, most_active: Floats, finer: int) -> Floats:
+    """Return how many requests run at least, with more adapters than each of `ranges` begins with.
 
     Returns
     -------
     float64, shape (loads, ranges)
     """
     adapters = np.minimum(most_active, oracle.engines.most_slots(rank))
-    counts = np.maximum(LOWER * adapters[:, None], 1).astype(int)
+    counts = np.maximum(ranges(finer)[1] * adapters[:, None], 1).astype(int)
     table = oracle.alike(np.broadcast_to(loads[:, None], counts.shape), counts, rank)
     return table.running.to_numpy().reshape(counts.shape)
 
 
-def _ranges(capacities: Capacities, needed: float) -> tuple[Floats, Floats]:
+def _loads(capacities: Capacities, needed: float, finer: int) -> tuple[Floats, Floats]:
     """Return the lowest and the highest load of each level, the highest level first.
 
     Among them is the most that few adapters can have, so that they are priced by it exactly.
     """
     few = [curve[1][-1] / needed for slots, curve in capacities.items() if slots <= FEW]
     highest = max(curve[1][0] for curve in capacities.values()) / needed
-    fine = np.geomspace(highest, highest / 2, math.ceil(math.log(2) / -math.log(FINE)))
-    coarse = np.geomspace(highest / 2, LOWEST * highest, COARSE)
+    fine = np.geomspace(highest, highest / 2, finer * FINE)
+    coarse = np.geomspace(highest / 2, LOWEST * highest, finer * COARSE)
     high = np.unique([*few, *fine, *coarse])[::-1]
     return np.append(high[1:], 0.0), high
 

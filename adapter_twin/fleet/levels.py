@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,18 +12,23 @@ from adapter_twin.planning.slot_sharing import visits_s
 
 Floats = NDArray[np.float64]
 
-UPPER = 0.96 ** np.arange(66)
-LOWER = np.array([*UPPER[1:], 0.0])
-"""Ranges of the adapters that are active, by the most that can be."""
+RANGE, RANGES = 0.96, 66
+"""Ratio and number of the ranges of the adapters that are active, from the most that can be on."""
 
 GRID = 1.015
 """Ratio of rates for which active shares are computed."""
 
-FINER = 300
-"""Grid steps below the lowest rate, to a hundredth of it, that parts of adapters are looked at."""
+SMALLEST = 0.01
+"""Of the lowest rate: parts of adapters down to that are looked at."""
 
 FEW = 4
 """Below so many running requests, a share of the steps need not grow with their number."""
+
+
+def ranges(finer: int) -> tuple[Floats, Floats]:
+    """Return the upper and the lower ends of the ranges; the last one begins at zero."""
+    upper = RANGE ** (np.arange(RANGES * finer) / finer)
+    return upper, np.append(upper[1:], 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,7 @@ class Levels:
     most_active : float64, shape (n,)
         Sum of the adapters' active shares.
     residence_s, running : float64, shape (n, ranges)
-        With more than `LOWER` of the most active adapters: time for which a request runs at least;
+        With more adapters active than a range's lower end: time for which a request runs at least;
         requests that run at least where the most complete.
     wait_s : float
         Longest wait of an adapter for a slot.
@@ -46,6 +52,8 @@ class Levels:
         Requests/s of an adapter.
     most : int64, shape (n, t)
         Adapters with at least that rate, at most; the same at all levels of a rank.
+    finer : int
+        All steps are so many times as fine.
     """
 
     rank: NDArray[np.int64]
@@ -56,6 +64,7 @@ class Levels:
     wait_s: float
     thresholds: Floats
     most: NDArray[np.int64]
+    finer: int = 1
     _known: dict[int, Floats] = field(default_factory=dict)
 
     def active(self, rates: Floats, *, whole: bool) -> Floats:
@@ -72,23 +81,25 @@ class Levels:
         -------
         float64, shape (n, m)
         """
-        place = np.floor(np.log(rates) / np.log(GRID)).astype(np.int64)
+        step = GRID ** (1 / self.finer)
+        place = np.floor(np.log(rates) / np.log(step)).astype(np.int64)
         different, back = np.unique(place, return_inverse=True)
         if not whole:  # parts of a rate below may be the least active by rate
-            different = np.arange(different[0] - FINER, different[-1] + 1)
+            lowest = different[0] + math.floor(math.log(SMALLEST) / math.log(step))
+            different = np.arange(lowest, different[-1] + 1)
             back = place - different[0]
         part = self._active(different.tolist())
         if not whole:
-            part = GRID**different * np.minimum.accumulate(part / GRID ** (different + 1.0), axis=1)
+            part = step**different * np.minimum.accumulate(part / step ** (different + 1.0), axis=1)
         return np.asarray(part[:, back])
 
     def _active(self, places: list[int]) -> Floats:
         """Return `active` of whole adapters with the rates of some places on the grid."""
         new = [place for place in places if place not in self._known]
-        rates = GRID ** np.array(new, float)
+        rates = GRID ** (np.array(new, float) / self.finer)
         part = np.full((len(self.high), len(new)), np.inf)
         each = np.tile(rates, len(self.high))
-        for i, upper in enumerate(UPPER if new else ()):
+        for i, upper in enumerate(ranges(self.finer)[0] if new else ()):
             runs_s = np.repeat(self.residence_s[:, i], len(new))
             holding = active_share(each, runs_s, self.wait_s).reshape(part.shape)
             share = batch_share(rates / self.high[:, None], self.running[:, i, None], holding)

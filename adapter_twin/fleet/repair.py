@@ -105,13 +105,13 @@ def hold(
 def learn_spread(oracle: Oracle, missed: NotServed) -> Oracle:
     """Return an oracle that knows better what an SLO's percentile is by what the model tells.
 
-    ITL at the percentile is so many times the mean of the model: the median of the GPUs whose ITL
-    misses the SLO; single ones are repaired. Where it is TTFT that most miss, more adapters than
+    ITL at the percentile is so many times the mean of the model: the upper quartile of the GPUs
+    whose ITL misses the SLO; single ones are repaired. Where TTFT is missed, more adapters than
     expected have requests at a time.
     """
     demand, slo, spread = oracle.demand, oracle.demand.slo, oracle.spread
     assert slo is not None
-    ratios, late = list[float](), 0
+    ratios, late = list[float](), False
     for plan, service in zip(
         missed.placement.replicas, missed.checked.to_dict("records"), strict=True
     ):
@@ -122,8 +122,8 @@ def learn_spread(oracle: Oracle, missed: NotServed) -> Oracle:
         if slo.itl_ms is not None and service["slo_itl_ms"] > NEAR * slo.itl_ms:
             ratios.append(service["slo_itl_ms"] / verdict.mean_itl_ms)
     learned = Spread(
-        itl=max(float(np.median(ratios)), spread.itl) if ratios else spread.itl,
-        active=spread.active * (SURER if late >= len(ratios) else 1.0),
+        itl=max(float(np.quantile(ratios, 0.75)), spread.itl) if ratios else spread.itl,
+        active=spread.active * (SURER if late or not ratios else 1.0),
     )
     return Oracle(demand, oracle.calibration, margin=oracle.criterion.margin, spread=learned)
 

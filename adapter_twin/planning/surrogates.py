@@ -68,12 +68,21 @@ def _bent(model: Any) -> Any:
     return make_pipeline(SplineTransformer(n_knots=8, degree=1), model)
 
 
+BOOSTING = {
+    "interactions": 4,
+    "outer_bags": 1,
+    "max_rounds": 300,
+    "learning_rate": 0.05,
+    "n_jobs": 1,
+    "random_state": 0,
+}
+"""Of explainable boosting machines."""
+
+
 def _boosted_gam() -> Any:
     from interpret.glassbox import ExplainableBoostingRegressor
 
-    return ExplainableBoostingRegressor(
-        interactions=4, outer_bags=1, max_rounds=300, learning_rate=0.05, n_jobs=1, random_state=0
-    )
+    return ExplainableBoostingRegressor(**BOOSTING)
 
 
 MODELS: dict[str, Callable[[], Any]] = {

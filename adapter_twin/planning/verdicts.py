@@ -20,7 +20,7 @@ from sklearn.tree import DecisionTreeClassifier
 
 from adapter_twin.planning.choice import TIE, Criterion
 from adapter_twin.planning.features import configuration_features
-from adapter_twin.planning.surrogates import FOLDS, YARDSTICKS, Split, linear
+from adapter_twin.planning.surrogates import BOOSTING, FOLDS, YARDSTICKS, Split, linear
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 def _boosted_gam() -> Any:
     from interpret.glassbox import ExplainableBoostingClassifier
 
-    return ExplainableBoostingClassifier(
-        interactions=4, outer_bags=1, max_rounds=300, learning_rate=0.05, n_jobs=1, random_state=0
-    )
+    return ExplainableBoostingClassifier(**BOOSTING)
 
 
 CLASSIFIERS: dict[str, Callable[[], Any]] = {
