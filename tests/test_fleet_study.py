@@ -1,0 +1,73 @@
+"""What the chapter on fleets tabulates."""
+
+from itertools import islice
+
+import pandas as pd
+import pytest
+
+from adapter_twin import fleet_study, traffic_study
+from adapter_twin.calibration import Calibration, load_calibration
+from adapter_twin.fleet.scenarios import MODEL, scenarios
+from adapter_twin.planning.steady_state import warmed_up
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is an extrapolation")
+
+
+@pytest.fixture(scope="module")
+def laws() -> Calibration:
+    return warmed_up(load_calibration("auto", MODEL))
+
+
+@pytest.fixture(scope="module")
+def placements() -> pd.DataFrame:
+    return fleet_study.compare_placements(islice(scenarios(), 2, 3))
+
+
+def test_the_best_method_needs_least_and_not_less_than_the_bound(placements: pd.DataFrame) -> None:
+    row = placements.iloc[0]
+    assert row.bound <= row[fleet_study.BEST]
+    assert row[fleet_study.BEST] <= row[list(fleet_study.METHODS)].min() + row.repaired
+
+
+def test_dask_workers_place_alike(placements: pd.DataFrame) -> None:
+    distributed = pytest.importorskip("distributed")
+    cluster = distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, dashboard_address=None, host="127.0.0.1"
+    )
+    with cluster:
+        there = fleet_study.compare_placements(
+            islice(scenarios(), 2, 3), scheduler=cluster.scheduler_address
+        )
+    pd.testing.assert_frame_equal(there, placements)
+
+
+def test_gaps_are_means_over_scenarios_with_an_interval(placements: pd.DataFrame) -> None:
+    best, others = fleet_study.BEST, dict.fromkeys(fleet_study.METHODS, 8)
+    table = pd.DataFrame(
+        [
+            {"skewed": True, "bound": 4, best: 4, **others},
+            {"skewed": False, "bound": 4, best: 5, **others},
+        ]
+    )
+    found = fleet_study.gaps(table).set_index("method")
+    assert found.gap[best] == pytest.approx(12.5)
+    assert found.low[best] == 0
+    assert found.high[best] == pytest.approx(25)
+    assert found.saved.drop(best).tolist() == [50.0] * len(others)
+
+
+def test_placing_anew_is_tabulated_by_traffic_and_interval(laws: Calibration) -> None:
+    kinds = {name: traffic_study.KINDS[name] for name in ("steady", "bursty adapters")}
+    table = traffic_study.how_often(laws, kinds, [None, 60.0], [0], rate=20.0, duration_s=120.0)
+    assert table.traffic.tolist() == ["steady", "steady", "bursty adapters", "bursty adapters"]
+    assert table.moved[table.every_s.isna()].eq(0).all()
+    assert (table.low == table.high).all()
+
+
+def test_every_policy_serves_the_same_requests(laws: Calibration) -> None:
+    table = traffic_study.compare_policies(laws, [0], 120.0, adapters=40)
+    assert table.policy.tolist() == list(traffic_study.POLICIES)
+    assert table.served.between(50, 100).all()
+    by_policy = table.set_index("policy")
+    pooled, own = by_policy.loads["shared pool (S-LoRA)"], by_policy.loads["vLLM"]
+    assert pooled <= own
