@@ -1,0 +1,74 @@
+"""The command line. Each verb imports what it needs, so that ``--help`` stays quick."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from adapter_twin import __version__
+from adapter_twin.cli import measure, plan, predict
+from adapter_twin.errors import AdapterTwinError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="A digital twin of a GPU that serves many LoRA adapters with vLLM.",
+)
+for group in (predict, plan, measure):
+    app.add_typer(group.verbs)
+
+# typer's own copy of click has no public name.
+USAGE_ERROR: Any = typer.BadParameter.mro()[2]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit; bad input is one line on stderr and status 2."""
+    warnings.showwarning = _show_warning
+    # Asked to end, a command ends as by Ctrl-C: worker processes and servers are taken along.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    command: Any = typer.main.get_command(app)
+    try:
+        status = command(args=arguments, prog_name="adapter-twin", standalone_mode=False)
+        if status == 130:  # typer's answer to Ctrl-C, without a word
+            raise KeyboardInterrupt
+    except AdapterTwinError as error:
+        status = _fail(str(error), 2)
+    except USAGE_ERROR as error:
+        # Without arguments the message is the help text, which typer has printed.
+        status = _fail(error.format_message(), 2) if error.format_message() else 2
+    except (KeyboardInterrupt, typer.Abort):
+        status = _fail("interrupted", 130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print("warning:", " ".join(str(message).split()), file=sys.stderr)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def leading_options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Take the options that stand before a verb."""
