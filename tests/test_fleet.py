@@ -130,6 +130,20 @@ def test_spread_keeps_every_item_and_grahams_bound(own: list[float], gpus: int) 
     assert fullest <= sum(own) / gpus + max(own) + 1e-9
 
 
+def test_hot_adapters_are_on_several_gpus_where_that_is_asked(laws: Calibration) -> None:
+    asked = demand(30, 60.0)
+    oracle = Oracle(asked, laws, replicate_above=0.2)
+    hottest = int(np.argmax([adapter.request_rate for adapter in asked.adapters]))
+    parts = np.flatnonzero(oracle.parts.adapter == hottest)
+    assert len(parts) > 1
+    assert oracle.serve(parts) is None  # each on a GPU of its own
+    placement = place_and_hold(oracle, jobs=1).placement
+    homes = [plan for plan in placement.replicas if hottest in plan.adapters]
+    assert len(homes) == len(parts)
+    with pytest.raises(AdapterTwinError, match="replicate_above: got 0"):
+        Oracle(asked, laws, replicate_above=0)
+
+
 def test_more_gpus_than_needed_shorten_the_waits(laws: Calibration) -> None:
     oracle = Oracle(demand(), laws)
     held = place_and_hold(oracle, jobs=1)

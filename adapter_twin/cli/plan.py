@@ -130,6 +130,9 @@ def place(
     gpus: Annotated[
         int | None, typer.Option(min=1, help="Use so many GPUs, for the shortest waits.")
     ] = None,
+    replicate_above: Annotated[
+        float, typer.Option(help="Share of a GPU above which an adapter is on several.")
+    ] = 1.0,
     margin: Annotated[
         float | None, typer.Option(help="Safety margin on the served share of the load.")
     ] = None,
@@ -160,6 +163,7 @@ def place(
         answer, placement = place_adapters(
             demand,
             gpus=gpus,
+            replicate_above=replicate_above,
             margin=MARGIN if margin is None else margin,
             jobs=jobs,
             tell=tell,

@@ -114,6 +114,9 @@ class Oracle:
         Counts with an SLO only.
     split : bool
         Whether an adapter that is too much for one GPU may be split over several.
+    replicate_above : float
+        An adapter that takes more than this share of a GPU is on several, by default one that is
+        too much for one. Its parts are on GPUs of their own.
 
     Attributes
     ----------
@@ -137,7 +140,12 @@ class Oracle:
         margin: float = MARGIN,
         spread: Spread = Spread(),
         split: bool = True,
+        replicate_above: float = 1.0,
     ) -> None:
+        require(
+            0 < replicate_above <= 1,
+            f"replicate_above: got {replicate_above}; give a share of a GPU, above 0 and at most 1",
+        )
         require(
             demand.base_model_request_rate == 0,
             "base_model_request_rate: only adapters are placed; serve the base model on GPUs of "
@@ -154,13 +162,21 @@ class Oracle:
         self._known: dict[tuple[int, bytes], Verdict | None] = {}
         self.engines = Engines(demand, self.calibration)
         self._most_alone: dict[int, float] = {}
-        self.parts = split_adapters(demand, self.engines.most_slots, self.most_alone, allowed=split)
+        self.replicate_above = replicate_above
+        self.parts = split_adapters(
+            demand,
+            self.engines.most_slots,
+            self.most_alone,
+            allowed=split,
+            replicate_above=replicate_above,
+        )
 
     def serve(self, members: Sequence[int] | NDArray[np.int64]) -> Verdict | None:
         """Return how one GPU serves some of the parts, or None where it cannot."""
         chosen = np.asarray(members, np.int64)
         rates, rank = self.parts.rate[chosen], int(self.parts.rank[chosen].max())
-        if rates.sum() > HOPELESS * self.most_alone(rank):
+        twice = len(np.unique(self.parts.adapter[chosen])) < len(chosen)
+        if twice or rates.sum() > HOPELESS * self.most_alone(rank):
             return None
         return self._serve(rates, rank)
 

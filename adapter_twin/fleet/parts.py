@@ -1,4 +1,4 @@
-"""What is dealt to GPUs: busy adapters, and equal parts of those too big for one GPU."""
+"""What is dealt to GPUs: busy adapters, and equal parts of those that shall have several GPUs."""
 
 from __future__ import annotations
 
@@ -51,8 +51,9 @@ def split_adapters(
     most_alone: Callable[[int], float],
     *,
     allowed: bool,
+    replicate_above: float,
 ) -> Parts:
-    """Return the busy adapters, those too big for one GPU in the fewest equal parts.
+    """Return the busy adapters, the big ones in the fewest equal parts.
 
     Parameters
     ----------
@@ -62,6 +63,8 @@ def split_adapters(
         rank that a GPU serves.
     allowed : bool
         Whether there may be several parts.
+    replicate_above : float
+        Share of what a GPU serves of one adapter alone above which there are several.
 
     Raises
     ------
@@ -86,7 +89,7 @@ def split_adapters(
             f"adapters: no GPU serves {name}, however few its requests, with these slots within "
             "the slo; widen its limits",
         )
-        pieces = max(math.ceil(rate / most - 1e-9), 1)
+        pieces = max(math.ceil(rate / (replicate_above * most) - 1e-9), 1)
         require(
             pieces == 1 or allowed,
             f"adapters: no GPU serves {name} alone: it has {rate:g} requests/s, and at most "

@@ -27,6 +27,7 @@ def place(
     *,
     gpus: int | None = None,
     margin: float = MARGIN,
+    replicate_above: float = 1.0,
     jobs: int = -1,
     tell: Tell = quietly,
 ) -> tuple[dict[str, Any], Placement]:
@@ -39,6 +40,8 @@ def place(
         Use so many, for the shortest waits.
     margin : float
         See `adapter_twin.planning.choice.Criterion`.
+    replicate_above : float
+        See `adapter_twin.fleet.capacity.Oracle`.
     jobs : int
         Processes of the check; -1 is one per core.
     tell : callable
@@ -62,7 +65,7 @@ def place(
     """
     calibration = warmed_up(load_calibration(demand.calibration, demand.model))
     tell(0, 1, f"placing {len(demand.adapters)} adapters")
-    oracle = Oracle(demand, calibration, margin=margin)
+    oracle = Oracle(demand, calibration, margin=margin, replicate_above=replicate_above)
     if gpus is None:
         held = place_and_hold(oracle, jobs=jobs, tell=tell)
     else:

@@ -125,7 +125,13 @@ def learn_spread(oracle: Oracle, missed: NotServed) -> Oracle:
         itl=max(float(np.quantile(ratios, 0.75)), spread.itl) if ratios else spread.itl,
         active=spread.active * (SURER if late or not ratios else 1.0),
     )
-    return Oracle(demand, oracle.calibration, margin=oracle.criterion.margin, spread=learned)
+    return Oracle(
+        demand,
+        oracle.calibration,
+        margin=oracle.criterion.margin,
+        spread=learned,
+        replicate_above=oracle.replicate_above,
+    )
 
 
 def _lightest(oracle: Oracle, group: list[int]) -> list[int]:
