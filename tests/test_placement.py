@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from adapter_twin.config import Adapter, EngineConfig, Lengths, Slo
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.fleet.baselines import first_fit_by_count, round_robin, starving
-from adapter_twin.fleet.bound import Certificate, certificate, lower_bound, measures
+from adapter_twin.fleet.bound import certificate, lower_bound, measures
 from adapter_twin.fleet.capacity import Oracle
 from adapter_twin.fleet.envelope import levels_of
 from adapter_twin.fleet.exact import fewest_gpus
@@ -25,7 +25,7 @@ from adapter_twin.fleet.greedy import (
     first_fit_decreasing,
     grouped_by_rank,
 )
-from adapter_twin.fleet.levels import GRID, active_share
+from adapter_twin.fleet.levels import active_share
 from adapter_twin.fleet.local_search import improve
 from adapter_twin.fleet.placement import Placement, ReplicaPlan, replica_workload
 from adapter_twin.fleet.scenarios import RANK_MIXES, SCENARIOS, draw_demand, scenarios
@@ -92,11 +92,6 @@ def test_a_finer_bound_is_not_lower_and_still_one(oracle: Oracle, bound: int) ->
     assert bound <= lower_bound(oracle, finer=2) <= len(best_greedy(oracle))
 
 
-def test_a_bound_for_any_splitting_is_not_above_that_for_whole_adapters() -> None:
-    oracle = Oracle(drawn(20, 3.0, 1.0, "equal", SLO))
-    assert lower_bound(oracle, whole=False) <= lower_bound(oracle)
-
-
 @pytest.mark.parametrize("slo", [None, Slo(ttft_ms=5000.0, itl_ms=60.0)])
 @pytest.mark.parametrize(("exponent", "ranks"), [(0.5, "narrow"), (1.2, "skewed")])
 def test_no_set_that_the_oracle_accepts_is_more_than_a_gpu_by_any_measure(
@@ -105,7 +100,7 @@ def test_no_set_that_the_oracle_accepts_is_more_than_a_gpu_by_any_measure(
     oracle = Oracle(drawn(120, 5.0, exponent, ranks, slo))
     levels = levels_of(oracle)
     rate, rank = oracle.parts.rate, oracle.parts.rank
-    measured = measures(levels, rate, whole=True)
+    measured = measures(levels, rate)
     prices = certificate(oracle, levels).prices(rate, rank)
     rng = np.random.default_rng(0)
     dearest = 0.0
@@ -283,21 +278,6 @@ def test_adapters_are_less_active_with_longer_waits_shorter_residence_and_lower_
     assert active(rate, residence_s, factor * wait_s) <= reference
     assert active(rate, residence_s / factor, wait_s) <= reference
     assert active(rate / factor, residence_s, wait_s) <= reference
-
-
-@settings(max_examples=20, deadline=None)
-@given(rate=st.floats(0.01, 20.0), parts=st.integers(2, 8))
-def test_prices_for_any_splitting_are_not_lower_in_parts(
-    unsplit: Certificate, rate: float, parts: int
-) -> None:
-    whole, part = unsplit.prices([rate, rate / parts], [8, 8])
-    assert whole <= parts * part * GRID
-
-
-@pytest.fixture(scope="module")
-def unsplit() -> Certificate:
-    oracle = Oracle(drawn(40, 3.0, 1.0, "equal", None))
-    return certificate(oracle, levels_of(oracle), whole=False)
 
 
 def test_scenarios_are_the_same_every_time_and_of_all_kinds() -> None:

@@ -21,14 +21,13 @@ over the very adapters, so neither its rounding nor its tolerance can spoil the 
    equal adapters that each have a slot, for all numbers of both; it is convex in the number of
    adapters, so chords lie above it. Requests run the longer the more adapters are active, so ranges
    of their number are told apart.
-3. With whole adapters, *dual feasible functions* of the load (Fekete and Schepers, 2001): where
+3. *Dual feasible functions* of the load (Fekete and Schepers, 2001): where
    ``x`` sums to 1 at most, so does ``ceil((k + 1) x - 1) / k``.
-4. With whole adapters, the *number* of those with at least some rate, by the most that a GPU serves
+4. The *number* of adapters with at least some rate, by the most that a GPU serves
    of adapters with just that rate (`adapter_twin.fleet.counting`).
 
-The last two, and the second as it stands, hold for placements that do not split the oracle's parts
-any further. For a bound on all placements, they are left out and the second is that of the least
-active parts: an adapter with so many requests that it never leaves its slot may take less in parts.
+They hold for placements that do not split the oracle's parts any further: an adapter with so many
+requests that it never leaves its slot may take less in parts.
 
 **What it rests on.** It is proven for the model, not for GPUs, and takes for granted what the
 calibrations' laws do: another adapter in the batch, a wait, a load into a slot or a queue never
@@ -86,7 +85,7 @@ class Certificate:
         """Return the prices in GPUs of adapters with these requests/s and ranks of slots."""
         rate, rank = np.asarray(rates, float), np.asarray(ranks, np.int64)
         different, places = np.unique(rate, return_inverse=True)
-        measured = measures(self.levels, different, whole=len(self.weights) > 2)
+        measured = measures(self.levels, different)
         by_level = (self.weights[:, :, None] * measured).sum(axis=0)
         priced = np.full(len(rate), np.inf)
         for width in np.unique(rank):
@@ -96,38 +95,28 @@ class Certificate:
         return priced
 
 
-def measures(levels: Levels, rates: Floats, *, whole: bool) -> Floats:
+def measures(levels: Levels, rates: Floats) -> Floats:
     """Return what of a GPU adapters take, in several measures: each sums to 1 at most.
 
-    They are the load and the active share; if adapters stay `whole`, the `STEPS` of the load and
-    the numbers above thresholds, too.
+    They are the load, the active share, the `STEPS` of the load, and the numbers above thresholds.
 
     Returns
     -------
     float64, shape (measures, levels, m)
     """
     load = rates / levels.high[:, None]
-    active = levels.active(rates, whole=whole)
-    if not whole:
-        return np.stack([load, active])
+    active = levels.active(rates)
     stepped = [np.maximum(np.ceil((k + 1) * load) - 1, 0) / k for k in STEPS]
     most = np.where(levels.most > 0, levels.most, 1 / IMPOSSIBLE)
     counted = (rates >= levels.thresholds[:, None, None]) / most.T[:, :, None]
     return np.concatenate([np.stack([load, active, *stepped]), counted])
 
 
-def certificate(oracle: Oracle, levels: Levels, *, whole: bool = True) -> Certificate:
-    """Choose the prices that prove most for the oracle's demand.
-
-    Parameters
-    ----------
-    oracle : Oracle
-    levels : Levels
-    whole : bool
-        The oracle's parts are not split any further.
-    """
-    rates, ranks, counts = _types(*_adapters(oracle, whole=whole), SIMILAR / levels.finer)
-    measured = measures(levels, rates, whole=whole)
+def certificate(oracle: Oracle, levels: Levels) -> Certificate:
+    """Choose the prices that prove most for the oracle's demand."""
+    parts = oracle.parts
+    rates, ranks, counts = _types(parts.rate, parts.rank, SIMILAR / levels.finer)
+    measured = measures(levels, rates)
     level, kind = np.nonzero(levels.rank[:, None] >= ranks)
     # maximise counts @ price with price[kind] <= sum of weight[level] measured[level, kind]
     taken = measured[:, level, kind]
@@ -164,33 +153,22 @@ def certificate(oracle: Oracle, levels: Levels, *, whole: bool = True) -> Certif
     return Certificate(levels, weights / np.maximum(weights.sum(axis=0), 1))
 
 
-def lower_bound(oracle: Oracle, *, whole: bool = True, finer: int = 1) -> int:
-    """Return a number of GPUs below which the oracle accepts no placement of the demand.
+def lower_bound(oracle: Oracle, finer: int = 1) -> int:
+    """Return a number of GPUs below which the oracle accepts no placement of its parts.
 
     Parameters
     ----------
     oracle : Oracle
-    whole : bool
-        Of placements that do not split the oracle's parts any further; otherwise of all.
     finer : int
         See `adapter_twin.fleet.envelope.levels_of`.
     """
-    proven = certificate(oracle, levels_of(oracle, finer), whole=whole)
-    return gpus_for(proven.prices(*_adapters(oracle, whole=whole)))
+    proven = certificate(oracle, levels_of(oracle, finer))
+    return gpus_for(proven.prices(oracle.parts.rate, oracle.parts.rank))
 
 
 def gpus_for(prices: Floats) -> int:
     """Return the GPUs that adapters of these prices need at least."""
     return max(math.ceil(float(prices.sum()) - ROUNDING), 1)
-
-
-def _adapters(oracle: Oracle, *, whole: bool) -> tuple[Floats, Ints]:
-    """Return requests/s and ranks of slots, of the oracle's parts or of adapters unsplit."""
-    parts = oracle.parts
-    if whole:
-        return parts.rate, parts.rank
-    _, first = np.unique(parts.adapter, return_index=True)
-    return parts.rate[first] / parts.share[first], parts.rank[first]
 
 
 def _types(rates: Floats, ranks: Ints, similar: float) -> tuple[Floats, Ints, Floats]:

@@ -70,33 +70,18 @@ def _of_rank(oracle: Oracle, rank: int, thresholds: Floats, finer: int) -> tuple
         engine.max_loras: curve
         for engine, curve in zip(engines, _capacities(oracle, engines), strict=True)
     }
-    few = [engine for engine in engines if engine.max_loras & (engine.max_loras - 1) == 0]
-    few = few or engines[:1]
-    capacity = max(curve[1][0] for curve in capacities.values())
-    light = LIGHT * capacity
-    alone = oracle.table([light], few)
-    served = (alone.total_throughput / alone.offered_tokens_per_s).max()
-    # tokens that are emitted by those asked for: requests that run at the end do not complete
-    emitted = served / (1 - 1.01 * alone.running.max() / light / HOUR_S)
-    least = oracle.threshold / emitted
-    fullest = oracle.table([OVERLOAD * capacity], few).running.max()
-    needed = 1 / oracle.most_utilisation
+    fastest = max(curve[1][0] for curve in capacities.values())
+    slowest = min(curve[1][-1] for curve in capacities.values())
+    light, needed = LIGHT * fastest, 1 / oracle.most_utilisation
     low, high = _loads(capacities, needed, finer)
+    loads = _served(oracle, rank, engines, fastest, np.maximum(low, light))
 
-    loads = np.maximum(low, light)
-    shortest_s = oracle.alike(least * loads, np.ones_like(loads, int), rank).running / (
-        least * loads
-    )
-    late_s = _longest_mean_wait_s(oracle, rank, low, shortest_s.to_numpy())
-    late_s += fullest / (least * loads)
-    loads *= np.maximum(least, 1 - late_s / HOUR_S)
     most_active = np.array([_most_active(capacities, needed * load) for load in low])
     patience = _patience(oracle, rank, high)
     limit_ms = patience * oracle.itl_limit_ms
     if np.isfinite(limit_ms):
         limited = zip(loads, most_active, strict=True)
         most_active = np.array([_most_in_time(oracle, rank, *one, limit_ms) for one in limited])
-    slowest = min(curve[1][-1] for curve in capacities.values())
     residence_s = _running(oracle, rank, loads, most_active, finer) / loads[:, None]
     residence_s[low < light] /= 2
     running = _running(oracle, rank, np.maximum(needed * low, slowest), most_active, finer)
@@ -104,6 +89,36 @@ def _of_rank(oracle: Oracle, rank: int, thresholds: Floats, finer: int) -> tuple
     some = most_active > 0
     columns = np.full(len(low), rank), high, most_active, residence_s, running, most
     return tuple(column[some] for column in columns)
+
+
+def _served(
+    oracle: Oracle, rank: int, engines: list[EngineConfig], fastest: float, loads: Floats
+) -> Floats:
+    """Return what is served of loads at least, in requests/s: the rest still waits or runs.
+
+    Parameters
+    ----------
+    oracle : Oracle
+    rank : int
+        Of the slots.
+    engines : list of EngineConfig
+    fastest : float
+        Highest capacity in requests/s.
+    loads : float64, shape (n,)
+        In requests/s.
+    """
+    few = [engine for engine in engines if engine.max_loras & (engine.max_loras - 1) == 0]
+    few, light = few or engines[:1], LIGHT * fastest
+    alone = oracle.table([light], few)
+    served = (alone.total_throughput / alone.offered_tokens_per_s).max()
+    # tokens that are emitted by those asked for: requests that run at the end do not complete
+    emitted = served / (1 - 1.01 * alone.running.max() / light / HOUR_S)
+    least = oracle.threshold / emitted
+    fullest = oracle.table([OVERLOAD * fastest], few).running.max()
+    shortest = oracle.alike(least * loads, np.ones_like(loads, int), rank).running.to_numpy()
+    late_s = _longest_mean_wait_s(oracle, rank, loads, shortest / (least * loads))
+    late_s += fullest / (least * loads)
+    return np.asarray(loads * np.maximum(least, 1 - late_s / HOUR_S))
 
 
 def _longest_mean_wait_s(oracle: Oracle, rank: int, loads: Floats, residence_s: Floats) -> Floats:

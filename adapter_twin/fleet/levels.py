@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,9 +16,6 @@ RANGE, RANGES = 0.96, 66
 
 GRID = 1.015
 """Ratio of rates for which active shares are computed."""
-
-SMALLEST = 0.01
-"""Of the lowest rate: parts of adapters down to that are looked at."""
 
 FEW = 4
 """Below so many running requests, a share of the steps need not grow with their number."""
@@ -67,35 +63,25 @@ class Levels:
     finer: int = 1
     _known: dict[int, Floats] = field(default_factory=dict)
 
-    def active(self, rates: Floats, *, whole: bool) -> Floats:
+    def active(self, rates: Floats) -> Floats:
         """Return the least part that adapters have in what can be active.
 
         Parameters
         ----------
         rates : float64, shape (m,)
             Requests/s of one adapter; computed for those of a grid, rounded down.
-        whole : bool
-            Otherwise the adapter may come in any number of parts.
 
         Returns
         -------
         float64, shape (n, m)
         """
-        step = GRID ** (1 / self.finer)
-        place = np.floor(np.log(rates) / np.log(step)).astype(np.int64)
+        place = np.floor(np.log(rates) / np.log(GRID) * self.finer).astype(np.int64)
         different, back = np.unique(place, return_inverse=True)
-        if not whole:  # parts of a rate below may be the least active by rate
-            lowest = different[0] + math.floor(math.log(SMALLEST) / math.log(step))
-            different = np.arange(lowest, different[-1] + 1)
-            back = place - different[0]
-        part = self._active(different.tolist())
-        if not whole:
-            part = step**different * np.minimum.accumulate(part / step ** (different + 1.0), axis=1)
-        return np.asarray(part[:, back])
+        self._learn([one for one in different.tolist() if one not in self._known])
+        return np.stack([self._known[one] for one in different.tolist()], axis=1)[:, back]
 
-    def _active(self, places: list[int]) -> Floats:
-        """Return `active` of whole adapters with the rates of some places on the grid."""
-        new = [place for place in places if place not in self._known]
+    def _learn(self, new: list[int]) -> None:
+        """Compute `active` at some places on the grid of rates."""
         rates = GRID ** (np.array(new, float) / self.finer)
         part = np.full((len(self.high), len(new)), np.inf)
         each = np.tile(rates, len(self.high))
@@ -105,7 +91,6 @@ class Levels:
             share = batch_share(rates / self.high[:, None], self.running[:, i, None], holding)
             part = np.minimum(part, share / (upper * self.most_active[:, None]))
         self._known.update(zip(new, part.T, strict=True))
-        return np.stack([self._known[place] for place in places], axis=1)
 
 
 def active_share(rates: Floats, residence_s: Floats, wait_s: float) -> Floats:
