@@ -52,6 +52,7 @@ CONFIG = {
         },
     },
 }
+EXAMPLES = Path(__file__).parents[1] / "examples"
 VERBS = ("predict", "validate", "simulate", "calibrate", "profile", "data", "doctor")
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -164,6 +165,26 @@ def test_validate_prints_and_writes_the_bars(run: Cli, tmp_path: Path) -> None:
     assert status == 0
     assert "Bars" in out
     assert "Worst" in out
+
+
+def test_the_shell_completes_verbs(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_ADAPTER_TWIN_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "adapter-twin pr")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    status, out, _ = run()
+    assert (status, out.split()) == (0, ["predict", "profile"])
+
+
+@pytest.mark.filterwarnings("ignore:.*is an extrapolation")
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_examples_run_by_the_command_in_their_first_line(
+    run: Cli, monkeypatch: pytest.MonkeyPatch, example: Path
+) -> None:
+    _, command = example.read_text().splitlines()[0].split(": adapter-twin ")
+    monkeypatch.chdir(EXAMPLES.parent)
+    status, out, _ = run(*command.split(), "--json")
+    assert status == 0
+    assert json.loads(out)["calibration"]
 
 
 def test_simulate_prints_the_service_as_json(run: Cli, tmp_path: Path) -> None:

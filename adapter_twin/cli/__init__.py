@@ -15,7 +15,6 @@ from adapter_twin.cli import measure, plan, predict
 from adapter_twin.errors import AdapterTwinError
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="A digital twin of a GPU that serves many LoRA adapters with vLLM.",

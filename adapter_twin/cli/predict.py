@@ -113,7 +113,7 @@ def validate(
     print_table(worst[["figure", "run_id", "regime", "measured", "predicted", "error"]], "Worst")
 
 
-@verbs.command(epilog="Example: adapter-twin simulate config.yaml --trace trace.json --json")
+@verbs.command(epilog="Example: adapter-twin simulate examples/simulate.yaml --trace trace.json")
 def simulate(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to simulate.")],
     trace: Annotated[
