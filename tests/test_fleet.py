@@ -17,10 +17,11 @@ from adapter_twin.calibration import Calibration, load_calibration
 from adapter_twin.config import Adapter, EngineConfig, Lengths, Slo, zipf_adapters
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.fleet.balance import rebalance, spread
+from adapter_twin.fleet.bound import lower_bound
 from adapter_twin.fleet.capacity import Oracle
 from adapter_twin.fleet.check import check_placement
 from adapter_twin.fleet.drift import Drift, drifting_rates, drifting_trace, place_again
-from adapter_twin.fleet.fewest import fewest, place_and_hold
+from adapter_twin.fleet.fewest import place_and_hold
 from adapter_twin.fleet.manifests import manifest, write_manifests
 from adapter_twin.fleet.place import place
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
@@ -158,8 +159,7 @@ def test_more_gpus_than_needed_shorten_the_waits(laws: Calibration) -> None:
 
 def test_a_number_of_gpus_that_cannot_serve_is_refused_with_one_that_may(laws: Calibration) -> None:
     oracle = Oracle(demand(), laws)
-    _, bound = fewest(oracle)
-    for gpus in {0, bound - 1, len(oracle.parts) + 1}:
+    for gpus in {0, lower_bound(oracle) - 1, len(oracle.parts) + 1}:
         with pytest.raises(AdapterTwinError, match=r"^gpus: "):
             shortest_wait(oracle, gpus, jobs=1)
 

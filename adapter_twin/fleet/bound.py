@@ -153,8 +153,8 @@ def certificate(oracle: Oracle, levels: Levels) -> Certificate:
     return Certificate(levels, weights / np.maximum(weights.sum(axis=0), 1))
 
 
-def lower_bound(oracle: Oracle, finer: int = 1) -> int:
-    """Return a number of GPUs below which the oracle accepts no placement of its parts.
+def prices_of(oracle: Oracle, finer: int = 1) -> Floats:
+    """Return the prices in GPUs that prove most, of the oracle's parts.
 
     Parameters
     ----------
@@ -163,7 +163,12 @@ def lower_bound(oracle: Oracle, finer: int = 1) -> int:
         See `adapter_twin.fleet.envelope.levels_of`.
     """
     proven = certificate(oracle, levels_of(oracle, finer))
-    return gpus_for(proven.prices(oracle.parts.rate, oracle.parts.rank))
+    return proven.prices(oracle.parts.rate, oracle.parts.rank)
+
+
+def lower_bound(oracle: Oracle, finer: int = 1) -> int:
+    """Return a number of GPUs below which the oracle accepts no placement of its parts."""
+    return gpus_for(prices_of(oracle, finer))
 
 
 def gpus_for(prices: Floats) -> int:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapter_twin.fleet.bound import certificate, gpus_for
+from adapter_twin.fleet.bound import Floats, gpus_for, prices_of
 from adapter_twin.fleet.capacity import Oracle
-from adapter_twin.fleet.envelope import levels_of
 from adapter_twin.fleet.greedy import Groups, best_greedy
 from adapter_twin.fleet.local_search import improve
 from adapter_twin.fleet.placement import Placement
@@ -45,15 +44,14 @@ class Held:
     repaired: int
 
 
-def fewest(oracle: Oracle) -> tuple[Groups, int]:
-    """Return the placement on the fewest GPUs that is found in little time, and a lower bound.
+def fewest(oracle: Oracle) -> tuple[Groups, Floats]:
+    """Return the placement on the fewest GPUs that is found in little time, and its parts' prices.
 
-    The best greedy placement, improved by local search with the prices that prove the bound.
+    The best greedy placement, improved by local search with the prices that prove the lower bound
+    (`adapter_twin.fleet.bound.gpus_for`).
     """
-    parts = oracle.parts
-    prices = certificate(oracle, levels_of(oracle)).prices(parts.rate, parts.rank)
-    bound = gpus_for(prices)
-    return improve(oracle, best_greedy(oracle), prices, enough=bound), bound
+    prices = prices_of(oracle)
+    return improve(oracle, best_greedy(oracle), prices, enough=gpus_for(prices)), prices
 
 
 def place_and_hold(oracle: Oracle, *, jobs: int = -1, tell: Tell = quietly) -> Held:
@@ -67,9 +65,9 @@ def place_and_hold(oracle: Oracle, *, jobs: int = -1, tell: Tell = quietly) -> H
         No GPU serves one of the adapters by what has been learned.
     """
     for attempt in range(ATTEMPTS):
-        groups, bound = fewest(oracle)
+        groups, prices = fewest(oracle)
         try:
-            return Held(oracle, bound, *hold(oracle, groups, jobs=jobs, tell=tell))
+            return Held(oracle, gpus_for(prices), *hold(oracle, groups, jobs=jobs, tell=tell))
         except NotServed as missed:
             if oracle.demand.slo is None or attempt == ATTEMPTS - 1:
                 raise

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from adapter_twin.fleet.balance import spread
-from adapter_twin.fleet.bound import certificate
+from adapter_twin.fleet.bound import Floats, gpus_for
 from adapter_twin.fleet.capacity import Oracle
 from adapter_twin.fleet.check import check_placement
-from adapter_twin.fleet.envelope import levels_of
 from adapter_twin.fleet.fewest import Held, fewest
 from adapter_twin.fleet.greedy import Groups
 from adapter_twin.strict import require
@@ -32,8 +31,8 @@ def shortest_wait(oracle: Oracle, gpus: int, *, jobs: int = -1, tell: Tell = qui
         1 <= gpus <= len(parts),
         f"gpus: got {gpus}; give 1 to {len(parts)}, each GPU gets an adapter at least",
     )
-    groups, bound = fewest(oracle)
-    prices = certificate(oracle, levels_of(oracle)).prices(parts.rate, parts.rank)
+    groups, prices = fewest(oracle)
+    bound = gpus_for(prices)
     tried = [spread(parts.rate, gpus), spread(prices, gpus)]
     if len(groups) <= gpus:
         tried.append(_halved(groups, prices, gpus))
@@ -56,7 +55,7 @@ def shortest_wait(oracle: Oracle, gpus: int, *, jobs: int = -1, tell: Tell = qui
     return min(held, key=lambda one: float(one.checked.p99_ttft_ms.max()))
 
 
-def _halved(groups: Groups, prices: np.ndarray, gpus: int) -> Groups:
+def _halved(groups: Groups, prices: Floats, gpus: int) -> Groups:
     """Return more groups: again and again the dearest one is dealt to two GPUs."""
     groups = [list(group) for group in groups]
     while len(groups) < gpus:
