@@ -15,11 +15,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adapter_twin import work
 from adapter_twin.calibration import load_calibration
 from adapter_twin.config import Slo
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.metrics import STARVATION_THRESHOLD
-from adapter_twin.planning import sweep as sweeping
 from adapter_twin.planning.choice import TIE, Criterion
 from adapter_twin.planning.design import Design, Factorial, SpaceFilling, load_design
 from adapter_twin.planning.grid import evaluate, grid_runs
@@ -305,7 +305,7 @@ def test_a_scheduler_that_does_not_answer_is_named(
     design: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("distributed")
-    monkeypatch.setattr(sweeping, "CONNECT_S", 0.5)
+    monkeypatch.setattr(work, "CONNECT_S", 0.5)
     with pytest.raises(AdapterTwinError, match=r"scheduler: tcp:.* cannot be reached"):
         run_sweep(design, tmp_path / "out", scheduler="tcp://127.0.0.1:9")
 
