@@ -50,6 +50,7 @@ def packing(demand: Demand, placement: Placement) -> Figure:
     axes.set_yticks(range(len(plans)), [f"GPU {row}" for row in range(len(plans))], fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.2)
+    axes.grid(visible=False, axis="y")
     axes.set(xlabel="offered load (tokens/s), a segment for each adapter", xlim=(0, None))
     handles = [Patch(color=colors[rank], label=f"{rank}") for rank in ranks]
     axes.legend(
