@@ -43,6 +43,10 @@ METHODS: dict[str, Callable[[Oracle], Groups]] = {
 BEST = "best greedy and local search"
 """Ways of placing, the simplest first, and what `place` does."""
 
+NARROW, WIDE = 8, 32
+ROUTED_ADAPTERS = 256
+"""Ranks of the slots, and of the adapters, that routers are compared on."""
+
 FINER = 2
 """Steps of the bound, where a placement is not at it."""
 
@@ -127,7 +131,9 @@ def compare_routers(
         ``loads`` per 100 requests; ``low`` and ``high`` of the p99 TTFT over the seeds.
     """
     asked = Demand(
-        model=MODEL, adapters=zipf_adapters(256, rate, 0.9, [8, 8, 8, 32]), lengths=LENGTHS
+        model=MODEL,
+        adapters=zipf_adapters(ROUTED_ADAPTERS, rate, 0.9, [NARROW, NARROW, NARROW, WIDE]),
+        lengths=LENGTHS,
     )
     names = ("random", "round robin", "least outstanding", "adapter affinity", "rank-aware")
     tasks = [(name, seed) for name in (*names, "placed") for seed in seeds]
@@ -186,9 +192,6 @@ def _shared(asked: Demand, gpus: int) -> Placement:
         shares = tuple(1 / homes[i] for i in own)
         plans.append(ReplicaPlan(_engine(rank, len(own)), own, shares))
     return Placement(tuple(plans))
-
-
-NARROW, WIDE = 8, 32
 
 
 def _apart(asked: Demand, gpus: int) -> Placement:

@@ -19,6 +19,8 @@ from adapter_twin.planning.demand import Demand
 from adapter_twin.twin.policies import CostAware, Drain, Merge, Policy, UnifiedPool
 from adapter_twin.twin.simulate import simulate
 
+ADAPTERS, GPUS = 400, 4
+
 KINDS: dict[str, Drift] = {
     "steady": Drift(churn=0.0),
     "diurnal": Drift(churn=0.0, swing=0.3),
@@ -43,7 +45,7 @@ def how_often(
     every_s: Sequence[float | None],
     seeds: Sequence[int],
     *,
-    gpus: int = 4,
+    gpus: int = GPUS,
     rate: float = 75.0,
     duration_s: float = 3600.0,
 ) -> pd.DataFrame:
@@ -55,8 +57,8 @@ def how_often(
         A row per kind of ``traffic`` and interval ``every_s`` (NaN: never): means over seeds of
         `adapter_twin.fleet.drift.place_again`, ``low`` and ``high`` of the p99 TTFT over them.
     """
-    asked = Demand(model=MODEL, adapters=zipf_adapters(400, rate, 1.2, [16]), lengths=LENGTHS)
-    engine = EngineConfig(model=MODEL, max_loras=48, max_cpu_loras=200, max_lora_rank=16)
+    asked = Demand(model=MODEL, adapters=zipf_adapters(ADAPTERS, rate, 1.2, [16]), lengths=LENGTHS)
+    engine = EngineConfig(model=MODEL, max_loras=48, max_cpu_loras=ADAPTERS // 2, max_lora_rank=16)
     tasks = [(kind, every, seed) for kind in kinds for every in every_s for seed in seeds]
     found = joblib.Parallel(-1)(
         joblib.delayed(place_again)(
