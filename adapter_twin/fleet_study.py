@@ -1,4 +1,4 @@
-"""What the chapter on fleets tabulates: placements, routers, failures, drifting traffic."""
+"""What the chapter on fleets tabulates of placements, routers and failures."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from adapter_twin.config import Adapter, EngineConfig, Lengths, Slo
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.fleet.baselines import first_fit_by_count, round_robin, starving
+from adapter_twin.fleet.baselines import first_fit_by_count, round_robin
 from adapter_twin.fleet.bound import certificate, lower_bound, measures
 from adapter_twin.fleet.capacity import Oracle
 from adapter_twin.fleet.envelope import levels_of
@@ -54,6 +54,11 @@ def demand(rates: list[float], ranks: list[int], **changes: Any) -> Demand:
 
 def drawn(adapters: int, gpus: float, exponent: float, ranks: str, slo: Slo | None) -> Demand:
     return draw_demand(np.random.default_rng(1), adapters, gpus, exponent, ranks, LENGTHS, slo)
+
+
+def starving(oracle: Oracle, groups: Groups) -> int:
+    """Return how many of the GPUs cannot serve what they were given."""
+    return sum(oracle.serve(group) is None for group in groups)
 
 
 @pytest.fixture(scope="module", params=[None, SLO], ids=["starvation", "slo"])

@@ -61,11 +61,6 @@ def average_adapters(oracle: Oracle) -> int:
     return low
 
 
-def starving(oracle: Oracle, groups: Groups) -> int:
-    """Return how many of the GPUs cannot serve what they were given."""
-    return sum(oracle.serve(group) is None for group in groups)
-
-
 def _fewest(oracle: Oracle) -> int:
     """Return how many GPUs the load takes at least."""
     load = float(oracle.parts.rate.sum()) / oracle.most_alone(int(oracle.parts.rank.min()))

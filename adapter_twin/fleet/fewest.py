@@ -64,12 +64,13 @@ def place_and_hold(oracle: Oracle, *, jobs: int = -1, tell: Tell = quietly) -> H
     AdapterTwinError
         No GPU serves one of the adapters by what has been learned.
     """
-    for attempt in range(ATTEMPTS):
+    left = ATTEMPTS
+    while True:
         groups, prices = fewest(oracle)
         try:
             return Held(oracle, gpus_for(prices), *hold(oracle, groups, jobs=jobs, tell=tell))
         except NotServed as missed:
-            if oracle.demand.slo is None or attempt == ATTEMPTS - 1:
+            left -= 1
+            if oracle.demand.slo is None or left == 0:
                 raise
             oracle = learn_spread(oracle, missed)
-    raise AssertionError("unreachable")

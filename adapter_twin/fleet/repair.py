@@ -24,7 +24,6 @@ MOST_STARVING = 0.5
 SHED = 0.05
 """Share of its load that a GPU which starves gives away in a round, the lightest adapters first."""
 
-
 SURER = 1.5
 """Factor to the deviation of the number of adapters with requests, where waits break the SLO."""
 
