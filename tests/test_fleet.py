@@ -110,11 +110,11 @@ def test_a_gpu_that_starves_gives_adapters_away(
 def _place_anything(oracle: Oracle, groups: list[list[int]]) -> Placement:
     plans = []
     for group in groups:
-        shares = oracle.parts.together(group)
+        adapters, shares = oracle.parts.adapter[group], oracle.parts.share[group]
         engine = EngineConfig(
-            model=LLAMA, max_loras=min(len(shares), 16), max_cpu_loras=30, max_lora_rank=16
+            model=LLAMA, max_loras=min(len(group), 16), max_cpu_loras=30, max_lora_rank=16
         )
-        plans.append(ReplicaPlan(engine, tuple(shares), tuple(shares.values())))
+        plans.append(ReplicaPlan(engine, tuple(adapters.tolist()), tuple(shares.tolist())))
     return Placement(tuple(plans))
 
 

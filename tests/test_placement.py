@@ -157,6 +157,11 @@ def partitions(items: list[int]) -> list[Groups]:
     return found
 
 
+def test_the_program_refuses_parts_that_are_not_exchangeable() -> None:
+    with pytest.raises(AdapterTwinError, match="replicate_above"):
+        fewest_gpus(Oracle(demand([5.0, 5.0], [8, 8]), replicate_above=0.1))
+
+
 def test_a_program_with_too_many_patterns_still_has_a_placement_and_a_bound() -> None:
     oracle = Oracle(drawn(12, 3.0, 0.5, "narrow", None))
     exact = fewest_gpus(oracle, most_patterns=5)

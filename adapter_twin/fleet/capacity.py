@@ -186,7 +186,8 @@ class Oracle:
 
     def serve_plan(self, plan: ReplicaPlan) -> Verdict | None:
         """Return how a planned GPU serves, with the slots of its plan; None where it does not."""
-        return self._best(self._rates(plan.adapters, plan.shares), [plan.engine])
+        rates = [self.demand.adapters[i].request_rate for i in plan.adapters]
+        return self._best(np.array(rates) * np.array(plan.shares), [plan.engine])
 
     def place(self, groups: Iterable[Sequence[int]]) -> Placement:
         """Return groups of parts as a checked placement, each with its best number of slots."""
@@ -246,10 +247,6 @@ class Oracle:
         if counts is None:
             rates, counts = np.unique(np.asarray(rates), return_counts=True)
         return Traffic(*group_rates(rates, counts), 0.0, self.demand.lengths, HOUR_S)
-
-    def _rates(self, adapters: Sequence[int], shares: Sequence[float]) -> Floats:
-        rates = [self.demand.adapters[i].request_rate for i in adapters]
-        return np.asarray(np.array(rates) * shares)
 
     def _serve(self, rates: Floats, rank: int) -> Verdict | None:
         rates = np.sort(rates)
@@ -319,14 +316,14 @@ class Oracle:
         return good & in_time
 
     def _plan(self, group: Sequence[int]) -> ReplicaPlan:
-        shares = self.parts.together(group)
-        adapters, parts = tuple(shares), tuple(shares.values())
-        rank = int(self.parts.rank[np.asarray(group)].max())
-        verdict = self._serve(self._rates(adapters, parts), rank)
+        parts, chosen = self.parts, np.array(group)
+        chosen = chosen[np.argsort(parts.adapter[chosen])]
+        verdict = self.serve(chosen)
         require(verdict is not None, "placement: one GPU would starve adapters; move some away")
         assert verdict is not None
-        engine = self.engines.make(verdict.slots, verdict.max_lora_rank, len(adapters))
-        return ReplicaPlan(engine, adapters, parts)
+        engine = self.engines.make(verdict.slots, verdict.max_lora_rank, len(chosen))
+        adapters, shares = parts.adapter[chosen], parts.share[chosen]
+        return ReplicaPlan(engine, tuple(adapters.tolist()), tuple(shares.tolist()))
 
     def most_alone(self, rank: int) -> float:
         """Return the most requests/s of one adapter that a GPU serves, 0 where it serves none."""

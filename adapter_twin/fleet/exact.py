@@ -20,6 +20,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from adapter_twin.fleet.bound import gpus_for, lower_bound
 from adapter_twin.fleet.capacity import Oracle
 from adapter_twin.fleet.greedy import Groups, best_greedy
+from adapter_twin.strict import require
 
 Counts = tuple[int, ...]
 
@@ -62,7 +63,16 @@ def fewest_gpus(
     limit_s : float
         Of the program; enumeration is limited by patterns.
     most_patterns : int
+
+    Raises
+    ------
+    AdapterTwinError
+        Adapters are on several GPUs that need not be: their parts are alike, but not exchangeable.
     """
+    require(
+        oracle.replicate_above == 1,
+        f"replicate_above: the exact program needs 1, got {oracle.replicate_above}",
+    )
     kinds = _kinds(oracle)
     found = list(islice(_patterns(oracle, kinds), most_patterns + 1))
     complete = len(found) <= most_patterns

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,14 +35,6 @@ class Parts:
 
     def __len__(self) -> int:
         return len(self.adapter)
-
-    def together(self, members: Iterable[int]) -> dict[int, float]:
-        """Return the share of each adapter in a set of parts."""
-        shares: dict[int, float] = {}
-        for member in members:
-            adapter = int(self.adapter[member])
-            shares[adapter] = min(shares.get(adapter, 0.0) + float(self.share[member]), 1.0)
-        return dict(sorted(shares.items()))
 
 
 def split_adapters(
