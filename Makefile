@@ -36,7 +36,7 @@ inputs := $(shell find adapter_twin data -name external -prune -o -type f -not -
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-vllm reproduce test test-live lint book bench sweep data profile lock clean
+.PHONY: help setup setup-vllm reproduce test test-book test-live lint book bench sweep data profile lock clean
 
 help:  ## Show this list
 	@echo "usage: make TARGET [QUICK=1] [PROFILE=recorded|live|auto] [PYTHON=python3.12]"
@@ -54,8 +54,11 @@ ifeq ($(profile),live)
 endif
 	@$(MAKE) --no-print-directory book
 
-test: $(SETUP)  ## Run all tests and doctests but the live ones, with the coverage floor
-	$(BIN)/python -m pytest -n auto -m "not live" --cov
+test: $(SETUP)  ## Run all tests and doctests but those of `test-book` and `test-live`, with the coverage floor
+	$(BIN)/python -m pytest -n auto -m "not live and not browser" --cov
+
+test-book: $(SETUP)  ## Open every page of the built book in a browser
+	$(BIN)/python -m pytest -m browser tests/browser
 
 test-live:  ## Run the tests that drive a real vLLM
 	@$(need_vllm)
