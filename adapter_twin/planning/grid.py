@@ -92,7 +92,7 @@ def evaluate(
     calibration: Calibration,
     *,
     seed: int = 0,
-    slo: Slo | None = None,
+    slo: Slo | Mapping[str, Slo] | None = None,
     jobs: int = 1,
 ) -> pd.DataFrame:
     """Predict the service of the runs of one traffic mix, without any measurement's effect.
@@ -106,7 +106,8 @@ def evaluate(
         See `grid_runs`.
     calibration : Calibration
     seed : int
-    slo : Slo, optional
+    slo : Slo or mapping of str to Slo, optional
+        One, or several by the columns that they get in place of ``slo_attainment``.
     jobs : int
         Processes; -1 is one per core.
 
@@ -119,28 +120,29 @@ def evaluate(
     """
     import pandas as pd
 
+    slos = slo if isinstance(slo, Mapping) else {"slo_attainment": slo}
     bounds = predict_analytic(runs, calibration)
     simulated = bounds.feasible_start & (bounds.utilisation < HOPELESS)
     rows = records(runs[simulated])
     same_traffic = [list(group) for _, group in groupby(rows, lambda row: row["served_adapters"])]
-    tasks = (joblib.delayed(_serve)(group, calibration, seed, slo) for group in same_traffic)
+    tasks = (joblib.delayed(_serve)(group, calibration, seed, slos) for group in same_traffic)
     figures = [row for group in joblib.Parallel(n_jobs=jobs)(tasks) for row in group]
     service = pd.DataFrame(
-        figures, index=runs.index[simulated], columns=[*FIGURES, "slo_attainment"], dtype=float
+        figures, index=runs.index[simulated], columns=[*FIGURES, *slos], dtype=float
     )
     known = bounds[["feasible_start", "kv_cache_tokens", "offered_tokens_per_s"]]
     return runs.join(known).assign(simulated=simulated).join(service)
 
 
 def _serve(
-    rows: list[dict[str, Any]], calibration: Calibration, seed: int, slo: Slo | None
+    rows: list[dict[str, Any]], calibration: Calibration, seed: int, slos: Mapping[str, Slo | None]
 ) -> list[dict[str, float]]:
     """Simulate runs of the same traffic."""
-    return list(_serve_each(rows, calibration, seed, slo))
+    return list(_serve_each(rows, calibration, seed, slos))
 
 
 def _serve_each(
-    rows: list[dict[str, Any]], calibration: Calibration, seed: int, slo: Slo | None
+    rows: list[dict[str, Any]], calibration: Calibration, seed: int, slos: Mapping[str, Slo | None]
 ) -> Iterator[dict[str, float]]:
     trace = None
     for row in rows:
@@ -148,11 +150,11 @@ def _serve_each(
             trace = draw_requests(run_to_workload(row)[1], calibration, seed=seed)
         run = simulate_row(row, calibration, seed, trace)
         service = summarize(run.records, run.gaps, run.duration_s)
-        attained = (
-            {}
-            if slo is None
-            else {"slo_attainment": slo_attainment(run.records, slo, run.duration_s)}
-        )
+        attained = {
+            name: slo_attainment(run.records, slo, run.duration_s)
+            for name, slo in slos.items()
+            if slo is not None
+        }
         yield {name: service[name] for name in FIGURES} | attained
 
 
