@@ -36,7 +36,7 @@ inputs := $(shell find adapter_twin data -name external -prune -o -type f -not -
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-vllm reproduce test test-book test-live lint book bench sweep data profile lock clean
+.PHONY: help setup setup-vllm reproduce test test-book test-live test-wheel lint book build bench sweep data profile lock clean
 
 help:  ## Show this list
 	@echo "usage: make TARGET [QUICK=1] [PROFILE=recorded|live|auto] [PYTHON=python3.12]"
@@ -54,8 +54,8 @@ ifeq ($(profile),live)
 endif
 	@$(MAKE) --no-print-directory book
 
-test: $(SETUP)  ## Run all tests and doctests but those of `test-book` and `test-live`, with the coverage floor
-	$(BIN)/python -m pytest -n auto -m "not live and not browser" --cov
+test: $(SETUP)  ## Run all tests but those of the next three, with the coverage floor
+	$(BIN)/python -m pytest -n auto -m "not live and not browser and not wheel" --cov
 
 test-book: $(SETUP)  ## Open every page of the built book in a browser
 	$(BIN)/python -m pytest -m browser tests/browser
@@ -63,6 +63,9 @@ test-book: $(SETUP)  ## Open every page of the built book in a browser
 test-live:  ## Run the tests that drive a real vLLM
 	@$(need_vllm)
 	$(VLLM_PYTHON) -m pytest -m live tests
+
+test-wheel: $(SETUP)  ## Install the wheel into an environment of its own and use it there
+	$(BIN)/python -m pytest -m wheel tests/test_wheel.py
 
 lint: $(SETUP)  ## Check style, formatting and types
 	$(BIN)/ruff check .
@@ -73,6 +76,9 @@ book: $(SETUP) $(executed)  ## Run the notebooks that are out of date and build 
 	$(BIN)/jupyter-book build . --config book/_config.yml --toc book/_toc.yml \
 	  --path-output book --all --quiet -W -n --keep-going
 	@echo "The book is at book/_build/html/index.html"
+
+build: $(SETUP)  ## Build the source distribution and the wheel into dist/
+	$(BIN)/python -m build --no-isolation
 
 bench: $(SETUP)  ## Time twin, analytic model, recommend, placement and cluster, and check their bars
 	$(BIN)/python -m benchmarks

@@ -24,10 +24,15 @@ if TYPE_CHECKING:
 
     from adapter_twin.workload import LengthMarginals
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(__file__).resolve().parent
+_IN_WHEEL = _PACKAGE / "_data"
+REPOSITORY = Path.cwd() if _IN_WHEEL.is_dir() else _PACKAGE.parent
+"""The checkout; an installed wheel has none and takes the folder in which it is used."""
+SHIPPED = _IN_WHEEL if _IN_WHEEL.is_dir() else REPOSITORY / "data"
+"""What the package itself needs of ``data/``."""
 EXTERNAL = REPOSITORY / "data" / "external"
 """Where imported data goes (git-ignored)."""
-CHECKSUMS = REPOSITORY / "data" / "checksums.json"
+CHECKSUMS = SHIPPED / "checksums.json"
 """SHA-256 of the published tables: data set -> file name -> ``sha256:...``."""
 DATASET = "agullo2025"
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from adapter_twin import datasets
 from adapter_twin.calibration.estimator import Estimator
 from adapter_twin.calibration.front_end import FrontEndLaw, MeasurementLaw
 from adapter_twin.calibration.lengths import EarlyStopLaw, LengthLaw
@@ -22,6 +23,8 @@ from adapter_twin.errors import AdapterTwinError
 from adapter_twin.models import model_shape
 from adapter_twin.twin.clock import FrontEnd
 from adapter_twin.twin.step_law import StepLaw
+
+FOLDER = datasets.SHIPPED / "calibrations"
 
 UNLIMITED = np.iinfo(np.int64).max
 
@@ -155,15 +158,9 @@ class Calibration:
             ) from None
 
 
-def _folder() -> Path:
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "_calibrations"
-    return installed if installed.is_dir() else package.parent / "data" / "calibrations"
-
-
 def list_calibrations() -> list[str]:
     """Return the names of the calibrations that come with the package."""
-    return sorted(path.stem for path in _folder().glob("*.json"))
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def load_calibration(name: str, model: str) -> Calibration:
@@ -187,7 +184,7 @@ def load_calibration(name: str, model: str) -> Calibration:
         if not of_model:
             raise AdapterTwinError(f"calibration: none for {model}; there are {', '.join(names)}")
         name = of_model[0]
-    path = Path(name) if name.endswith(".json") else _folder() / f"{name}.json"
+    path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
     if name not in names and not name.endswith(".json"):
         raise AdapterTwinError(f"calibration: {name!r} is unknown; use auto or {', '.join(names)}")
     calibration = Calibration.from_json(path)
