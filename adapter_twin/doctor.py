@@ -63,11 +63,14 @@ def _python() -> Check:
     return Check("python", ok, True, detail)
 
 
+def core_packages() -> dict[str, str]:
+    """Return the packages that the core needs, with the requirement of each."""
+    core = [line for line in requires("adapter-twin") or [] if "extra ==" not in line]
+    return {re.split(r"[^\w.-]", line, maxsplit=1)[0]: line for line in core}
+
+
 def _packages() -> Iterator[Check]:
-    for requirement in requires("adapter-twin") or []:
-        if "extra ==" in requirement:
-            continue
-        name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+    for name, requirement in core_packages().items():
         try:
             yield Check(name, True, True, version(name))
         except PackageNotFoundError:

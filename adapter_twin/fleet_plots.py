@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from adapter_twin.plots import finish
+from adapter_twin.style import INK, finish, legend_outside, shades
 
 if TYPE_CHECKING:
     from adapter_twin.fleet.placement import Placement
@@ -31,7 +30,7 @@ def packing(demand: Demand, placement: Placement) -> Figure:
     tokens = demand.lengths.mean_input_tokens + demand.lengths.mean_output_tokens
     plans = placement.replicas[:MOST_DRAWN]
     ranks = sorted({adapter.rank for adapter in demand.adapters})
-    colors: dict[int, Any] = dict(zip(ranks, sns.color_palette("viridis", len(ranks)), strict=True))
+    colors = shades(ranks, "rank")
     figure, axes = plt.subplots(figsize=(8.5, 0.26 * len(plans) + 1.4))
     for row, plan in enumerate(plans):
         own = [
@@ -46,14 +45,12 @@ def packing(demand: Demand, placement: Placement) -> Figure:
             edgecolor="w", linewidth=np.where(widths > 0.01 * widths.sum(), 0.3, 0.0), height=0.8,
         )  # fmt: skip
         told = f" {len(own)} adapters on {plan.engine.max_loras} slots"
-        axes.text(widths.sum(), row, told, va="center", fontsize=7, color="0.3")
+        axes.text(widths.sum(), row, told, va="center", fontsize=7, color=INK)
     axes.set_yticks(range(len(plans)), [f"GPU {row}" for row in range(len(plans))], fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.grid(visible=False, axis="y")
     axes.set(xlabel="offered load (tokens/s), a segment for each adapter", xlim=(0, None))
     handles = [Patch(color=colors[rank], label=f"{rank}") for rank in ranks]
-    axes.legend(
-        handles=handles, title="rank", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
-    )
+    legend_outside(axes, handles=handles, title="rank")
     return finish(figure)

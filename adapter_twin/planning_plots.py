@@ -16,15 +16,25 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from adapter_twin.metrics import STARVATION_THRESHOLD
-from adapter_twin.plots import LABELS, finish
+from adapter_twin.style import (
+    BLUE,
+    COLORS,
+    GREY,
+    INK,
+    LABELS,
+    ORANGE,
+    SERIES,
+    finish,
+    legend_outside,
+    shades,
+)
 
 TARGET_LABELS = {
     "served_adapters": "served adapters N*",
     "adapter_slots": "adapter slots G*",
     "total_throughput": "throughput",
 }
-FEATURE_COLORS = {"paper": "#de8f05", "traffic": "#0173b2"}
-COLORS = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#ca9161")
+FEATURE_COLORS = {"paper": COLORS["authors"], "traffic": COLORS["ours"]}
 
 
 def settling(table: pd.DataFrame) -> Figure:
@@ -36,7 +46,7 @@ def settling(table: pd.DataFrame) -> Figure:
         See `adapter_twin.planning.window.settling`.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), sharex=True)
-    for (name, line), color in zip(table.groupby("run_id", sort=False), COLORS, strict=False):
+    for (name, line), color in zip(table.groupby("run_id", sort=False), SERIES, strict=False):
         left.plot(line.minute, line.mean_ttft_ms, color=color, label=str(name))
         right.plot(line.minute, line.in_flight.clip(lower=0.5), color=color)
     left.set(xlabel="minute of arrival", ylabel="mean TTFT (ms)", yscale="log")
@@ -58,7 +68,7 @@ def optima(labels: pd.DataFrame) -> Figure:
         1, len(models), figsize=(4.9 * max(len(models), 1.2), 3.8), squeeze=False, sharey=True
     )
     slots = sorted(int(g) for g in labels.adapter_slots.unique())
-    colors = dict(zip(slots, sns.color_palette("viridis", len(slots)), strict=True))
+    colors = shades(slots, "adapter slots")
     for model, axes in zip(models, panels[0], strict=True):
         for count, points in labels[labels["model"] == model].groupby("adapter_slots"):
             axes.plot(
@@ -71,9 +81,7 @@ def optima(labels: pd.DataFrame) -> Figure:
         axes.yaxis.set_minor_locator(NullLocator())
     panels[0, 0].set_ylabel(TARGET_LABELS["served_adapters"])
     handles = [Line2D([], [], marker="o", ls="", color=colors[g], label=f"{g}") for g in slots]
-    panels[0, -1].legend(
-        handles=handles, title="slots G*", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
-    )
+    legend_outside(panels[0, -1], handles=handles, title="adapter slots G*")
     return finish(figure)
 
 
@@ -101,7 +109,7 @@ def model_errors(comparison: pd.DataFrame, measure: str = "test_half_smape") -> 
         axes.set(title=TARGET_LABELS[target], xlabel="halved SMAPE (%)", xlim=(0, None))
     panels[0, 0].set_yticks(range(len(models)), models)
     panels[0, 0].invert_yaxis()
-    panels[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_outside(panels[0, -1])
     return finish(figure)
 
 
@@ -140,8 +148,8 @@ def importance(table: pd.DataFrame) -> Figure:
     for model, axes in zip(models, panels[0], strict=True):
         own = table[table.model == model]
         at = [features.index(name) for name in own.feature]
-        axes.barh(at, own.increase, color="#0173b2", height=0.6)
-        axes.hlines(at, own.low, own.high, color="0.2", lw=1.5)
+        axes.barh(at, own.increase, color=BLUE, height=0.6)
+        axes.hlines(at, own.low, own.high, color=INK, lw=1.5)
         axes.set(title=model, xlabel="points of halved SMAPE")
     panels[0, 0].set_yticks(range(len(features)), [name.replace("_", " ") for name in features])
     panels[0, 0].invert_yaxis()
@@ -161,13 +169,13 @@ def dependence(table: pd.DataFrame, ylabel: str) -> Figure:
     figure, panels = plt.subplots(1, len(features), figsize=(9.5, 3.4), squeeze=False, sharey=True)
     for feature, axes in zip(features, panels[0], strict=True):
         own = table[table.feature == feature]
-        for (model, line), color in zip(own.groupby("model", sort=False), COLORS, strict=False):
+        for (model, line), color in zip(own.groupby("model", sort=False), SERIES, strict=False):
             axes.plot(line.value, line.predicted, color=color, label=str(model))
         axes.set(xlabel=feature.replace("_", " "), yscale="log")
         if own.value.min() > 0 and own.value.max() > 20 * own.value.min():
             axes.set_xscale("log")
     panels[0, 0].set_ylabel(ylabel)
-    panels[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_outside(panels[0, -1])
     return finish(figure)
 
 
@@ -182,19 +190,19 @@ def regret(table: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(figsize=(8.5, 0.24 * len(table) + 1.2))
     kinds = list(dict.fromkeys(table.kind))
     names = list(table.method)
-    for kind, color in zip(kinds, COLORS, strict=False):
+    for kind, color in zip(kinds, SERIES, strict=False):
         own = table[table.kind == kind]
         at = [names.index(name) for name in own.method]
         axes.barh(at, own.regret.clip(lower=0.1), color=color, height=0.7, label=kind)
     for place, (lost, starving) in enumerate(zip(table.regret, table.starving_picks, strict=True)):
         note = f" {lost:.2g}" + (f", {starving} starve" if starving else "")
-        axes.text(max(float(lost), 0.1), place, note, va="center", fontsize=8, color="0.3")
+        axes.text(max(float(lost), 0.1), place, note, va="center", fontsize=8, color=INK)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(
         xlabel="mean regret (% of the best measured throughput)", xscale="log", xlim=(0.1, 300)
     )
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_outside(axes)
     return finish(figure)
 
 
@@ -255,16 +263,16 @@ def sobol(table: pd.DataFrame) -> Figure:
     for answer, axes in zip(answers, panels[0], strict=True):
         own = table[table.answer == answer].set_index("factor").reindex(factors)
         for column, shift, color, name in (
-            ("first", -0.15, "#0173b2", "alone"),
-            ("total", 0.15, "#de8f05", "with interactions"),
+            ("first", -0.15, BLUE, "alone"),
+            ("total", 0.15, ORANGE, "with interactions"),
         ):
             at = np.arange(len(factors)) + shift
             half = own[f"{column}_conf"]
             axes.hlines(at, own[column] - half, own[column] + half, color=color, lw=1.5)
             axes.plot(own[column], at, "o", ms=4, color=color, label=name)
-        axes.axvline(0, color="0.5", lw=0.8)
+        axes.axvline(0, color=GREY, lw=0.8)
         axes.set(title=answer.replace("_", " "), xlabel="Sobol index")
     panels[0, 0].set_yticks(range(len(factors)), [name.replace("_", " ") for name in factors])
     panels[0, 0].invert_yaxis()
-    panels[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_outside(panels[0, -1])
     return finish(figure)

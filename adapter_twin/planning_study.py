@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import joblib
 import pandas as pd
 
+from adapter_twin.config import Slo
 from adapter_twin.planning import reality
 from adapter_twin.planning.choice import Criterion
 from adapter_twin.planning.explain import diagnostics, regress
@@ -16,13 +17,36 @@ from adapter_twin.planning.replica import HOUR_S
 from adapter_twin.planning.surrogates import MODELS, TARGETS, Split, chosen, compare, split
 from adapter_twin.planning.training import train_chosen
 from adapter_twin.planning.verdicts import CLASSIFIERS, compare_classifiers, verdicts
+from adapter_twin.study import MEAN_INPUT_TOKENS, MEAN_OUTPUT_TOKENS
 
 LLAMA = "llama-3.1-8b-instruct"
 
 SIZES = ["mean_input_tokens", "mean_requested_output_tokens"]
 
+MIX = {
+    "model": LLAMA,
+    "rates_per_adapter": "0.1-0.05-0.025",
+    "ranks": "8-16-16",
+    "mean_input_tokens": MEAN_INPUT_TOKENS,
+    "mean_requested_output_tokens": MEAN_OUTPUT_TOKENS,
+}
+"""The workload that chapters show in full."""
+
+SLO = Slo(ttft_ms=2000, itl_ms=100, percentile=99)
+"""The objective that they ask of it, and that the designs ask of theirs."""
+
 QUICK_MODELS = ("linear", "small tree, depth 2", "small tree, depth 6", "decision tree")
 QUICK_CLASSIFIERS = ("logistic regression", "small tree, depth 6", "decision tree")
+
+
+def in_words(slo: Slo) -> str:
+    """Return an SLO as a clause."""
+    limits = []
+    if slo.ttft_ms is not None:
+        limits.append(f"{slo.ttft_ms / 1e3:g} s to the first token")
+    if slo.itl_ms is not None:
+        limits.append(f"{slo.itl_ms:g} ms between tokens")
+    return f"{slo.percentile:g} % of the requests within {' and '.join(limits)}"
 
 
 def thin(sweep: pd.DataFrame, every: int) -> pd.DataFrame:

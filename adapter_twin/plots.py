@@ -2,49 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from adapter_twin.metrics import STARVATION_THRESHOLD
 from adapter_twin.perfetto import step_starts_s
+from adapter_twin.style import (
+    BLUE,
+    COLORS,
+    GREY,
+    INK,
+    LABELS,
+    SCALES,
+    SERIES,
+    finish,
+    legend_outside,
+    shades,
+)
 from adapter_twin.twin.records import Simulation
 
 TWINS = ("measured", "ours", "authors")
-TWIN_COLORS = dict(zip(TWINS, ("0.25", "#0173b2", "#de8f05"), strict=True))
-TWIN_LABELS = {"measured": "measured", "ours": "this twin", "authors": "the authors' twin"}
-LABELS = {
-    "total_throughput": "total throughput (tokens/s)",
-    "mean_itl_ms": "mean ITL (ms)",
-    "median_ttft_ms": "median TTFT (ms)",
-    "p99_ttft_ms": "p99 TTFT (ms)",
-    "served_adapters": "served adapters",
-    "adapter_slots": "adapter slots",
-}
-
-
-def use_style() -> None:
-    """Set the style of all figures."""
-    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", font_scale=0.85)
-    plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
-
-
-def finish(figure: Figure) -> Figure:
-    """Lay a figure out and close it: a notebook shows what a cell returns."""
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
-
-
-def _slot_colors(slots: pd.Series[Any]) -> dict[int, Any]:
-    levels = sorted(int(level) for level in slots.unique())
-    return dict(zip(levels, sns.color_palette("viridis", len(levels) + 1), strict=False))
 
 
 def service(swept: pd.DataFrame) -> Figure:
@@ -57,19 +38,19 @@ def service(swept: pd.DataFrame) -> Figure:
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
     offered = swept.groupby("served_adapters")["offered_tokens_per_s"].first()
-    left.plot(offered, color="0.4", ls="--", lw=1)
+    left.plot(offered, color=GREY, ls="--", lw=1)
     left.fill_between(
         offered.index, STARVATION_THRESHOLD * offered, 0, color="0.5", alpha=0.12, lw=0
     )
-    left.text(0.97, 0.06, "starved", transform=left.transAxes, ha="right", color="0.4")
-    colors = _slot_colors(swept["adapter_slots"])
+    left.text(0.97, 0.06, "starved", transform=left.transAxes, ha="right", color=GREY)
+    colors = shades(swept["adapter_slots"], "adapter slots")
     for slots, line in swept[swept["feasible_start"]].groupby("adapter_slots"):
         style = {"color": colors[int(str(slots))], "marker": "o", "ms": 4, "label": f"{slots}"}
         left.plot(line["served_adapters"], line["total_throughput"], **style)
         right.plot(line["served_adapters"], line["p99_ttft_ms"] / 1e3, **style)
     left.annotate(
         "offered", (offered.index[-1], offered.iloc[-1]), (-8, 0), textcoords="offset points",
-        ha="right", va="center", color="0.4",
+        ha="right", va="center", color=GREY,
     )  # fmt: skip
     left.set(xlabel="served adapters", ylabel=LABELS["total_throughput"], ylim=(0, None))
     right.set(xlabel="served adapters", ylabel="p99 TTFT (s)", yscale="log")
@@ -81,7 +62,7 @@ def timeline(run: Simulation) -> Figure:
     """Draw each request as it waits and is served, and the adapters of every step's batch."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 5), sharex=True, height_ratios=(3, 1))
     records = run.records
-    colors = sns.color_palette("colorblind", int(records.adapter.max()) + 1)
+    colors = SERIES[: int(records.adapter.max()) + 1]
     rows = np.arange(len(records))
     until_s = np.nan_to_num(records.scheduled_s, nan=run.duration_s)
     end_s = np.nan_to_num(records.end_s, nan=run.duration_s)
@@ -94,9 +75,9 @@ def timeline(run: Simulation) -> Figure:
     top.grid(axis="y", visible=False)
     for adapter, color in enumerate(colors):
         top.plot([], [], color=color, lw=5, label=f"{adapter}")
-    top.legend(title="adapter", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    bottom.step(run.steps["end_s"], run.steps["adapters"], where="pre", color="0.2", lw=1)
-    bottom.plot(run.steps["end_s"], run.steps["waiting"], color="#d55e00", lw=1)
+    legend_outside(top, title="adapter")
+    bottom.step(run.steps["end_s"], run.steps["adapters"], where="pre", color=INK, lw=1)
+    bottom.plot(run.steps["end_s"], run.steps["waiting"], color=COLORS["alarm"], lw=1)
     bottom.set(xlabel="time (s)", ylabel="count", xlim=(0, run.duration_s))
     bottom.legend(
         ["adapters in the batch", "requests waiting"], frameon=False, ncols=2,
@@ -111,8 +92,8 @@ def step_durations(run: Simulation) -> Figure:
     duration_ms = 1e3 * (run.steps["end_s"] - step_starts_s(run))
     loads = run.steps["loads"] > 0
     for chosen, label, color in (
-        (~loads, "no load", "#0173b2"),
-        (loads, "with adapter loads", "#d55e00"),
+        (~loads, "no load", BLUE),
+        (loads, "with adapter loads", COLORS["alarm"]),
     ):
         axes.plot(run.steps["tokens"][chosen], duration_ms[chosen], ".", color=color, label=label)
     axes.set(xlabel="tokens in the batch", ylabel="step (ms)", xscale="log", ylim=(0, None))
@@ -121,9 +102,9 @@ def step_durations(run: Simulation) -> Figure:
 
 
 def long_tail(tail: pd.DataFrame) -> Figure:
-    """Draw p99 TTFT by popularity rank of the adapter, a line per slot count."""
+    """Draw mean TTFT by popularity of the adapter, a line per slot count."""
     figure, axes = plt.subplots(figsize=(6, 3.4))
-    colors = _slot_colors(tail["adapter_slots"])
+    colors = shades(tail["adapter_slots"], "adapter slots")
     for slots, line in tail.groupby("adapter_slots"):
         smooth = line["mean_ttft_ms"].rolling(5, center=True, min_periods=1).median()
         axes.plot(line["adapter"] + 1, smooth, color=colors[int(str(slots))], label=f"{slots}")
@@ -136,7 +117,7 @@ def memory(law: pd.DataFrame, measured: pd.DataFrame | None) -> Figure:
     """Draw KV-cache tokens over slots by rank, one panel per model, and measured starts if any."""
     models = sorted(law["model"].unique())
     figure, panels = plt.subplots(1, len(models), figsize=(9.5, 3.6), squeeze=False)
-    colors = _slot_colors(law["max_lora_rank"])
+    colors = shades(law["max_lora_rank"], "rank")
     for model, axes in zip(models, panels[0], strict=True):
         for rank, line in law[law["model"] == model].groupby("max_lora_rank"):
             color = colors[int(str(rank))]
@@ -149,7 +130,8 @@ def memory(law: pd.DataFrame, measured: pd.DataFrame | None) -> Figure:
                     points["adapter_slots"], points["kv_cache_tokens"], "o", color=color, ms=4
                 )
         axes.set(title=model, xlabel="adapter slots", ylabel="KV-cache tokens", ylim=(0, None))
-        axes.legend(title="max. rank", frameon=False)
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+    legend_outside(panels[0, -1], title="max. rank")
     return finish(figure)
 
 
@@ -157,16 +139,19 @@ def bands(
     table: pd.DataFrame, x: str, by: str, panel: str | None, *, xlabel: str, ylabel: str,
     log: str = "xy", title: str = "",
 ) -> Figure:  # fmt: skip
-    """Draw medians with their quartiles over `x`, a line per `by`, a panel per `panel`."""
+    """Draw medians with their quartiles over `x`, a line per `by`, a panel per `panel`.
+
+    Where `title` is a key of `adapter_twin.style.SCALES`, lines have the colours of that scale.
+    """
     panels = sorted(table[panel].unique()) if panel else [""]
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.75 * max(len(panels), 1.3), 3.6), squeeze=False, sharey=True
     )
     levels = sorted(table[by].unique())
-    colors = sns.color_palette("viridis", len(levels) + 1)
+    colors = shades(levels, title) if title in SCALES else dict(zip(levels, SERIES, strict=False))
     for name, ax in zip(panels, axes[0], strict=True):
         part = table[table[panel] == name] if panel else table
-        for level, color in zip(levels, colors, strict=False):
+        for level, color in colors.items():
             line = part[part[by] == level]
             ax.plot(line[x], line["median"], "o-", color=color, ms=3.5, lw=1.3, label=f"{level}")
             ax.fill_between(line[x], line["low"], line["high"], color=color, alpha=0.15, lw=0)
@@ -174,12 +159,12 @@ def bands(
         ax.set_xscale("log" if "x" in log else "linear")
         ax.set_yscale("log" if "y" in log else "linear")
     axes[0, 0].set_ylabel(ylabel)
-    axes[0, -1].legend(title=title or by, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_outside(axes[0, -1], title=title or by)
     return finish(figure)
 
 
 def coefficients(terms: pd.DataFrame) -> Figure:
-    """Draw the step-time law's coefficients with their intervals, a panel per regime.
+    """Draw the step-time law's coefficients with their intervals, a panel per regime of tokens.
 
     Parameters
     ----------
@@ -194,10 +179,11 @@ def coefficients(terms: pd.DataFrame) -> Figure:
     for regime, axes in zip(regimes, panels[0], strict=True):
         part = terms[terms["regime"] == regime]
         places = [names.index(term) for term in part["term"]]
-        axes.hlines(places, part["low"], part["high"], color="0.5")
-        axes.plot(part["cost"], places, "o", ms=4)
-        axes.axvline(0, color="0.3", lw=0.8)
-        axes.set(title=regime, xlabel="ms per step", yticks=range(len(names)))
+        axes.hlines(places, part["low"], part["high"], color=GREY)
+        axes.plot(part["cost"], places, "o", ms=4, color=BLUE)
+        axes.axvline(0, color=INK, lw=0.8)
+        axes.set(xlabel="ms per step", yticks=range(len(names)))
+        axes.set_title(regime, fontsize="small")
         axes.set_yticklabels(names)
     return finish(figure)
 
@@ -219,7 +205,7 @@ def errors(table: pd.DataFrame, figures: list[str]) -> Figure:
         axes.set(title=title, xlabel="MAPE (%)", xscale="log")
     panels[0, 0].set_yticks(range(len(regimes)), regimes)
     panels[0, 0].invert_yaxis()
-    panels[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_outside(panels[0, -1])
     return finish(figure)
 
 
@@ -227,9 +213,9 @@ def _error_panel(axes: Axes, table: pd.DataFrame, regimes: list[str]) -> None:
     for twin, shift in (("ours", -0.12), ("authors", 0.12)):
         part = table[table["twin"] == twin].set_index("regime").reindex(regimes)
         places = np.arange(len(regimes)) + shift
-        color = TWIN_COLORS[twin]
+        color = COLORS[twin]
         axes.hlines(places, part["low"], part["high"], color=color, lw=2, alpha=0.5)
-        axes.plot(part["value"], places, "o", color=color, label=TWIN_LABELS[twin])
+        axes.plot(part["value"], places, "o", color=color, label=LABELS[twin])
 
 
 def curves(table: pd.DataFrame, figures: list[str]) -> Figure:
@@ -254,7 +240,7 @@ def curves(table: pd.DataFrame, figures: list[str]) -> Figure:
                     marker = "o" if twin == "measured" else "."
                     axes.plot(
                         line["served_adapters"], line[name], marker, ls="-", lw=1.2, ms=5,
-                        color=TWIN_COLORS[twin], label=TWIN_LABELS[twin],
+                        color=COLORS[twin], label=LABELS[twin],
                     )  # fmt: skip
         row[0].set_ylabel(LABELS.get(name, name))
         if "ttft" in name:
@@ -283,7 +269,7 @@ def against_measured(table: pd.DataFrame, by: str) -> Figure:
         for label, points in part.groupby(by, sort=False):
             axes.plot(points["measured"], points["predicted"], "o", ms=4, alpha=0.7, label=label)
         ends = part[["measured", "predicted"]].stack().agg(["min", "max"])
-        axes.plot(ends, ends, color="0.3", lw=0.8)
+        axes.plot(ends, ends, color=INK, lw=0.8)
         axes.set(xscale="log", yscale="log", title=LABELS.get(name, name), xlabel="measured")
         steps = (1, 2, 5) if ends["max"] < 50 * ends["min"] else (1,)
         for axis in (axes.xaxis, axes.yaxis):
@@ -291,6 +277,5 @@ def against_measured(table: pd.DataFrame, by: str) -> Figure:
             axis.set_major_formatter("{x:g}")
             axis.set_minor_locator(NullLocator())
     panels[0, 0].set_ylabel("predicted")
-    title = by.replace("_", " ")
-    panels[0, -1].legend(title=title, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_outside(panels[0, -1], title=by.replace("_", " "))
     return finish(figure)

@@ -15,6 +15,7 @@ import pandas as pd
 
 from adapter_twin import datasets
 from adapter_twin.errors import AdapterTwinError
+from adapter_twin.reproduction import Watch, card
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,6 +37,21 @@ AT_LEAST = ("within_25", "macro_f1", "right")
 """Measures that are to be reached; the others are not to be passed."""
 
 
+class Note(str):
+    """Markdown that a notebook shows as text."""
+
+    __slots__ = ()
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+
+MISSING = Note(
+    "> **Missing.** This figure consists of measured points only, and the measured tables are not "
+    "here (`adapter-twin data` says how to get them)."
+)
+
+
 class Results:
     """The results of one run of the study.
 
@@ -50,6 +66,8 @@ class Results:
     def __init__(self, folder: str | Path = "results", quick: bool = False) -> None:
         self.folder = datasets.REPOSITORY / folder / ("quick" if quick else "full")
         self.quick = quick
+        self._tables: list[Path] = []
+        self._watch = Watch()
 
     def has(self, *tables: str) -> bool:
         """Return whether these measured tables are here."""
@@ -77,7 +95,9 @@ class Results:
             return read_expected(name)
         table = make()
         self.folder.mkdir(parents=True, exist_ok=True)
-        datasets.write_table(rounded(table), self.folder / f"{name}.csv")
+        path = self.folder / f"{name}.csv"
+        datasets.write_table(rounded(table), path)
+        self._tables.append(path)
         return table
 
     def picture(self, name: str, figure: Figure) -> Figure:
@@ -85,6 +105,10 @@ class Results:
         self.folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.folder / f"{name}.png", dpi=110, bbox_inches="tight")
         return figure
+
+    def card(self, seeds: str, **parameters: object) -> Note:
+        """Return the chapter's reproduction card, see `adapter_twin.reproduction.card`."""
+        return Note(card(self._watch, {"quick": self.quick} | parameters, seeds, self._tables))
 
     def _repr_markdown_(self) -> str:
         """Tell the reader of a chapter what its figures were made from."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,7 +30,10 @@ BENCHMARKS = (
 )
 """Workloads that the twin's speed is quoted on: served adapters, slots, rates, ranks."""
 
+TAIL: Any = {"adapters": 64, "requests_per_s": 10.0, "exponent": 1.0}
+"""Zipf-distributed traffic of the chapter on how vLLM serves."""
 
+CURVE_RATES = "0.1-0.05-0.025"
 CURVES = {"llama-3.1-8b-instruct": "8-16", "qwen-2.5-7b-instruct": "8-16-32"}
 """Ranks of the workloads, by model, that were measured over the whole range of served adapters."""
 
@@ -39,7 +43,7 @@ def configurations(
     served: Sequence[int],
     slots: Sequence[int],
     *,
-    rates: str = "0.1-0.05-0.025",
+    rates: str = CURVE_RATES,
     ranks: str = "8-16-16",
     duration_s: float = 3600.0,
 ) -> pd.DataFrame:
@@ -95,16 +99,19 @@ def small_example(calibration: Calibration, duration_s: float = 6.0) -> Simulati
 
 
 def long_tail(calibration: Calibration, slots: Sequence[int], duration_s: float) -> pd.DataFrame:
-    """Return per-adapter service of Zipf-distributed traffic on 64 adapters, by slots."""
+    """Return per-adapter service of a long tail of adapters (`TAIL`), by slots."""
     workload = Workload(
-        adapters=zipf_adapters(64, 10.0, 1.0, [16]),
+        adapters=zipf_adapters(TAIL["adapters"], TAIL["requests_per_s"], TAIL["exponent"], [16]),
         duration_s=duration_s,
         lengths=Lengths(mean_input_tokens=MEAN_INPUT_TOKENS, mean_output_tokens=MEAN_OUTPUT_TOKENS),
     )
     tables = []
     for max_loras in slots:
         engine = EngineConfig(
-            model=calibration.model, max_loras=max_loras, max_cpu_loras=64, max_lora_rank=16
+            model=calibration.model,
+            max_loras=max_loras,
+            max_cpu_loras=TAIL["adapters"],
+            max_lora_rank=16,
         )
         run = simulate(workload, engine, calibration)
         table = per_adapter(run.records, duration_s).reset_index()
@@ -169,10 +176,13 @@ def step_residuals(calibration: Calibration, tables: dict[str, pd.DataFrame]) ->
     return _quantiles(rows, ["model", "source", "tokens"], "error")
 
 
+COSTED_ADAPTERS = 24.0
+
+
 def step_costs(calibration: Calibration, max_loras: int, max_lora_rank: int) -> pd.DataFrame:
     """Return what each term of the step-time law costs in one batch of every regime, in ms.
 
-    The batch decodes up to 256 requests of 360 tokens each and holds 24 adapters.
+    The batch decodes up to 256 requests of 360 tokens each and holds `COSTED_ADAPTERS`.
     """
     law = calibration.step_time
     edges = [0.0, *law.token_breaks_, 2048.0]
@@ -183,11 +193,13 @@ def step_costs(calibration: Calibration, max_loras: int, max_lora_rank: int) -> 
         low, high = edges[term["regime"]], edges[term["regime"] + 1]
         tokens = (low + high) / 2
         decodes = min(tokens, 256.0)
-        batch = batch_features(*(np.array(x) for x in (tokens, decodes, 360 * decodes, 24.0)))
+        batch = batch_features(
+            *(np.array(x) for x in (tokens, decodes, 360 * decodes, COSTED_ADAPTERS))
+        )
         times = float(batch[FEATURES.index(term["feature"])]) * multiplier[term["multiplier"]]
         rows.append(
             {
-                "regime": f"{low:g} to {high:g} tokens",
+                "regime": f"{low:g} to {high:g}",
                 "term": term["feature"].replace("_", " ") + name[term["multiplier"]],
                 "cost": times * term["ms"],
                 "low": times * term["low_ms"],
@@ -224,7 +236,7 @@ def starvation_counts(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataF
 
 def on_curves(runs: pd.DataFrame) -> pd.Series[bool]:
     """Return which runs are of the workload that the validation chapter draws."""
-    workload = runs["rates_per_adapter"] == "0.1-0.05-0.025"
+    workload = runs["rates_per_adapter"] == CURVE_RATES
     return workload & (runs["ranks"] == runs["model"].map(CURVES)) & (runs["adapter_slots"] <= 64)
 
 
