@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,16 @@ from adapter_twin import datasets
 
 NOTEBOOKS = sorted((datasets.REPOSITORY / "notebooks").glob("*.ipynb"))
 DRAWN_FROM_RECORDS = ("03_overheads", "06_validation", "10_choosing")
+DRAWN_AT_RANDOM = ("06_validation", "11_sensitivity")
+
+NOT_PROSE = r"\$\$.*?\$\$|\$[^$]*\$|\{[a-z:]+\}`[^`]*`|`[^`]*`|^    .*?$|^\d\. |\[[^]]*\]\([^)]*\)"
+"""Formulas, roles (glued numbers among them), code, blocks of code, list numbers, links."""
+
+NAMES = (
+    r"vLLM \d[\d.]*|Llama \d( \d+B|\.\d)?|H100( with 64 GB)?|8B model|p99|N\*|G\*|macro-F1"
+    r"|(Figure|Table)s? \d( (to|and) \d)?|[Dd]epth \d|95 %( of the repeats)?|30 s windows"
+)
+"""Numbers that are names, and conventions: intervals of 95 %, windows of the measured tables."""
 
 
 def execute(notebook: Path, out: Path, results: Path, **environment: str) -> list[dict]:
@@ -77,3 +88,48 @@ def test_chapters_of_the_book_are_the_notebooks():
     contents = (datasets.REPOSITORY / "book" / "_toc.yml").read_text()
     listed = [line.split("/")[-1] for line in contents.splitlines() if "_executed/" in line]
     assert listed == [path.stem for path in NOTEBOOKS]
+
+
+def prose(cells: list[dict]) -> str:
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    figures = [cell["metadata"].get("mystnb", {}).get("figure", {}) for cell in cells]
+    return "\n".join([*texts, *(figure.get("caption", "") for figure in figures)])
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_number_in_the_text_is_typed_by_hand(notebook):
+    text = prose(json.loads(notebook.read_text())["cells"])
+    text = re.sub(NOT_PROSE, "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(NAMES, "", text.replace("\n", " "))
+    assert not re.findall(r".{0,40}\d.{0,20}", text)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_figure_has_a_name_a_caption_and_words_instead(notebook):
+    drawn = re.compile(r"plots\.\w+\(|paper_figures\.draw_|results\.picture\(")
+    for cell in json.loads(notebook.read_text())["cells"]:
+        if cell["cell_type"] == "code" and drawn.search("".join(cell["source"])):
+            words = cell["metadata"]["mystnb"]
+            assert words["figure"]["name"].startswith("fig-")
+            assert words["figure"]["caption"].endswith(".")
+            assert len(words["image"]["alt"]) > 40
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_chapter_ends_with_its_reproduction_card(notebook):
+    last = json.loads(notebook.read_text())["cells"][-1]
+    assert "".join(last["source"]).startswith("results.card(")
+
+
+@pytest.mark.skipif(datasets.find("runs") is None, reason="needs the measured tables")
+@pytest.mark.parametrize("name", DRAWN_AT_RANDOM)
+def test_two_runs_write_the_same_tables_byte_for_byte(name, tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        execute(datasets.REPOSITORY / f"notebooks/{name}.ipynb", tmp_path / "out.ipynb", folder)
+    first, second = (
+        {path.name: path.read_bytes() for path in sorted(folder.rglob("*.csv"))}
+        for folder in folders
+    )
+    assert first
+    assert first == second
