@@ -36,7 +36,7 @@ inputs := $(shell find adapter_twin data -name external -prune -o -type f -not -
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-vllm reproduce test test-book test-live test-wheel lint book build bench sweep data profile lock clean
+.PHONY: help setup setup-vllm reproduce test test-book test-live test-wheel lint book pdf build bench sweep data profile lock clean
 
 help:  ## Show this list
 	@echo "usage: make TARGET [QUICK=1] [PROFILE=recorded|live|auto] [PYTHON=python3.12]"
@@ -76,6 +76,10 @@ book: $(SETUP) $(executed)  ## Run the notebooks that are out of date and build 
 	$(BIN)/jupyter-book build . --config book/_config.yml --toc book/_toc.yml \
 	  --path-output book --all --quiet -W -n --keep-going
 	@echo "The book is at book/_build/html/index.html"
+
+pdf: $(SETUP)  ## Print the built book with Chromium into one file
+	@test -e book/_build/html/index.html || { echo "the book is not built: make book" >&2; exit 2; }
+	$(BIN)/python -m book.pdf book/_build/html book/_build/adapter-twin.pdf
 
 build: $(SETUP)  ## Build the source distribution and the wheel into dist/
 	$(BIN)/python -m build --no-isolation

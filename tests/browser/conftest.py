@@ -6,7 +6,6 @@ The environment with vLLM collects these tests without Playwright, hence the lat
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -18,12 +17,6 @@ from adapter_twin import datasets
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-# Nothing may be fetched behind the pages' back either: what a test sees is the book's own doing.
-QUIET = (
-    "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update "
-    "--disable-domain-reliability --disable-sync --no-first-run --no-pings"
-)
-
 
 def missing(what: str) -> NoReturn:
     """Fail where these tests are asked for, skip where they are run by the way."""
@@ -32,14 +25,14 @@ def missing(what: str) -> NoReturn:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """The Chromium of this machine, else the one that Playwright has installed."""
+    """A Chromium without a window."""
     from playwright.sync_api import Error, sync_playwright
 
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
+    from book.browser import launch
+
     with sync_playwright() as playwright:
         try:
-            chromium = playwright.chromium.launch(executable_path=path, args=QUIET.split())
+            chromium = launch(playwright)
         except Error as error:
             missing(f"no Chromium that starts: {error.message.splitlines()[0]}")
         yield chromium
