@@ -14,6 +14,8 @@ import pytest
 
 from adapter_twin import datasets
 
+BUILD = datasets.REPOSITORY / "book" / "_build"
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
@@ -42,7 +44,14 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="session")
 def book() -> Path:
     """The folder of the built pages."""
-    folder = datasets.REPOSITORY / "book" / "_build" / "html"
-    if not (folder / "index.html").exists():
+    if not (BUILD / "html" / "index.html").exists():
         missing("the book is not built: make book, or make reproduce")
-    return folder
+    return BUILD / "html"
+
+
+@pytest.fixture(scope="session")
+def pdf() -> Path:
+    """The printed book."""
+    if not (BUILD / "adapter-twin.pdf").exists():
+        missing("the book is not printed: make pdf")
+    return BUILD / "adapter-twin.pdf"
