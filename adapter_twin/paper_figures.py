@@ -85,31 +85,21 @@ def most_served(points: pd.DataFrame) -> pd.DataFrame:
 
 def draw_caching_problem(points: pd.DataFrame) -> Figure:
     """Draw `caching_problem`: a panel per thing varied, crosses at `most_served`."""
-    figure, panels = plt.subplots(1, len(VARIED), figsize=(11, 4.1), sharey=True)
+    figure, panels = plt.subplots(2, 2, figsize=(8.5, 6.4), sharey=True)
     best = most_served(points)
-    for name, axes in zip(VARIED, panels, strict=True):
+    for name, axes in zip(VARIED, panels.flat, strict=True):
         own, crosses = points[points["varied"] == name], best[best["varied"] == name]
         for level, color in shades(own["level"]).items():
-            line = own[own["level"] == level]
-            axes.plot(line["adapters"], line["total_throughput"], ".-", color=color)
-            cross = crosses[crosses["level"] == level]
+            line, cross = own[own["level"] == level], crosses[crosses["level"] == level]
+            axes.plot(
+                line["adapters"], line["total_throughput"], ".-", color=color, label=f"{level:g}"
+            )
             axes.plot(cross["adapters"], cross["total_throughput"], "X", color=color, ms=10)
-        axes.set(title=f"varying {name.split(' (')[0]}", xlabel="adapters")
-        axes.legend(
-            handles=[
-                Line2D([], [], color=color, label=f"{level:g}")
-                for level, color in shades(own["level"]).items()
-            ],
-            title=name,
-            ncols=3,
-            fontsize="x-small",
-            title_fontsize="small",
-            frameon=False,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.2),
-        )
-    panels[0].set_ylim(0, None)
-    panels[0].set_ylabel(LABELS["total_throughput"])
+        axes.set(xlabel="adapters")
+        legend_outside(axes, title=name)
+    panels[0, 0].set_ylim(0, None)  # shared by all
+    for axes in panels[:, 0]:
+        axes.set_ylabel(LABELS["total_throughput"])
     return finish(figure)
 
 
@@ -179,7 +169,7 @@ def _panels(
     styles: dict[str, str],
 ) -> Figure:  # fmt: skip
     """Draw a panel for each pair of request size and figure, a line per rank and model."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(10.5, 3.3))
+    figure, axes = plt.subplots(1, len(panels), figsize=(9.5, 3.2))
     colors = shades(points["max_lora_rank"], "rank")
     for (requests, value, label), ax in zip(panels, axes, strict=True):
         own = points[points["requests"] == requests]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,6 @@ def card(watch: Watch, parameters: dict[str, Any], seeds: str, tables: list[Path
 
 def _listed(files: dict[str, Path]) -> str:
     """Return names of files with the beginning of their SHA-256."""
-    import pooch
-
-    hashes = {
-        name: pooch.file_hash(str(path), alg="sha256")[:SHOWN_DIGITS]
-        for name, path in files.items()
-    }
-    return ", ".join(f"{name} (`{digest}`)" for name, digest in hashes.items()) or "none"
+    hashes = {name: sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    listed = (f"{name} (`{digest[:SHOWN_DIGITS]}`)" for name, digest in hashes.items())
+    return ", ".join(listed) or "none"
