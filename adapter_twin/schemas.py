@@ -105,6 +105,19 @@ SWEEP = DataFrameSchema(
 )
 """What is read of a sweep: a row per run, no figures where it was not simulated."""
 
+EXPLORER = DataFrameSchema(
+    {
+        **each("model rates_per_adapter ranks", label()),
+        **each("mean_input_tokens mean_requested_output_tokens", positive()),
+        **each("served_adapters adapter_slots", whole(1)),
+        **each("feasible_start simulated", BOOL),
+        "offered_tokens_per_s": number(0),
+        **each("total_throughput mean_ttft_ms p99_ttft_ms mean_itl_ms", OPTIONAL),
+    },
+    name="explorer",
+)
+"""What the capacity explorer reads besides its shares: a row per run, as in a sweep."""
+
 RUNS = DataFrameSchema(
     {
         **RUN_CONFIGURATION.columns,
