@@ -30,6 +30,7 @@ DESIGN ?= paper
 notebooks := $(sort $(wildcard notebooks/*.ipynb))
 version := book/_executed/.quick-$(quick)-$(profile)
 executed := $(notebooks:notebooks/%=book/_executed/%)
+explorer := book/_executed/static/explorer_data.js
 # What a notebook's results depend on besides itself: the code and the tables in the repository.
 inputs := $(shell find adapter_twin data -name external -prune -o -type f -not -path '*/__pycache__/*' -print 2>/dev/null)
 
@@ -72,7 +73,7 @@ lint: $(SETUP)  ## Check style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-book: $(SETUP) $(executed)  ## Run the notebooks that are out of date and build the book
+book: $(SETUP) $(executed) $(explorer)  ## Run the notebooks that are out of date and build the book
 	$(BIN)/jupyter-book build . --config book/_config.yml --toc book/_toc.yml \
 	  --path-output book --all --quiet -W -n --keep-going
 	@echo "The book is at book/_build/html/index.html"
@@ -140,6 +141,11 @@ book/_executed/%.ipynb: notebooks/%.ipynb $(inputs) $(version) | $(SETUP)
 	@echo "running $< (quick = $(quick))"
 	@$(BIN)/papermill $< $@ --kernel python3 --language python -p quick $(quick) $(campaign) --no-progress-bar --log-level WARNING
 book/_executed/07_this_machine.ipynb: campaign = -p campaign $(campaign_tables)
+
+# What the page of the capacity explorer shows.
+$(explorer): $(inputs) $(version) | $(SETUP)
+	@mkdir -p $(@D)
+	@$(BIN)/python -m adapter_twin.explorer $@
 
 # Results of the small and of the full version, or recorded and live ones, are never mixed.
 $(version):
