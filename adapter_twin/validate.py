@@ -187,12 +187,18 @@ def _score(pairs: pd.DataFrame) -> Iterator[dict[str, Any]]:
             names = dict.fromkeys(("model", "campaign", "regime"), "all")
             names |= dict(zip([*split, "figure"], map(str, group), strict=True))
             sizes = {"n_runs": len(part), "n_workloads": part["workload"].nunique()}
-            for measure in _measures(part):
+            for measure in error_measures(part):
                 yield names | measure | sizes
 
 
-def _measures(pairs: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Yield each measure of the errors of some runs, with its interval over whole workloads."""
+def error_measures(pairs: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Yield each measure of the errors of some runs, with its interval over whole workloads.
+
+    Parameters
+    ----------
+    pairs : pandas.DataFrame
+        Rows of one figure of `pair_runs`.
+    """
     measured, predicted = (pairs[name].to_numpy(float) for name in ("measured", "predicted"))
     error = pairs["error"].abs().to_numpy()
     half = 100 * np.abs(predicted - measured) / (predicted + measured)

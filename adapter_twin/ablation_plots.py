@@ -1,0 +1,128 @@
+"""Figures of the chapters on the published twin and on limits."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from adapter_twin.style import BLUE, GREY, LABELS, ORANGE, finish, legend_outside, shades
+from adapter_twin.validate import LIGHT, NEAR, STARVED
+
+REGIMES = (LIGHT, NEAR, STARVED)
+
+
+def _title(figure: str) -> str:
+    return LABELS.get(figure, figure).split(" (")[0]
+
+
+def errors(table: pd.DataFrame) -> Figure:
+    """Draw errors by ablation and regime with their intervals, a panel per figure of service.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        As `adapter_twin.ablation_study.error_table`.
+    """
+    names = list(dict.fromkeys(table["ablation"]))
+    figures = list(dict.fromkeys(table["figure"]))
+    figure, panels = plt.subplots(
+        1, len(figures), figsize=(9.5, 0.5 * len(names) + 1.2), squeeze=False, sharey=True
+    )
+    for name, axes in zip(figures, panels[0], strict=True):
+        part = table[table["figure"] == name]
+        _error_panel(axes, part, names)
+        kind = "MAPE" if (part["measure"] == "mape").all() else "median error"
+        axes.set(title=_title(name), xlabel=f"{kind} (%)", xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+    panels[0, 0].set_yticks(range(len(names)), names)
+    panels[0, 0].invert_yaxis()
+    legend_outside(panels[0, -1])
+    return finish(figure)
+
+
+def _error_panel(axes: Axes, table: pd.DataFrame, names: list[str]) -> None:
+    colors = shades(REGIMES)
+    for regime, shift in zip(REGIMES, (-0.2, 0.0, 0.2), strict=True):
+        part = table[table["regime"] == regime].set_index("ablation").reindex(names)
+        places = np.arange(len(names)) + shift
+        axes.hlines(places, part["low"], part["high"], color=colors[regime], lw=2, alpha=0.5)
+        axes.plot(part["value"], places, "o", ms=4, color=colors[regime], label=regime)
+
+
+def extrapolation(table: pd.DataFrame) -> Figure:
+    """Draw errors over how far outside the fitted range a run is, a panel per figure of service.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        As `adapter_twin.limits_study.extrapolation`.
+    """
+    figures = list(dict.fromkeys(table["figure"]))
+    markers = {"adapter_slots": "o", "max_lora_rank": "s"}
+    figure, panels = plt.subplots(1, len(figures), figsize=(9.5, 3.2), squeeze=False)
+    for name, axes in zip(figures, panels[0], strict=True):
+        for column, part in table[table["figure"] == name].groupby("column"):
+            for fit, color, label in (("seen", GREY, "in the fit"), ("left_out", BLUE, "left out")):
+                axes.plot(
+                    part["times"], part[fit], markers[str(column)], ms=4, color=color,
+                    alpha=0.8, label=f"{LABELS.get(str(column), 'rank')}, {label}",
+                )  # fmt: skip
+        axes.set(title=_title(name), xlabel="times the highest value fitted", xscale="log")
+        axes.set(yscale="symlog", ylim=(0, None))
+        axes.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+    panels[0, 0].set_ylabel("median error (%)")
+    legend_outside(panels[0, -1])
+    return finish(figure)
+
+
+def seed_spread(table: pd.DataFrame) -> Figure:
+    """Draw the median TTFT of simulated hours over the load, and how far apart seeds put it.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        As `adapter_twin.limits_study.seed_spread`.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.2))
+    load = 100 * table["utilisation"]
+    left.fill_between(load, table["low"] / 1e3, table["high"] / 1e3, color=BLUE, alpha=0.25, lw=0)
+    left.plot(load, table["middle"] / 1e3, "o-", ms=3.5, color=BLUE)
+    left.set(ylabel="median TTFT (s)")
+    right.plot(load, table["spread"], "o-", ms=3.5, color=BLUE)
+    right.set(ylabel="highest by lowest seed")
+    for axes in (left, right):
+        axes.set(xlabel="offered load (% of capacity)", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    return finish(figure)
+
+
+def learning_curve(table: pd.DataFrame) -> Figure:
+    """Draw errors of held-out runs over the steps calibrated on, a panel per figure of service.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        As `adapter_twin.limits_study.learning_curve`.
+    """
+    figures = [name for name in LABELS if name in table]
+    figure, panels = plt.subplots(1, len(figures), figsize=(9.5, 3.2), squeeze=False)
+    for name, axes in zip(figures, panels[0], strict=True):
+        for part, color, label in (
+            ("batches", BLUE, "fewer batches of every engine"),
+            ("engines", ORANGE, "fewer engines"),
+        ):
+            draws = table[table["part"] == part]
+            axes.plot(draws["steps"], draws[name], "o", ms=4, alpha=0.7, color=color, label=label)
+        axes.axhline(table.loc[table["share"] == 1, name].iloc[0], color=GREY, lw=1, ls="--")
+        axes.set(title=_title(name), xlabel="steps calibrated on", xscale="log", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    panels[0, 0].set_ylabel("MAPE of held-out runs (%)")
+    legend_outside(panels[0, -1])
+    return finish(figure)
