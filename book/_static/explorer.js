@@ -378,7 +378,8 @@
   const rest = () => show(pinned && runAt(...pinned));
 
   function render() {
-    const setting = readForm();
+    const setting = readForm(); // asks for a percentile only where there is a limit
+    if (!form.checkValidity()) return;
     const runs = runsOf(setting);
     view = { setting, runs, ...rank(runs, setting.percentile) };
     drawBar(view);
@@ -389,8 +390,8 @@
   }
 
   function change() {
-    if (!form.elements.percentile.disabled && !form.reportValidity()) return;
     render();
+    form.reportValidity();
     part("answer").replaceChildren(...answer(view));
     history.replaceState(null, "", `#${new URLSearchParams(new FormData(form))}`);
   }
