@@ -68,10 +68,11 @@ test-live:  ## Run the tests that drive a real vLLM
 test-wheel: $(SETUP)  ## Install the wheel into an environment of its own and use it there
 	$(BIN)/python -m pytest -m wheel tests/test_wheel.py
 
-lint: $(SETUP)  ## Check style, formatting and types
+lint: $(SETUP)  ## Check style, formatting, types and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 book: $(SETUP) $(executed) $(explorer)  ## Run the notebooks that are out of date and build the book
 	$(BIN)/jupyter-book build . --config book/_config.yml --toc book/_toc.yml \

@@ -1,6 +1,6 @@
 """Print the built book as one PDF: `python -m book.pdf HTML_FOLDER OUT.pdf`.
 
-The pages become one document, in the order of the side bar and with links that lead through it.
+The chapters become one document, in the order of the side bar and with links that lead through it.
 Chromium prints that with the pages' own style sheets and `pdf.css`.
 """
 
@@ -60,9 +60,9 @@ def name(address: str) -> str:
 
 
 def merge(html: Path) -> str:
-    """Return all pages as one document."""
+    """Return the chapters as one document; what the side bar has below them is for the screen."""
     side_bar = BeautifulSoup((html / "search.html").read_text(encoding="utf-8"), "html.parser")
-    pages = [html / link["href"] for link in side_bar.select("nav.bd-links a.internal")]
+    pages = [html / link["href"] for link in side_bar.select("nav.bd-links .toctree-l1 > a")]
     addresses = {page.as_uri() for page in pages}
     head, contents, chapters = {}, "", ""
     for page in pages:
@@ -75,8 +75,10 @@ def merge(html: Path) -> str:
         for element in (text, *text.select("[id]:not(table, table *)")):
             element["id"] = name(f"{page}#{element['id']}")
         for link in text.select("a.internal[href]"):
-            inside = link["href"].partition("#")[0] in addresses
-            link.attrs |= {"href": "#" + name(link["href"])} if inside else {}
+            if link["href"].partition("#")[0] in addresses:
+                link["href"] = "#" + name(link["href"])
+            else:
+                del link["href"]
         contents += f'<a href="#{page.stem}">{text.h1.get_text()}<span>0</span></a>'
         chapters += f'<div class="chapter" id="{page.stem}">{text}</div>'
     return DOCUMENT.format(
