@@ -201,14 +201,14 @@ def jain_fairness(shares: ArrayLike) -> float:
 
 
 def mape(measured: ArrayLike, predicted: ArrayLike) -> float:
-    """Return the mean absolute percentage error, 100 mean(|p - m| / |m|), in percent."""
+    """Return the mean absolute percentage error, ``100 mean(|p - m| / |m|)``, in percent."""
     truth, guess = _pairs(measured, predicted)
     require(bool(np.all(truth != 0)), "measured: holds a zero; leave it out of a relative error")
     return float(100 * np.mean(np.abs(guess - truth) / np.abs(truth)))
 
 
 def half_smape(measured: ArrayLike, predicted: ArrayLike) -> float:
-    """Return the paper's halved SMAPE, 100 mean(|p - m| / (|p| + |m|)), in percent.
+    """Return the paper's halved SMAPE, ``100 mean(|p - m| / (|p| + |m|))``, in percent.
 
     About half of `mape`: quote it only beside the paper's own figures.
     """

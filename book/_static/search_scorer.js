@@ -1,0 +1,6 @@
+// Sphinx's scores, but a search finds chapters before the package's names.
+var Scorer = {
+  score: ([page, , , , score]) => page.startsWith("book/api/") ? score - 100 : score,
+  objNameMatch: 11, objPartialMatch: 6, objPrio: {0: 15, 1: 5, 2: -5}, objPrioDefault: 0,
+  title: 15, partialTitle: 7, term: 5, partialTerm: 2,
+};
