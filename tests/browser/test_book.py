@@ -133,6 +133,10 @@ def test_formulas_are_set(visit):
     assert visit.page.locator("mjx-merror").count() == 0
 
 
+def test_no_cell_has_complained(visit):
+    assert visit.page.locator("article :is(.stderr, .traceback)").all_inner_texts() == []
+
+
 def test_chapter_offers_its_notebook(visit):
     if visit.path.stem not in {path.stem for path in CHAPTERS}:
         return

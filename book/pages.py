@@ -1,8 +1,9 @@
-"""Sphinx extension: the pages need nothing but the book's own files, and little of them."""
+"""Sphinx extension: pages need nothing but the book's own files, and little of them."""
 
 from importlib.util import find_spec
 from pathlib import Path
 
+from docutils import nodes
 from PIL import Image
 from sphinx.application import Sphinx
 from sphinx.util.fileutil import copy_asset
@@ -10,6 +11,8 @@ from sphinx.util.fileutil import copy_asset
 # TeX in, HTML with web fonts out, and MathML for screen readers; no menus, no speech.
 PARTS = ("startup.js", "core.js", "input/tex.js", "output/chtml.js", "a11y/assistive-mml.js")
 FOLDERS = ("input/tex/extensions", "output/chtml/fonts")
+
+WIDE = 900  # pixels of a figure in which a phone would make the labels too small to read
 
 
 def copy_mathjax(html: Path) -> None:
@@ -30,6 +33,14 @@ def shrink_figures(html: Path) -> None:
         colors.save(path, optimize=True)
 
 
+def mark_wide_figures(app: Sphinx, page: nodes.document, name: str) -> None:
+    """Let the style sheet tell the figures that a phone had better scroll than shrink."""
+    for image in page.findall(nodes.image):
+        with Image.open(Path(app.srcdir) / image["uri"]) as figure:
+            if figure.width > WIDE:
+                image["classes"].append("wide")
+
+
 def finish(app: Sphinx, error: Exception | None) -> None:
     """Complete the folder of the pages."""
     if error is None:
@@ -38,10 +49,11 @@ def finish(app: Sphinx, error: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Let the pages load MathJax's parts instead of a combined file from a server."""
+    """Let the pages load MathJax's parts instead of one file from a server, and do the above."""
     app.config.mathjax_path = "mathjax/startup.js"
     app.config.mathjax3_config = {
         "loader": {"load": ["input/tex", "output/chtml", "a11y/assistive-mml"]}
     }
+    app.connect("doctree-resolved", mark_wide_figures)
     app.connect("build-finished", finish)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
