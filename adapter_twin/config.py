@@ -61,6 +61,12 @@ class EngineConfig:
         Tokens per KV block.
     gpu_memory_utilization : float
         Share of the GPU's memory that vLLM may use.
+
+    Examples
+    --------
+    >>> EngineConfig(model="m", max_loras=64, max_cpu_loras=32, max_lora_rank=16)
+    Traceback (most recent call last):
+    adapter_twin.errors.AdapterTwinError: max_loras: 64 adapter slots exceed max_cpu_loras ...
     """
 
     model: str
@@ -105,6 +111,11 @@ class Slo:
         Limit on a request's own mean inter-token latency.
     percentile : float
         Share of the requests that must comply, in percent.
+
+    Examples
+    --------
+    >>> Slo(ttft_ms=2000, itl_ms=100)
+    Slo(ttft_ms=2000, itl_ms=100, percentile=99.0)
     """
 
     ttft_ms: float | None = None
@@ -193,6 +204,14 @@ class Workload:
     arrivals : Arrivals
     base_model_request_rate : float
         Requests/s to the base model, without an adapter.
+
+    Examples
+    --------
+    >>> lengths = Lengths(mean_input_tokens=223, mean_output_tokens=198)
+    >>> adapters = deal_adapters(96, [0.1, 0.05, 0.025], [8, 16])
+    >>> workload = Workload(adapters=adapters, duration_s=3600, lengths=lengths)
+    >>> round(workload.offered_tokens_per_s)
+    2358
     """
 
     adapters: tuple[Adapter, ...]

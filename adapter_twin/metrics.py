@@ -46,6 +46,10 @@ def summarize(records: Records, gaps: Gaps, duration_s: float) -> dict[str, floa
         ``completed_requests``; ``request_throughput`` in requests/s; ``input_throughput``,
         ``output_throughput`` and ``total_throughput`` in tokens/s; ``mean_``, ``median_`` and
         ``p99_`` of ``ttft_ms``, ``tpot_ms`` and ``itl_ms`` (NaN where no request completed).
+
+    Examples
+    --------
+    See `adapter_twin.twin.simulate.simulate`.
     """
     done = np.isfinite(records.end_s)
     input_tokens = int(records.prompt_tokens[done].sum(dtype=np.int64))
@@ -201,7 +205,11 @@ def jain_fairness(shares: ArrayLike) -> float:
 
 
 def mape(measured: ArrayLike, predicted: ArrayLike) -> float:
-    """Return the mean absolute percentage error, ``100 mean(|p - m| / |m|)``, in percent."""
+    """Return the mean absolute percentage error, ``100 mean(|p - m| / |m|)``, in percent.
+
+    >>> mape([100, 200], [125, 150])
+    25.0
+    """
     truth, guess = _pairs(measured, predicted)
     require(bool(np.all(truth != 0)), "measured: holds a zero; leave it out of a relative error")
     return float(100 * np.mean(np.abs(guess - truth) / np.abs(truth)))

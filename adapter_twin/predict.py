@@ -69,6 +69,28 @@ def predict_runs(
     ------
     AdapterTwinError
         Bad configuration, or no calibration for a model.
+
+    Examples
+    --------
+    >>> runs = pd.DataFrame(
+    ...     {
+    ...         "run_id": ["few", "many"],
+    ...         "model": "llama-3.1-8b-instruct",
+    ...         "rates_per_adapter": "0.1-0.05",
+    ...         "ranks": "8-16",
+    ...         "served_adapters": [32, 256],
+    ...         "adapter_slots": 16,
+    ...         "max_lora_rank": 16,
+    ...         "max_num_seqs": 2048,
+    ...         "duration_s": 60.0,
+    ...         "mean_input_tokens": 223.0,
+    ...         "mean_requested_output_tokens": 198.0,
+    ...     }
+    ... )
+    >>> predict_runs(runs, jobs=1)[["run_id", "starved"]]
+      run_id  starved
+    0    few    False
+    1   many     True
     """
     require(seed >= 0, f"seed: must be zero or more, got {seed}")
     require(jobs == -1 or jobs >= 1, f"jobs: must be -1 (all cores) or at least 1, got {jobs}")

@@ -176,6 +176,11 @@ def load_calibration(name: str, model: str) -> Calibration:
     ------
     AdapterTwinError
         There is none, or it is one of another model.
+
+    Examples
+    --------
+    >>> load_calibration("auto", "llama-3.1-8b-instruct").name
+    'llama-3.1-8b-instruct@h100-64gb-vllm0.8.5'
     """
     model_shape(model)
     names = list_calibrations()

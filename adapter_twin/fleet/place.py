@@ -62,6 +62,16 @@ def place(
     AdapterTwinError
         An adapter that no GPU serves, no calibration, too few GPUs, or a placement that cannot be
         repaired.
+
+    Examples
+    --------
+    >>> from adapter_twin.config import Lengths, deal_adapters
+    >>> adapters = deal_adapters(64, [0.4], [16])
+    >>> lengths = Lengths(mean_input_tokens=223, mean_output_tokens=198)
+    >>> demand = Demand(model="llama-3.1-8b-instruct", adapters=adapters, lengths=lengths)
+    >>> answer, placement = place(demand, jobs=1)
+    >>> answer["gpus"], answer["lower_bound"]
+    (2, 2)
     """
     calibration = warmed_up(load_calibration(demand.calibration, demand.model))
     tell(0, 1, f"placing {len(demand.adapters)} adapters")

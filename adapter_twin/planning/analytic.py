@@ -61,6 +61,24 @@ def predict_analytic(runs: pd.DataFrame, calibration: str | Calibration = "auto"
     ------
     AdapterTwinError
         Bad configuration, or no calibration for a model.
+
+    Examples
+    --------
+    >>> from adapter_twin.planning.grid import grid_runs
+    >>> workload = {
+    ...     "model": "llama-3.1-8b-instruct",
+    ...     "rates_per_adapter": "0.1",
+    ...     "ranks": "8-16",
+    ...     "mean_input_tokens": 223,
+    ...     "mean_requested_output_tokens": 198,
+    ... }
+    >>> runs = grid_runs(workload, served=[64, 256], slots=[16, 64], duration_s=3600)
+    >>> runs[["run_id"]].assign(starved=predict_analytic(runs)["starved"])
+            run_id  starved
+    0    N=64 G=16    False
+    1    N=64 G=64    False
+    2   N=256 G=16     True
+    3   N=256 G=64    False
     """
     import pandas as pd
 

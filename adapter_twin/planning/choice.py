@@ -32,6 +32,23 @@ class Criterion:
         to the edge may starve in truth.
     slo : Slo, optional
         Must be met, too.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> runs = pd.DataFrame(
+    ...     {
+    ...         "adapter_slots": [8, 16, 32],
+    ...         "feasible_start": True,
+    ...         "offered_tokens_per_s": 1000.0,
+    ...         "total_throughput": [850.0, 999.0, 995.0],
+    ...         "mean_ttft_ms": [9000.0, 90.0, 70.0],
+    ...     }
+    ... )
+    >>> Criterion().ranked(runs)[["adapter_slots", "mean_ttft_ms", "tied"]]
+       adapter_slots  mean_ttft_ms  tied
+    2             32          70.0  True
+    1             16          90.0  True
     """
 
     margin: float = 0.0

@@ -59,6 +59,20 @@ def find_optimum(
     ------
     AdapterTwinError
         Bad input, or no configuration of the grid satisfies the criterion.
+
+    Examples
+    --------
+    >>> workload = {
+    ...     "model": "llama-3.1-8b-instruct",
+    ...     "rates_per_adapter": "0.4",
+    ...     "ranks": "16",
+    ...     "mean_input_tokens": 223,
+    ...     "mean_requested_output_tokens": 198,
+    ... }
+    >>> grids = {"served_grid": [16, 32, 128], "slots_grid": [8, 16, 32]}
+    >>> found = find_optimum(workload, **grids, duration_s=300, jobs=1)
+    >>> found["served_adapters"], found["adapter_slots"]
+    (32, 32)
     """
     check_grid("served_grid", served_grid)
     check_grid("slots_grid", slots_grid)
@@ -71,14 +85,14 @@ def find_optimum(
     ranked = criterion.ranked(table)
     if ranked.empty:
         raise AdapterTwinError(_why_none(table, criterion))
-    best = ranked.iloc[0]
-    fitted.warn_outside_range(*run_to_workload(records(ranked)[0]))
+    best = records(ranked)[0]
+    fitted.warn_outside_range(*run_to_workload(best))
     shown = ranked.iloc[1 : int(ranked.tied.sum()) + ALTERNATIVES]
     return {
         **{name: best[name] for name in CONFIGURATION + SERVICE},
         "starved": False,
         "criterion": str(criterion),
-        "at_edge": bool(best.served_adapters == max(served_grid)),
+        "at_edge": best["served_adapters"] == max(served_grid),
         "calibration": fitted.name,
         "alternatives": shown[[*CONFIGURATION, *SERVICE, "tied"]].to_dict("records"),
     }

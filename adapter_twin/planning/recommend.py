@@ -79,6 +79,15 @@ def recommend(demand: Demand) -> dict[str, Any]:
     AdapterTwinError
         No calibration, or the demand cannot be served: the message says what binds, how many of
         the adapters can be served, and what would help.
+
+    Examples
+    --------
+    >>> from adapter_twin.config import Lengths, deal_adapters
+    >>> adapters = deal_adapters(16, [0.2], [16])
+    >>> lengths = Lengths(mean_input_tokens=223, mean_output_tokens=198)
+    >>> demand = Demand(model="llama-3.1-8b-instruct", adapters=adapters, lengths=lengths)
+    >>> print(*recommend(demand)["vllm_args"][:5])
+    --enable-lora --max-loras 16 --max-cpu-loras 16
     """
     replica = Replica.of(demand)
     table = replica.table()
