@@ -6,10 +6,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-from adapter_twin.style import BLUE, GREY, LABELS, ORANGE, finish, legend_outside, shades
+from adapter_twin.style import BLUE, GREEN, GREY, LABELS, finish, legend_outside, shades
 from adapter_twin.validate import LIGHT, NEAR, STARVED
 
 REGIMES = (LIGHT, NEAR, STARVED)
@@ -17,6 +18,13 @@ REGIMES = (LIGHT, NEAR, STARVED)
 
 def _title(figure: str) -> str:
     return LABELS.get(figure, figure).split(" (")[0]
+
+
+def _plain(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers, few of them."""
+    axis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.set_major_formatter("{x:,g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def errors(table: pd.DataFrame) -> Figure:
@@ -37,7 +45,7 @@ def errors(table: pd.DataFrame) -> Figure:
         _error_panel(axes, part, names)
         kind = "MAPE" if (part["measure"] == "mape").all() else "median error"
         axes.set(title=_title(name), xlabel=f"{kind} (%)", xscale="log")
-        axes.xaxis.set_major_formatter("{x:g}")
+        _plain(axes.xaxis)
     panels[0, 0].set_yticks(range(len(names)), names)
     panels[0, 0].invert_yaxis()
     legend_outside(panels[0, -1])
@@ -61,7 +69,7 @@ def extrapolation(table: pd.DataFrame) -> Figure:
     table : pandas.DataFrame
         As `adapter_twin.limits_study.extrapolation`.
     """
-    figures = list(dict.fromkeys(table["figure"]))
+    figures = [name for name in LABELS if name in set(table["figure"])]
     markers = {"adapter_slots": "o", "max_lora_rank": "s"}
     figure, panels = plt.subplots(1, len(figures), figsize=(9.5, 3.2), squeeze=False)
     for name, axes in zip(figures, panels[0], strict=True):
@@ -98,7 +106,7 @@ def seed_spread(table: pd.DataFrame) -> Figure:
     right.set(ylabel="highest by lowest seed")
     for axes in (left, right):
         axes.set(xlabel="offered load (% of capacity)", yscale="log")
-        axes.yaxis.set_major_formatter("{x:g}")
+        _plain(axes.yaxis)
     return finish(figure)
 
 
@@ -115,14 +123,14 @@ def learning_curve(table: pd.DataFrame) -> Figure:
     for name, axes in zip(figures, panels[0], strict=True):
         for part, color, label in (
             ("batches", BLUE, "fewer batches of every engine"),
-            ("engines", ORANGE, "fewer engines"),
+            ("engines", GREEN, "fewer engines"),
         ):
             draws = table[table["part"] == part]
             axes.plot(draws["steps"], draws[name], "o", ms=4, alpha=0.7, color=color, label=label)
         axes.axhline(table.loc[table["share"] == 1, name].iloc[0], color=GREY, lw=1, ls="--")
         axes.set(title=_title(name), xlabel="steps calibrated on", xscale="log", yscale="log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+        _plain(axes.xaxis)
+        _plain(axes.yaxis)
     panels[0, 0].set_ylabel("MAPE of held-out runs (%)")
     legend_outside(panels[0, -1])
     return finish(figure)

@@ -156,7 +156,7 @@ def seed_spread(
     pandas.DataFrame
         A row per load: ``utilisation``; of the ``median_ttft_ms`` over the seeds the tenth
         percentile, median and ninetieth (``low``, ``middle``, ``high``), and the ``spread``, the
-        highest by the lowest; ``starved``, percent of the seeds.
+        highest by the lowest; ``starved``, percent of the ``seeds``.
     """
     one = configurations(model, [adapters], [adapters], rates="1", ranks="16")
     full_rate = 1 / predict_analytic(one).utilisation.iloc[0]
@@ -177,6 +177,7 @@ def seed_spread(
             "high": high,
             "spread": ttft_ms.max(axis=0) / ttft_ms.min(axis=0),
             "starved": 100 * np.mean([hour.starved for hour in hours], axis=0),
+            "seeds": len(hours),
         }
     )
 

@@ -13,7 +13,13 @@ import pytest
 from adapter_twin import datasets
 
 NOTEBOOKS = sorted((datasets.REPOSITORY / "notebooks").glob("*.ipynb"))
-DRAWN_FROM_RECORDS = ("03_overheads", "06_validation", "10_choosing")
+DRAWN_FROM_RECORDS = (
+    "03_overheads",
+    "06_validation",
+    "10_choosing",
+    "13_published_twin",
+    "14_limits",
+)
 DRAWN_AT_RANDOM = ("06_validation", "11_sensitivity")
 
 NOT_PROSE = r"\$\$.*?\$\$|\$[^$]*\$|\{[a-z:]+\}`[^`]*`|`[^`]*`|^    .*?$|^\d\. |\[[^]]*\]\([^)]*\)"
@@ -57,7 +63,7 @@ def bare_repository(tmp_path_factory):
     root = tmp_path_factory.mktemp("bare") / "repository"
     shutil.copytree(datasets.REPOSITORY / "adapter_twin", root / "adapter_twin")
     shutil.copytree(datasets.REPOSITORY / "notebooks", root / "notebooks")
-    for folder in ("data/calibrations", "data/expected", "examples"):
+    for folder in ("data/calibrations", "data/campaigns", "data/expected", "examples"):
         shutil.copytree(datasets.REPOSITORY / folder, root / folder)
     return root
 
