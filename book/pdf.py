@@ -60,9 +60,10 @@ def name(address: str) -> str:
 
 
 def merge(html: Path) -> str:
-    """Return the chapters as one document; what the side bar has below them is for the screen."""
+    """Return the chapters as one document; the package's reference, a folder, is for the screen."""
     side_bar = BeautifulSoup((html / "search.html").read_text(encoding="utf-8"), "html.parser")
-    pages = [html / link["href"] for link in side_bar.select("nav.bd-links .toctree-l1 > a")]
+    links = side_bar.select("nav.bd-links .toctree-l1:not(.has-children) > a")
+    pages = [html / link["href"] for link in links]
     addresses = {page.as_uri() for page in pages}
     head, contents, chapters = {}, "", ""
     for page in pages:
@@ -71,6 +72,8 @@ def merge(html: Path) -> str:
         text = soup.select_one("article.bd-article > section")
         for element in text.select(LEFT_OUT):
             element.decompose()
+        for element in text.select("details"):
+            element["open"] = ""
         # A styled table's style goes by its name.
         for element in (text, *text.select("[id]:not(table, table *)")):
             element["id"] = name(f"{page}#{element['id']}")
