@@ -12,7 +12,7 @@ from sphinx.util.fileutil import copy_asset
 PARTS = ("startup.js", "core.js", "input/tex.js", "output/chtml.js", "a11y/assistive-mml.js")
 FOLDERS = ("input/tex/extensions", "output/chtml/fonts")
 
-WIDE = 900  # pixels of a figure in which a phone would make the labels too small to read
+WIDE = 600  # pixels, of which a phone would make labels that are too small to read
 
 
 def copy_mathjax(html: Path) -> None:
@@ -33,12 +33,15 @@ def shrink_figures(html: Path) -> None:
         colors.save(path, optimize=True)
 
 
-def mark_wide_figures(app: Sphinx, page: nodes.document, name: str) -> None:
-    """Let the style sheet tell the figures that a phone had better scroll than shrink."""
+def size_figures(app: Sphinx, page: nodes.document, name: str) -> None:
+    """Show figures as large as they were drawn, and let the style sheet tell the wide ones."""
     for image in page.findall(nodes.image):
         with Image.open(Path(app.srcdir) / image["uri"]) as figure:
-            if figure.width > WIDE:
-                image["classes"].append("wide")
+            dots_per_inch, _ = figure.info.get("dpi", (96, 96))
+            width = round(96 * figure.width / dots_per_inch)
+        image["width"] = f"{width}px"
+        if width > WIDE:
+            image["classes"].append("wide")
 
 
 def finish(app: Sphinx, error: Exception | None) -> None:
@@ -54,6 +57,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.config.mathjax3_config = {
         "loader": {"load": ["input/tex", "output/chtml", "a11y/assistive-mml"]}
     }
-    app.connect("doctree-resolved", mark_wide_figures)
+    app.connect("doctree-resolved", size_figures)
     app.connect("build-finished", finish)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
