@@ -75,6 +75,7 @@ lint: $(SETUP)  ## Check style, formatting, types and spelling
 	$(BIN)/codespell
 
 book: $(SETUP) $(executed) $(explorer)  ## Run the notebooks that are out of date and build the book
+	@rm -rf book/_build/html
 	$(BIN)/jupyter-book build . --config book/_config.yml --toc book/_toc.yml \
 	  --path-output book --all --quiet -W -n --keep-going
 	@echo "The book is at book/_build/html/index.html"
