@@ -174,6 +174,7 @@ def test_page_fits_the_screen(visit, screen, theme):
     )
     visit.page.screenshot(  # to look at
         path=BUILD / "screenshots" / f"{visit.path.stem}-{screen['width']}-{theme}.png",
+        animations="disabled",
         full_page=True,
         clip={"x": 0, "y": 0, "width": screen["width"], "height": min(high, TALLEST)},
     )
