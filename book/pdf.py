@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import urljoin
 
-from bs4 import BeautifulSoup
+from bs4 import BeautifulSoup, Tag
 from playwright.sync_api import sync_playwright
 
 from book.browser import launch
@@ -59,29 +59,36 @@ def name(address: str) -> str:
     return ".".join(filter(None, [Path(page).stem, place]))
 
 
+def adapt(text: Tag, page: Path, addresses: set[str]) -> None:
+    """Leave out what is for the screen, and let names and links hold in the whole book."""
+    for element in text.select(LEFT_OUT):
+        element.decompose()
+    for element in text.select("details"):
+        element["open"] = ""
+    # A styled table's style goes by its name.
+    for element in (text, *text.select("[id]:not(table, table *)")):
+        element["id"] = name(f"{page}#{element['id']}")
+    for link in text.select("a.internal[href]"):
+        if link["href"].partition("#")[0] in addresses:
+            link["href"] = "#" + name(link["href"])
+        else:
+            del link["href"]
+
+
 def merge(html: Path) -> str:
-    """Return the chapters as one document; the package's reference, a folder, is for the screen."""
+    """Return the chapters as one document; the package's reference is for the screen."""
     side_bar = BeautifulSoup((html / "search.html").read_text(encoding="utf-8"), "html.parser")
-    links = side_bar.select("nav.bd-links .toctree-l1:not(.has-children) > a")
-    pages = [html / link["href"] for link in links]
-    addresses = {page.as_uri() for page in pages}
-    head, contents, chapters = {}, "", ""
-    for page in pages:
+    links = side_bar.select('nav.bd-links .toctree-l1 > a:not([href*="/api/"])')
+    addresses = {(html / link["href"]).as_uri() for link in links}
+    head, contents, chapters, part = {}, "", "", None
+    for link in links:
+        page = html / link["href"]
         soup = read(page)
-        head |= dict.fromkeys(map(str, soup.select(f'link[rel="stylesheet"], {MATHJAX}')))
         text = soup.select_one("article.bd-article > section")
-        for element in text.select(LEFT_OUT):
-            element.decompose()
-        for element in text.select("details"):
-            element["open"] = ""
-        # A styled table's style goes by its name.
-        for element in (text, *text.select("[id]:not(table, table *)")):
-            element["id"] = name(f"{page}#{element['id']}")
-        for link in text.select("a.internal[href]"):
-            if link["href"].partition("#")[0] in addresses:
-                link["href"] = "#" + name(link["href"])
-            else:
-                del link["href"]
+        adapt(text, page, addresses)
+        head |= dict.fromkeys(map(str, soup.select(f'link[rel="stylesheet"], {MATHJAX}')))
+        if part != (part := link.find_previous("p", class_="caption")):
+            contents += f"<h3>{part.get_text()}</h3>"
         contents += f'<a href="#{page.stem}">{text.h1.get_text()}<span>0</span></a>'
         chapters += f'<div class="chapter" id="{page.stem}">{text}</div>'
     return DOCUMENT.format(
