@@ -42,7 +42,7 @@ inputs := $(shell find adapter_twin data -name external -prune -o -type f -not -
 help:  ## Show this list
 	@echo "usage: make TARGET [QUICK=1] [PROFILE=recorded|live|auto] [PYTHON=python3.12]"
 	@echo
-	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(SETUP)  ## Create .venv and install the locked requirements and this package
 
@@ -55,7 +55,7 @@ ifeq ($(profile),live)
 endif
 	@$(MAKE) --no-print-directory book
 
-test: $(SETUP)  ## Run all tests but those of the next three, with the coverage floor
+test: $(SETUP)  ## Run all tests but those of the next three; coverage has a floor
 	$(BIN)/python -m pytest -n auto -m "not live and not browser and not wheel" --cov
 
 test-book: $(SETUP)  ## Open every page of the built book in a browser
@@ -87,14 +87,14 @@ pdf: $(SETUP)  ## Print the built book with Chromium into one file
 build: $(SETUP)  ## Build the source distribution and the wheel into dist/
 	$(BIN)/python -m build --no-isolation
 
-bench: $(SETUP)  ## Time twin, analytic model, recommend, placement and cluster, and check their bars
+bench: $(SETUP)  ## Time twin, models, placement and cluster, and check their bars
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.analytic
 	$(BIN)/python -m benchmarks.recommend
 	$(BIN)/python -m benchmarks.placement
 	$(BIN)/python -m benchmarks.cluster
 
-sweep: $(SETUP)  ## Predict a design afresh, as one table (DESIGN=NAME: paper or traffic; minutes)
+sweep: $(SETUP)  ## Predict a design afresh, as one table (DESIGN=paper or traffic)
 	$(BIN)/adapter-twin sweep designs/$(DESIGN).yaml --out data/external/sweeps/$(DESIGN) --table data/sweeps/$(DESIGN).parquet
 
 data: $(SETUP)  ## List the measured data: what is there, from where, how to get the rest

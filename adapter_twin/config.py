@@ -284,6 +284,10 @@ def deal_adapters(
     require(count >= 1, f"count: must be at least 1 adapter, got {count}")
     require(len(request_rates) > 0, "request_rates: give at least one rate")
     require(len(ranks) > 0, "ranks: give at least one rank")
+    for rate in request_rates:
+        require(rate >= 0, f"request_rates: must be zero or more, got {rate:g}")
+    for rank in ranks:
+        require(rank >= 1, f"ranks: must be at least 1, got {rank}")
     dealt = zip(range(count), cycle(ranks), cycle(request_rates), strict=False)
     return tuple(
         Adapter(name=f"adapter-{i}", rank=rank, request_rate=float(rate)) for i, rank, rate in dealt

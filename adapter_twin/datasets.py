@@ -81,8 +81,9 @@ def load(table: str, dataset: str = DATASET) -> pd.DataFrame:
         raise AdapterTwinError(f"table: no table {table!r}{suggestion(table, TABLES)}")
     path = find(table, dataset)
     if path is None:
+        looked = "" if Path(dataset).is_absolute() else f" in {', '.join(map(str, roots()))}"
         raise AdapterTwinError(
-            f"{dataset}/{file_name(table)}: not found in {', '.join(map(str, roots()))}; "
+            f"{dataset}/{file_name(table)}: not found{looked}; "
             "get it with `adapter-twin data --import REPO_FOLDER` (runs and series), "
             "or point ADAPTER_TWIN_DATA to the folder that holds it"
         )
@@ -214,6 +215,8 @@ def read_table(
 def read_frame(path: str | Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """Read a Parquet or CSV file that is there, whole and not empty."""
     path = Path(path)
+    if path.is_dir():
+        raise AdapterTwinError(f"{path}: is a folder; give a table in it, .parquet or .csv")
     _require_suffix(path)
     if not path.is_file():
         raise AdapterTwinError(f"{path}: no such file; check the path")

@@ -22,7 +22,7 @@ from adapter_twin.config import (
     deal_adapters,
     zipf_adapters,
 )
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, one_line
 from adapter_twin.strict import build, require
 
 if TYPE_CHECKING:
@@ -75,10 +75,19 @@ def read_yaml(file: Path) -> Any:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise AdapterTwinError(f"{file}: {reason}; give a YAML file that can be read") from None
     try:
-        return yaml.safe_load(text)
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # a ValueError: 2024-13-01 is no date
-        reason = " ".join(str(error).split())
-        raise AdapterTwinError(f"{file}: not valid YAML ({reason})") from None
+        raise AdapterTwinError(f"{file}: not valid YAML ({_place(error)}); correct it") from None
+    require(content is not None, f"{file}: the file is empty; write its keys, or copy an example")
+    return content
+
+
+def _place(error: yaml.YAMLError | ValueError) -> str:
+    """Say where a file stops being YAML, and why."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return one_line(error)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', error)}"
 
 
 def expand_adapters(owner: dict[str, Any], path: str) -> None:
@@ -90,13 +99,13 @@ def expand_adapters(owner: dict[str, Any], path: str) -> None:
         owner["adapters"] = [asdict(adapter) for adapter in adapters]
 
 
-def parse_rates(text: object) -> tuple[float, ...]:
-    """Parse a `rates_per_adapter` cell.
+def parse_rates(text: object, name: str = "rates_per_adapter") -> tuple[float, ...]:
+    """Parse a `rates_per_adapter` cell, or an option of that kind.
 
     >>> parse_rates("0.1-0.05-0.025")
     (0.1, 0.05, 0.025)
     """
-    return tuple(_parse_cell("rates_per_adapter", text, float, "0.1-0.05-0.025"))
+    return tuple(_parse_cell(name, text, float, "0.1-0.05-0.025"))
 
 
 def parse_ranks(text: object) -> tuple[int, ...]:

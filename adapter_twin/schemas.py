@@ -341,9 +341,10 @@ def validate(frame: pd.DataFrame, schema: DataFrameSchema, source: object) -> pd
     columns = {n: c for n, c in schema.columns.items() if c.required or n in frame}
     missing = [name for name in columns if name not in frame]
     if missing:
+        needed = [name for name, column in schema.columns.items() if column.required]
         raise AdapterTwinError(
-            f"{source}: column{'s' if len(missing) > 1 else ''} {', '.join(missing)} missing; "
-            f"{schema.name} needs {', '.join(schema.columns)}"
+            f"{source}: column{'s' if len(missing) > 1 else ''} {_some(missing)} missing; "
+            f"{schema.name} needs {_some(needed)}"
         )
     if frame.empty:
         raise AdapterTwinError(f"{source}: the table has no rows; give at least one")
@@ -360,6 +361,14 @@ def validate(frame: pd.DataFrame, schema: DataFrameSchema, source: object) -> pd
         _check_slots_and_ranks(checked, source)
     return checked
 
+
+def _some(names: list[str]) -> str:
+    """Name as many columns as a reader takes in."""
+    left = len(names) - MOST_NAMED
+    return ", ".join([*names[:MOST_NAMED], f"{left} more"] if left > 1 else names)
+
+
+MOST_NAMED = 12
 
 _REMEDY = "correct it or remove the row"
 

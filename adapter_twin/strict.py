@@ -121,7 +121,7 @@ _TYPE_NAMES = {
     str: "text",
     bool: "true or false",
     int: "a whole number",
-    float: "a number (write 1.0e6, not 1e6)",
+    float: "a number (not in quotes; 1.0e6, not 1e6)",
 }
 
 

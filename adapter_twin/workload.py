@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin.config import Workload
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, one_line
 from adapter_twin.lengths import LengthMarginals, draw_lengths
 from adapter_twin.strict import require
 
@@ -85,8 +85,10 @@ def read_trace(path: str | Path) -> Trace:
     try:
         frame = pd.read_csv(path) if Path(path).suffix == ".csv" else pd.read_parquet(path)
     except (OSError, ValueError) as error:  # pandas' and Arrow's parse errors are ValueErrors
-        reason = " ".join(str(error).split())
-        raise AdapterTwinError(f"{path}: cannot be read as a trace ({reason})") from None
+        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
+        raise AdapterTwinError(
+            f"{path}: cannot be read as a trace ({reason}); give a .csv or .parquet of requests"
+        ) from None
     require(len(frame) > 0, f"{path}: the trace is empty; give at least one request")
     lowest = {"arrival_s": 0, "adapter": BASE_MODEL, "prompt_tokens": 1, "output_tokens": 1}
     columns = {name: _column(frame, name, least, path) for name, least in lowest.items()}

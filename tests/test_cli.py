@@ -1,9 +1,9 @@
 """The command line keeps its contract: verbs, files, JSON, and one clear line on bad input."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -476,9 +476,15 @@ def test_the_module_runs_as_the_command_does(tmp_path: Path) -> None:
 
 
 def test_help_is_quick() -> None:
-    started_s = time.perf_counter()
+    started_s = children_s()
     assert "predict" in start("--help").communicate()[0]
-    assert time.perf_counter() - started_s < 1.5  # 0.4 s where nothing else runs
+    assert children_s() - started_s < 1.0  # 0.3 s here
+
+
+def children_s() -> float:
+    """Computing time of all child processes so far: a busy machine does not add to it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_doctor_names_what_is_broken_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,8 +109,9 @@ def data(
     if as_json:
         print_json({"roots": list(map(str, datasets.roots())), "tables": tables.to_dict("records")})
         return
-    places = tables["file"].map(lambda file: str(Path(file).parent) if file else "")
-    shown = tables.drop(columns="file").assign(folder=places)
+    places = tables["file"].map(lambda file: str(Path(file).parents[1]) if file else "")
+    sizes = tables.pop("size_bytes").map(lambda size: f"{size / 1e3:,.0f} kB" if size else "")
+    shown = tables.drop(columns="file").assign(size=sizes, found_in=places)
     print_table(shown, f"Measured data: {datasets.DATASET}")
     if (tables["checksum"] == "absent").any():
         print("absent tables are looked for in:", *datasets.roots(), sep="\n  ")

@@ -10,9 +10,11 @@ import typer
 from adapter_twin.cli.options import CALIBRATION, JOBS, JSON, SEED
 from adapter_twin.report import (
     check_target,
+    print_each,
     print_json,
     print_mapping,
     print_table,
+    print_text,
     progress,
     working,
 )
@@ -60,8 +62,9 @@ def optimum(
     from adapter_twin.planning.choice import MARGIN, Criterion
     from adapter_twin.planning.grid import GRID
     from adapter_twin.planning.optimum import find_optimum
-    from adapter_twin.scenario import load_slo, parse_grid
+    from adapter_twin.scenario import load_slo, parse_grid, parse_rates
 
+    parse_rates(rates, "rates")
     workload = {
         "model": model,
         "rates_per_adapter": rates,
@@ -111,11 +114,11 @@ def recommend(
     expected = pd.DataFrame(answer.pop("expected")).T.rename_axis("figure").reset_index()
     worst = answer.pop("worst_served")
     print_mapping(answer, str(workload))
-    print_table(expected, "Expected service, 95 %")
+    print_table(expected, "Expected service, with 95 % intervals")
     if worst is not None:
         print_mapping(worst, "Worst-served adapter")
     print_table(what_if, "What if")
-    print(reason)
+    print_text(reason)
     print("vllm serve MODEL", *vllm)
     print("python -m sglang.launch_server --model-path MODEL", *sglang)
 
@@ -183,13 +186,13 @@ def place(
     replicas, advice = answer.pop("replicas"), answer.pop("advice")
     print_mapping(answer, str(workload))
     table = pd.DataFrame(replicas).assign(adapters=[len(row["adapters"]) for row in replicas])
-    print_table(
-        table.drop(columns=["shares", "vllm_args"]).rename_axis("gpu").reset_index(), "GPUs"
-    )
+    # What 80 columns do not hold is in the JSON.
+    left_out = ["shares", "vllm_args", "kv_cache_tokens", "offered_tokens_per_s"]
+    print_table(table.drop(columns=left_out).rename_axis("gpu").reset_index(), "GPUs")
     for number, row in enumerate(replicas):
         print(f"GPU {number}: vllm serve MODEL", *row["vllm_args"])
     if advice is not None:
-        print(advice)
+        print_text(advice)
 
 
 @verbs.command(epilog="Example: adapter-twin sweep designs/quick.yaml --out data/external/quick")
@@ -263,4 +266,4 @@ def train(
     if as_json:
         print_json({"out": str(out), "chosen": best.to_dict("records")})
     else:
-        print_table(best, f"Chosen by cross-validation, in {out}")
+        print_each(best, "language_model", f"Chosen by cross-validation, in {out}")

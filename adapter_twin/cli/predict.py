@@ -12,6 +12,7 @@ import typer
 from adapter_twin.cli.options import CALIBRATION, JOBS, JSON, RUNS, SEED
 from adapter_twin.report import (
     check_target,
+    print_each,
     print_json,
     print_mapping,
     print_table,
@@ -103,12 +104,12 @@ def validate(
         print_json(content)
         return
     print(", ".join(f"{name.replace('_', ' ')} {n}" for name, n in result.counts.items()))
-    print_table(result.bars, "Bars")
+    print_each(result.bars, "model", "Bars")
     is_split = (result.errors["regime"] != "all") & (result.errors["runs"] == "all")
     regimes = result.errors[is_split].pivot_table(
         index=["model", "regime", "figure", "n_runs"], columns="measure", values="value"
     )
-    print_table(regimes.reset_index(), "Errors by regime (percent)")
+    print_each(regimes.reset_index(), "model", "Errors by regime, in percent")
     worst = result.worst.groupby(["model", "figure"]).head(1)
     print_table(worst[["figure", "run_id", "regime", "measured", "predicted", "error"]], "Worst")
 

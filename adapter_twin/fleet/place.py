@@ -74,8 +74,8 @@ def place(
     (2, 2)
     """
     calibration = warmed_up(load_calibration(demand.calibration, demand.model))
-    tell(0, 1, f"placing {len(demand.adapters)} adapters")
     oracle = Oracle(demand, calibration, margin=margin, replicate_above=replicate_above)
+    tell(0, 1, f"placing {len(demand.adapters)} adapters")
     if gpus is None:
         held = place_and_hold(oracle, jobs=jobs, tell=tell)
     else:

@@ -9,7 +9,8 @@ from adapter_twin.calibration import load_calibration
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.planning.choice import MARGIN, Criterion
 from adapter_twin.planning.grid import GRID, check_grid, evaluate, grid_runs
-from adapter_twin.scenario import records, run_to_workload
+from adapter_twin.scenario import parse_rates, records, run_to_workload
+from adapter_twin.strict import require
 
 CONFIGURATION = ("served_adapters", "adapter_slots")
 SERVICE = ("total_throughput", "mean_ttft_ms", "p99_ttft_ms")
@@ -76,6 +77,8 @@ def find_optimum(
     """
     check_grid("served_grid", served_grid)
     check_grid("slots_grid", slots_grid)
+    highest = max(parse_rates(workload["rates_per_adapter"]))
+    require(highest > 0, "rates: all are zero; give at least one above zero")
     criterion = criterion or Criterion(margin=MARGIN)
     runs = grid_runs(workload, served_grid, slots_grid, duration_s)
     if runs.empty:

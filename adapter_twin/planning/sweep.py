@@ -63,13 +63,13 @@ def run_sweep(
     require(jobs == -1 or jobs >= 1, f"jobs: must be -1 (all cores) or at least 1, got {jobs}")
     design = load_design(file)
     calibrations = {model: load_calibration(calibration, model) for model in design.models}
-    _open(out, file, design, calibrations)
-    workloads = design.workloads()
-    todo = [row for row in records(workloads) if not _part(out, row).is_file()]
-    done, total = len(workloads) - len(todo), len(workloads)
-    tell(done, total, f"sweep {design.name}")
-    tasks = (joblib.delayed(_predict)(row, design, calibrations[row["model"]]) for row in todo)
     with workers(scheduler):
+        _open(out, file, design, calibrations)
+        workloads = design.workloads()
+        todo = [row for row in records(workloads) if not _part(out, row).is_file()]
+        done, total = len(workloads) - len(todo), len(workloads)
+        tell(done, total, f"sweep {design.name}")
+        tasks = (joblib.delayed(_predict)(row, design, calibrations[row["model"]]) for row in todo)
         results = joblib.Parallel(jobs, return_as="generator_unordered")(tasks)
         for workload_id, model, table in results:
             write_table(table, _part(out, {"model": model, "workload_id": workload_id}))
