@@ -48,7 +48,7 @@ setup: $(SETUP)  ## Create .venv and install the locked requirements and this pa
 
 setup-vllm: $(VLLM_SETUP)  ## Create .venv-vllm: the same with vLLM's CPU build, to profile
 
-reproduce: $(SETUP)  ## Run the whole study afresh and build the book (QUICK=1: small version)
+reproduce: $(SETUP)  ## Run the study afresh and build the book (QUICK=1: small version)
 	@rm -rf book/_executed
 ifeq ($(profile),live)
 	@$(MAKE) --no-print-directory profile
@@ -97,10 +97,10 @@ bench: $(SETUP)  ## Time twin, models, placement and cluster, and check their ba
 sweep: $(SETUP)  ## Predict a design afresh, as one table (DESIGN=paper or traffic)
 	$(BIN)/adapter-twin sweep designs/$(DESIGN).yaml --out data/external/sweeps/$(DESIGN) --table data/sweeps/$(DESIGN).parquet
 
-data: $(SETUP)  ## List the measured data: what is there, from where, how to get the rest
+data: $(SETUP)  ## List the measured data: what is there, how to get the rest
 	$(BIN)/adapter-twin data
 
-profile:  ## Measure a campaign on this machine's vLLM (CAMPAIGN=FILE.yaml OUT=FOLDER)
+profile:  ## Measure a campaign on this vLLM (CAMPAIGN=FILE.yaml OUT=FOLDER)
 	@$(need_vllm)
 	@mkdir -p $(dir $(OUT))
 	$(VLLM_PYTHON) -m adapter_twin profile $(CAMPAIGN) --out $(OUT)
