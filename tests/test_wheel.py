@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from adapter_twin import __version__, datasets
 
@@ -127,6 +128,33 @@ def test_models_are_trained(answer: Callable[..., dict], tmp_path: Path) -> None
     some = sorted(sweep.loc[sweep["model"] == LLAMA, "workload_id"].unique())[::20]
     sweep[sweep["workload_id"].isin(some)].to_parquet(tmp_path / "sweep.parquet")
     assert answer("train", "sweep.parquet", "--out", "models")["chosen"]
+
+
+def test_a_table_of_runs_is_predicted(installed: Command, tmp_path: Path) -> None:
+    workload = {"rates_per_adapter": "0.1", "ranks": "16", "max_lora_rank": 16, "max_num_seqs": 256}
+    counts = {"served_adapters": 32, "adapter_slots": 16, "duration_s": 60.0}
+    lengths = {"mean_input_tokens": 223.0, "mean_requested_output_tokens": 198.0}
+    run = {"run_id": "run", "model": LLAMA, **workload, **counts, **lengths}
+    pd.DataFrame([run]).to_csv(tmp_path / "runs.csv", index=False)
+    done = installed("predict", "runs.csv", "--out", "predictions.parquet")
+    assert done.returncode == 0, done.stderr
+    assert pd.read_parquet(tmp_path / "predictions.parquet")["feasible_start"].all()
+
+
+def test_a_campaign_is_calibrated_and_its_calibration_used(
+    installed: Command, answer: Callable[..., dict], tmp_path: Path
+) -> None:
+    shutil.copytree(ROOT / "data" / "campaigns" / "cpu-small", tmp_path / "campaign")
+    done = installed("calibrate", "campaign", "--out", "mine.json")
+    assert done.returncode == 0, done.stderr
+    demand = {
+        "model": "small",
+        "calibration": "mine.json",
+        "adapters": {"count": 4, "request_rates": [0.05], "ranks": [8]},
+        "lengths": {"distribution": "fixed", "mean_input_tokens": 64, "mean_output_tokens": 32},
+    }
+    (tmp_path / "demand.yaml").write_text(yaml.safe_dump(demand))
+    assert answer("recommend", "demand.yaml")["calibration"].startswith("small@cpu")
 
 
 def test_an_optimum_is_found(answer: Callable[..., dict]) -> None:
