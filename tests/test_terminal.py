@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from adapter_twin import cli, report
+from adapter_twin import cli, datasets, report
 
 WIDTH = 80
 LLAMA = "llama-3.1-8b-instruct"
@@ -32,8 +32,8 @@ DESIGN = {
 }
 OPTIMUM = ("optimum", "--model", LLAMA, "--ranks", "16", "--rates")
 SMALL_GRID = ("--served-grid", "32,64", "--slots-grid", "16,32", "--jobs", "1")
-TO_COPY = ("vllm serve", "python -m", "GPU ")
-"""Commands are not broken into lines."""
+TO_COPY = ("vllm serve", "python -m", "GPU ", "  /")
+"""Commands and paths are not broken into lines."""
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -72,13 +72,14 @@ def terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         (("place", "demand.yaml", "--jobs", "1"), "utilisation"),
         ((*OPTIMUM, "0.1", *SMALL_GRID), "Alternatives"),
         (("sweep", "design.yaml", "--out", "sweep", "--jobs", "1"), "workloads_now"),
-        (("data",), "sharegpt_lengths"),
+        (("data",), "data --fetch"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_what_a_verb_prints_fits_a_terminal(
-    call: Call, arguments: tuple[str, ...], shown: str
+    call: Call, arguments: tuple[str, ...], shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(datasets, "roots", lambda: [Path.cwd()])  # measured data is absent
     status, out, _ = call(*arguments)
     assert status == 0
     assert shown in out

@@ -12,6 +12,7 @@ from adapter_twin.report import (
     check_target,
     print_json,
     print_table,
+    print_text,
     progress,
     working,
 )
@@ -115,7 +116,7 @@ def data(
     print_table(shown, f"Measured data: {datasets.DATASET}")
     if (tables["checksum"] == "absent").any():
         print("absent tables are looked for in:", *datasets.roots(), sep="\n  ")
-        print(
+        print_text(
             "get runs and series with `adapter-twin data --fetch`, or from a clone with "
             "`adapter-twin data --import REPO_FOLDER`; put the others into one of these places"
         )
