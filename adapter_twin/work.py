@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,7 +36,10 @@ def workers(scheduler: str | None) -> Iterator[None]:
         Dask is not installed, or the scheduler cannot be reached.
     """
     if scheduler is None:
-        yield
+        with warnings.catch_warnings():
+            # joblib replaces a process that has grown, and warns; no work is lost.
+            warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
+            yield
         return
     try:
         from distributed import Client

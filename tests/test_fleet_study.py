@@ -1,5 +1,6 @@
 """What the chapter on fleets tabulates."""
 
+import warnings
 from itertools import islice
 
 import pandas as pd
@@ -9,6 +10,7 @@ from adapter_twin import fleet_study, traffic_study
 from adapter_twin.calibration import Calibration, load_calibration
 from adapter_twin.fleet.scenarios import MODEL, scenarios
 from adapter_twin.planning.steady_state import warmed_up
+from adapter_twin.work import workers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is an extrapolation")
 
@@ -71,3 +73,11 @@ def test_every_policy_serves_the_same_requests(laws: Calibration) -> None:
     by_policy = table.set_index("policy")
     pooled, own = by_policy.loads["shared pool (S-LoRA)"], by_policy.loads["vLLM"]
     assert pooled <= own
+
+
+def test_a_process_that_joblib_replaces_is_nothing_to_tell(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    with workers(None):
+        warnings.warn("A worker stopped while some jobs were given to the executor.", stacklevel=1)
+    assert len(recwarn) == 0
