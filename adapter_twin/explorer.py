@@ -72,11 +72,12 @@ FIGURES = ("total_throughput", "mean_ttft_ms", "p99_ttft_ms", "mean_itl_ms")
 COLOURS = 64
 
 OPTIMUM = (
-    "adapter-twin optimum --model {model} --rates {rates_per_adapter} --ranks {ranks}"
-    " --mean-input-tokens {mean_input_tokens} --mean-output-tokens {mean_output_tokens}"
+    "adapter-twin optimum --model {model} \\\n"
+    "  --rates {rates_per_adapter} --ranks {ranks} \\\n"
+    "  --mean-input-tokens {mean_input_tokens} --mean-output-tokens {mean_output_tokens}"
 )
 """The command that simulates a setting of the page afresh; an SLO adds the next line's file."""
-WITH_SLO = "echo '{slo}' > slo.yaml\n{optimum} --slo slo.yaml"
+WITH_SLO = "echo '{slo}' > slo.yaml\n{optimum} \\\n  --slo slo.yaml"
 
 
 def workloads() -> list[dict[str, Any]]:
