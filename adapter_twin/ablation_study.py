@@ -7,8 +7,7 @@ ranks into the step-time law, the cost of prompts into a loop over the engine's 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from operator import attrgetter
+from dataclasses import dataclass, replace
 from typing import Any
 
 import joblib
@@ -23,7 +22,7 @@ from adapter_twin.scenario import records, run_to_workload
 from adapter_twin.twin.clock import FrontEnd, turn
 from adapter_twin.twin.compiled import entry, helper
 from adapter_twin.twin.records import make_gaps, make_records
-from adapter_twin.twin.session import Session, new_session
+from adapter_twin.twin.session import Session, arguments, new_session
 from adapter_twin.twin.simulate import draw_requests
 from adapter_twin.twin.state import Batch, Limits, Requests, Rules, State
 from adapter_twin.twin.step_law import StepLaw, step_seconds
@@ -131,16 +130,10 @@ def run_with_free_prompts(
     return False
 
 
-_fields = attrgetter(*(column.name for column in fields(Session)))
-
-
 class FreePrompts(Session):
     """A run of the twin in which prompts take no time."""
 
-    def run(self) -> None:
-        """Run to the end of the window."""
-        while not run_with_free_prompts(*_fields(self)):
-            self._grow()
+    loop = staticmethod(run_with_free_prompts)
 
 
 def simulate_with(
@@ -172,7 +165,7 @@ def simulate_with(
         calibration.loading.read_s(ranks),
     )
     if assumptions.free_prompts:
-        session = FreePrompts(*_fields(session))
+        session = FreePrompts(*arguments(session))
     session.run()
     done = make_records(session, calibration.front_end.overhead_s)
     service = summarize(done, make_gaps(session), workload.duration_s)

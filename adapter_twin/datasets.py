@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from adapter_twin.errors import AdapterTwinError
 
-# pandera and pyarrow are imported late: reading a table is worth their second, `--help` is not.
+# pandas, pandera and pyarrow are imported late: who only asks where data lies needs none of them.
 if TYPE_CHECKING:
+    import pandas as pd
     from pandera.pandas import DataFrameSchema
 
     from adapter_twin.workload import LengthMarginals
@@ -143,6 +142,7 @@ def inventory(dataset: str = DATASET) -> pd.DataFrame:
         ``checksum`` (ok, mismatch, absent, or unregistered where no checksum is known). An import
         of the raw repository mismatches: the published tables leave some of its runs out.
     """
+    import pandas as pd
     import pooch
 
     from adapter_twin.schemas import TABLES
@@ -233,6 +233,8 @@ def read_frame(path: str | Path, columns: Sequence[str] | None = None) -> pd.Dat
 
 
 def _read(path: Path, columns: Sequence[str] | None) -> pd.DataFrame:
+    import pandas as pd
+
     if path.suffix == ".csv":
         # "8" and "0.1" alone would otherwise be read as numbers.
         text = dict.fromkeys(("run_id", "rates_per_adapter", "ranks"), str)

@@ -162,6 +162,7 @@ def runs_of(
     runs = table[(table[[*workload]] == pd.Series(workload)).all(axis=1)]
     if slo is None:
         return runs
+    # In two steps, as a percentile is divided: one division may differ in the last bit.
     return runs.assign(slo_attainment=runs[met(slo.ttft_ms, slo.itl_ms)] / 100 / 100)
 
 

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations, product
+from itertools import combinations, islice, product
 from typing import Any
 
 import joblib
@@ -262,9 +262,8 @@ def learning_curve(
         parts.append(("batches", share, steps.merge(kept, on=["engine_id", "point"])))
     engines = sorted(steps.engine_id.unique())
     for count in range(2, len(engines)):
-        for chosen in list(combinations(engines, count))[
-            :: -(-math.comb(len(engines), count) // draws)
-        ]:
+        every = math.ceil(math.comb(len(engines), count) / draws)
+        for chosen in islice(combinations(engines, count), 0, None, every):
             kept = steps[steps.engine_id.isin(chosen)]
             parts.append(("engines", count / len(engines), kept))
     rows = joblib.Parallel(-1)(

@@ -46,10 +46,6 @@ def summarize(records: Records, gaps: Gaps, duration_s: float) -> dict[str, floa
         ``completed_requests``; ``request_throughput`` in requests/s; ``input_throughput``,
         ``output_throughput`` and ``total_throughput`` in tokens/s; ``mean_``, ``median_`` and
         ``p99_`` of ``ttft_ms``, ``tpot_ms`` and ``itl_ms`` (NaN where no request completed).
-
-    Examples
-    --------
-    See `adapter_twin.twin.simulate.simulate`.
     """
     done = np.isfinite(records.end_s)
     input_tokens = int(records.prompt_tokens[done].sum(dtype=np.int64))

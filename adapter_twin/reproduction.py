@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -13,35 +14,50 @@ from typing import Any
 from adapter_twin import datasets
 from adapter_twin.doctor import core_packages
 
+DATA_SUFFIXES = (".parquet", ".csv", ".json", ".yaml")
+
 SHOWN_DIGITS = 12
 """Of a SHA-256."""
+
+
+_opened_s: dict[Path, float] = {}
+"""When this process last opened a data file, by `time.perf_counter`."""
+
+
+@cache
+def _listen() -> None:
+    """Have the interpreter report the files that it opens (PEP 578): once, for hooks stay."""
+    sys.addaudithook(_hear)
+
+
+def _hear(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and arguments[1] in ("r", "rb") and isinstance(arguments[0], str | Path):
+        path = Path(arguments[0])
+        if path.suffix in DATA_SUFFIXES:
+            _opened_s[path] = time.perf_counter()
 
 
 class Watch:
     """From its creation on: the data files that this process opens, and the time that passes.
 
-    The interpreter reports every file that it opens (PEP 578), so that a card lists what was read
-    and not what somebody remembered to list.
+    The interpreter itself tells of them, so that a card lists what was read and not what somebody
+    remembered to list.
     """
 
     def __init__(self) -> None:
+        _listen()
         self.started_s = time.perf_counter()
-        self._opened: dict[Path, None] = {}
-        sys.addaudithook(self._hear)
-
-    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open" and arguments[1] in ("r", "rb") and isinstance(arguments[0], str | Path):
-            self._opened[Path(arguments[0])] = None
 
     def inputs(self) -> dict[str, Path]:
         """Return the data files that were read, by a name that does not depend on the machine."""
-        named = ((_name(path), path) for path in self._opened)
+        opened = [path for path, at_s in _opened_s.items() if at_s >= self.started_s]
+        named = ((_name(path), path) for path in opened)
         return dict(sorted((name, path) for name, path in named if name is not None))
 
 
 def _name(path: Path) -> str | None:
     """Return a data file's name below its data set or the repository; None for other files."""
-    if path.suffix not in (".parquet", ".csv", ".json", ".yaml") or not path.is_file():
+    if not path.is_file():
         return None
     own = [datasets.REPOSITORY / folder for folder in ("data", "designs", "examples")]
     for root, shown_from in (

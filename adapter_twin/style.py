@@ -43,9 +43,7 @@ SCALES = {"adapter slots": ("viridis", 4, 512), "rank": ("flare", 4, 64)}
 def use_style() -> None:
     """Set the theme of all figures."""
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", font_scale=0.85)
-    plt.rcParams.update(
-        {"figure.dpi": 144, "axes.spines.top": False, "axes.spines.right": False}
-    )  # fmt: skip
+    plt.rcParams.update({"figure.dpi": 144, "axes.spines.top": False, "axes.spines.right": False})
 
 
 def shades(values: Iterable[Any], of: str = "") -> dict[Any, Any]:

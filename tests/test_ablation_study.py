@@ -1,7 +1,6 @@
 """Each published assumption changes what it is about, and nothing else."""
 
-from dataclasses import fields, replace
-from operator import attrgetter
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,7 +17,7 @@ from adapter_twin.planning.grid import evaluate, grid_runs
 from adapter_twin.predict import predict_run
 from adapter_twin.study import configurations
 from adapter_twin.twin.clock import FrontEnd
-from adapter_twin.twin.session import Session, new_session
+from adapter_twin.twin.session import Session, arguments, new_session
 from adapter_twin.twin.step_law import StepLaw
 from adapter_twin.workload import Trace
 
@@ -64,7 +63,7 @@ def step_law(**seconds: float) -> StepLaw:
 
 
 def with_free_prompts(session: Session) -> Session:
-    free = FreePrompts(*attrgetter(*(column.name for column in fields(Session)))(session))
+    free = FreePrompts(*arguments(session))
     free.run()
     return free
 

@@ -108,6 +108,12 @@ def test_importing_the_package_loads_no_numerical_library() -> None:
     assert not {"numpy", "pandas", "numba", "scipy"} & loaded_by("import adapter_twin")
 
 
+@pytest.mark.parametrize("module", ["twin.simulate", "calibration"])
+def test_simulating_needs_no_tables(module: str) -> None:
+    tables = {"pandas", "pandera", "pyarrow", "matplotlib"}
+    assert not tables & loaded_by(f"import adapter_twin.{module}")
+
+
 def test_help_loads_no_numerical_library() -> None:
     heavy = {"numpy", "pandas", "numba", "scipy", "sklearn", "pandera", "matplotlib"}
     assert not heavy & loaded_by("import adapter_twin.cli")

@@ -66,14 +66,20 @@ _GATHERED: tuple[Term, ...] = (
     ("adapted_tokens", "R"),
 )
 
+SWITCHES_TILING, LEAVES_GRAPHS = 128.0, 512.0
+"""Tokens in a batch past which vLLM 0.8.5's adapter kernels and its CUDA graphs change."""
+
 FORMS: dict[str, tuple[tuple[float, ...], tuple[Term, ...]]] = {
     "additive": ((), _COMMON),
-    "regimes": ((128.0, 512.0), _COMMON),
-    "tiles": ((128.0, 512.0), _COMMON + _TILED),
-    "tiles, long prefills apart": ((128.0, 512.0, 1024.0), _COMMON + _TILED),
-    "tiles and tokens of adapters": ((128.0, 512.0, 1024.0), _COMMON + _TILED + _ADAPTED),
+    "regimes": ((SWITCHES_TILING, LEAVES_GRAPHS), _COMMON),
+    "tiles": ((SWITCHES_TILING, LEAVES_GRAPHS), _COMMON + _TILED),
+    "tiles, long prefills apart": ((SWITCHES_TILING, LEAVES_GRAPHS, 1024.0), _COMMON + _TILED),
+    "tiles and tokens of adapters": (
+        (SWITCHES_TILING, LEAVES_GRAPHS, 1024.0),
+        _COMMON + _TILED + _ADAPTED,
+    ),
     "the same, finer within the graphs": (
-        (128.0, 256.0, 384.0, 512.0, 1024.0),
+        (SWITCHES_TILING, 256.0, 384.0, LEAVES_GRAPHS, 1024.0),
         _COMMON + _TILED + _ADAPTED,
     ),
     "tokens x padded rank": ((), _GATHERED),

@@ -62,9 +62,8 @@ def optimum(
     from adapter_twin.planning.choice import MARGIN, Criterion
     from adapter_twin.planning.grid import GRID
     from adapter_twin.planning.optimum import find_optimum
-    from adapter_twin.scenario import load_slo, parse_grid, parse_rates
+    from adapter_twin.scenario import load_slo, parse_grid
 
-    parse_rates(rates, "rates")
     workload = {
         "model": model,
         "rates_per_adapter": rates,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +40,11 @@ class Session:
     seen: NDArray[np.uint64]
     used: NDArray[np.bool_]
 
+    loop: ClassVar[Callable[..., bool]] = staticmethod(engine_clock.run)
+
     def run(self) -> None:
         """Run to the end of the window in the compiled loop."""
-        while not engine_clock.run(*_arguments(self)):
+        while not self.loop(*arguments(self)):
             self._grow()
 
     def turn(self) -> float:
@@ -49,14 +52,15 @@ class Session:
         # fields by name: attributes of a record take ten times as long
         if self.clock["steps"] + 1 >= len(self.steps):
             self._grow()
-        return engine_clock.turn(*_arguments(self))
+        return engine_clock.turn(*arguments(self))
 
     def _grow(self) -> None:
         """Make room for as many steps again."""
         self.steps = np.concatenate((self.steps, _table(len(self.steps), STEPS))).view(np.recarray)
 
 
-_arguments = attrgetter(*(column.name for column in fields(Session)))
+arguments = attrgetter(*(column.name for column in fields(Session)))
+"""Take a session apart, into what the compiled loop is called with."""
 
 
 def _table(size: int, dtype: Any) -> Any:
