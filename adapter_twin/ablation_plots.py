@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-from adapter_twin.style import BLUE, GREEN, GREY, LABELS, finish, legend_outside, shades
+from adapter_twin.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    LABELS,
+    dots,
+    finish,
+    legend_outside,
+    shades,
+    split_label,
+)
 from adapter_twin.validate import LIGHT, NEAR, STARVED
 
 REGIMES = (LIGHT, NEAR, STARVED)
-
-
-def _title(figure: str) -> str:
-    return LABELS.get(figure, figure).split(" (")[0]
 
 
 def _plain(axis: Axis) -> None:
@@ -42,23 +46,13 @@ def errors(table: pd.DataFrame) -> Figure:
     )
     for name, axes in zip(figures, panels[0], strict=True):
         part = table[table["figure"] == name]
-        _error_panel(axes, part, names)
+        dots(axes, part, "ablation", names, "regime", shades(REGIMES))
         kind = "MAPE" if (part["measure"] == "mape").all() else "median error"
-        axes.set(title=_title(name), xlabel=f"{kind} (%)", xscale="log")
+        axes.set(title=split_label(name)[0], xlabel=f"{kind} (%)", xscale="log")
         _plain(axes.xaxis)
-    panels[0, 0].set_yticks(range(len(names)), names)
     panels[0, 0].invert_yaxis()
     legend_outside(panels[0, -1])
     return finish(figure)
-
-
-def _error_panel(axes: Axes, table: pd.DataFrame, names: list[str]) -> None:
-    colors = shades(REGIMES)
-    for regime, shift in zip(REGIMES, (-0.2, 0.0, 0.2), strict=True):
-        part = table[table["regime"] == regime].set_index("ablation").reindex(names)
-        places = np.arange(len(names)) + shift
-        axes.hlines(places, part["low"], part["high"], color=colors[regime], lw=2, alpha=0.5)
-        axes.plot(part["value"], places, "o", ms=4, color=colors[regime], label=regime)
 
 
 def extrapolation(table: pd.DataFrame) -> Figure:
@@ -79,7 +73,7 @@ def extrapolation(table: pd.DataFrame) -> Figure:
                     part["times"], part[fit], markers[str(column)], ms=4, color=color,
                     alpha=0.8, label=f"{LABELS.get(str(column), 'rank')}, {label}",
                 )  # fmt: skip
-        axes.set(title=_title(name), xlabel="times the highest value fitted", xscale="log")
+        axes.set(title=split_label(name)[0], xlabel="times the highest value fitted", xscale="log")
         axes.set(yscale="symlog", ylim=(0, None))
         axes.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
         axes.xaxis.set_minor_locator(NullLocator())
@@ -128,7 +122,9 @@ def learning_curve(table: pd.DataFrame) -> Figure:
             draws = table[table["part"] == part]
             axes.plot(draws["steps"], draws[name], "o", ms=4, alpha=0.7, color=color, label=label)
         axes.axhline(table.loc[table["share"] == 1, name].iloc[0], color=GREY, lw=1, ls="--")
-        axes.set(title=_title(name), xlabel="steps calibrated on", xscale="log", yscale="log")
+        axes.set(
+            title=split_label(name)[0], xlabel="steps calibrated on", xscale="log", yscale="log"
+        )
         _plain(axes.xaxis)
         _plain(axes.yaxis)
     panels[0, 0].set_ylabel("MAPE of held-out runs (%)")

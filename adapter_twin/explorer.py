@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -232,11 +231,9 @@ def _packed(values: Any, kind: str) -> str:
 
 def _label(figure: str) -> dict[str, str]:
     """Return the name and the unit of a figure, as the book's plots label it."""
-    from adapter_twin.style import LABELS
+    from adapter_twin.style import split_label
 
-    parts = re.fullmatch(r"(.+) \((.+)\)", LABELS[figure])
-    assert parts is not None
-    return {"label": parts[1], "unit": parts[2]}
+    return dict(zip(("label", "unit"), split_label(figure), strict=True))
 
 
 def _smallest(workload: Mapping[str, Any]) -> tuple[EngineConfig, Workload]:

@@ -83,6 +83,19 @@ def most_served(points: pd.DataFrame) -> pd.DataFrame:
     return before.groupby(["varied", "level"]).tail(1).reset_index(drop=True)
 
 
+def share_of_best(best: pd.DataFrame) -> pd.DataFrame:
+    """Return the points of `most_served`, in place of throughputs their shares of the highest.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``varied``, ``level``, ``adapters``; ``share_of_best``, of the same thing varied.
+    """
+    highest = best.groupby("varied")["total_throughput"].transform("max")
+    shares = best.assign(share_of_best=best["total_throughput"] / highest)
+    return shares[["varied", "level", "adapters", "share_of_best"]]
+
+
 def draw_caching_problem(points: pd.DataFrame) -> Figure:
     """Draw `caching_problem`: a panel per thing varied, crosses at `most_served`."""
     figure, panels = plt.subplots(2, 2, figsize=(8.5, 6.4), sharey=True)
@@ -112,13 +125,9 @@ def memory_overhead(runs: pd.DataFrame) -> pd.DataFrame:
         ``model``, ``requests`` (a key of `REQUEST_TOKENS`), ``max_lora_rank``, ``adapter_slots``,
         ``total_throughput`` and ``running``.
     """
-    own = runs[(runs["source"] == "memory_overhead") & (runs["status"] == "ok")]
-    own = own.rename(columns={"slots_max_loras": "adapter_slots", "running_mean": "running"})
-    own = own.assign(requests=_size(own)).dropna(subset=["max_lora_rank"])
-    columns = [
-        "model", "requests", "max_lora_rank", "adapter_slots", "total_throughput", "running",
-    ]  # fmt: skip
-    return own[columns].sort_values(columns[:4], ignore_index=True)
+    return _measured(
+        runs, "memory_overhead", {"slots_max_loras": "adapter_slots", "running_mean": "running"}
+    )
 
 
 def draw_memory_overhead(points: pd.DataFrame) -> Figure:
@@ -141,12 +150,23 @@ def compute_overhead(runs: pd.DataFrame) -> pd.DataFrame:
         ``model``, ``requests``, ``max_lora_rank``, ``adapters`` (0: the base model only),
         ``total_throughput`` and ``mean_itl_ms``.
     """
-    own = runs[(runs["source"] == "compute_overhead") & (runs["status"] == "ok")]
-    own = own.rename(columns={"restrict_loras": "adapters"}).assign(requests=_size(own))
-    columns = [
-        "model", "requests", "max_lora_rank", "adapters", "total_throughput", "mean_itl_ms",
-    ]  # fmt: skip
-    return own[columns].sort_values(columns[:4], ignore_index=True)
+    return _measured(
+        runs, "compute_overhead", {"restrict_loras": "adapters", "mean_itl_ms": "mean_itl_ms"}
+    )
+
+
+def slowdown(points: pd.DataFrame) -> pd.DataFrame:
+    """Return what adapters take of the throughput of medium requests, from `compute_overhead`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``max_lora_rank``; ``first``, by the first adapter, and ``all`` of them, in percent.
+    """
+    own = points[points["requests"] == "medium"].set_index(["max_lora_rank", "adapters"])
+    served = own["total_throughput"].unstack()
+    lost = {"first": served[1], "all": served.ffill(axis=1).iloc[:, -1]}
+    return pd.DataFrame({k: 100 * (1 - v / served[0]) for k, v in lost.items()}).reset_index()
 
 
 def draw_compute_overhead(points: pd.DataFrame) -> Figure:
@@ -160,8 +180,14 @@ def draw_compute_overhead(points: pd.DataFrame) -> Figure:
     return _panels(points, panels, "adapters", "adapters in use", styles)
 
 
-def _size(runs: pd.DataFrame) -> pd.Series[str]:
-    return runs["dataset"].str.extract(r"_([a-z0-9]+)\.json$")[0].map(DATASETS)
+def _measured(runs: pd.DataFrame, source: str, columns: dict[str, str]) -> pd.DataFrame:
+    """Return the completed runs of one part of the study: throughput, and some columns renamed."""
+    own = runs[(runs["source"] == source) & (runs["status"] == "ok")].rename(columns=columns)
+    size = own["dataset"].str.extract(r"_([a-z0-9]+)\.json$")[0].map(DATASETS)
+    x, value = columns.values()
+    by = ["model", "requests", "max_lora_rank", x]
+    own = own.assign(requests=size).dropna(subset=by)
+    return own[[*by, "total_throughput", value]].sort_values(by, ignore_index=True)
 
 
 def _panels(

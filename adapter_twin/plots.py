@@ -5,7 +5,6 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
@@ -19,9 +18,11 @@ from adapter_twin.style import (
     LABELS,
     SCALES,
     SERIES,
+    dots,
     finish,
     legend_outside,
     shades,
+    split_label,
 )
 from adapter_twin.twin.records import Simulation
 
@@ -199,23 +200,13 @@ def errors(table: pd.DataFrame, figures: list[str]) -> Figure:
     regimes = [r for r in ("light", "near saturation", "starved", "client collapsed")
                if r in set(table["regime"])]  # fmt: skip
     figure, panels = plt.subplots(1, len(figures), figsize=(9.5, 3.4), squeeze=False, sharey=True)
+    colors = {twin: COLORS[twin] for twin in ("ours", "authors")}
     for name, axes in zip(figures, panels[0], strict=True):
-        _error_panel(axes, table[table["figure"] == name], regimes)
-        title = LABELS.get(name, name).split(" (")[0]
-        axes.set(title=title, xlabel="MAPE (%)", xscale="log")
-    panels[0, 0].set_yticks(range(len(regimes)), regimes)
+        dots(axes, table[table["figure"] == name], "regime", regimes, "twin", colors)
+        axes.set(title=split_label(name)[0], xlabel="MAPE (%)", xscale="log")
     panels[0, 0].invert_yaxis()
     legend_outside(panels[0, -1])
     return finish(figure)
-
-
-def _error_panel(axes: Axes, table: pd.DataFrame, regimes: list[str]) -> None:
-    for twin, shift in (("ours", -0.12), ("authors", 0.12)):
-        part = table[table["twin"] == twin].set_index("regime").reindex(regimes)
-        places = np.arange(len(regimes)) + shift
-        color = COLORS[twin]
-        axes.hlines(places, part["low"], part["high"], color=color, lw=2, alpha=0.5)
-        axes.plot(part["value"], places, "o", color=color, label=LABELS[twin])
 
 
 def curves(table: pd.DataFrame, figures: list[str]) -> Figure:

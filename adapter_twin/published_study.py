@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -85,6 +85,42 @@ def label_ablation(
                 row = {"twin": twin, "rule": rule, "model": model, **about}
                 rows.append({**row, "workloads": len(costs), **reality.paper_style(costs)})
     return pd.DataFrame(rows)
+
+
+def tokens_per_request(
+    runs: pd.DataFrame, predictions: Mapping[str, pd.DataFrame], authors: pd.DataFrame
+) -> pd.DataFrame:
+    """Return how many tokens a request carries: as measured, and in the twins.
+
+    Parameters
+    ----------
+    runs : pandas.DataFrame
+        Table ``runs``, completed runs whose client did not collapse.
+    predictions : mapping
+        ``this twin`` and ``normal lengths``, see `adapter_twin.ablation_study.predict_with`.
+    authors : pandas.DataFrame
+        Table ``authors_twin``, of which only some runs tell how many requests completed.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``requests`` (of whom), mean input plus output ``tokens``, and their ``excess`` over the
+        measured ones in percent.
+    """
+    told = authors[authors["run_id"].isin(runs["run_id"])].dropna(subset=["completed_requests"])
+    hours_s = told["run_id"].map(runs.set_index("run_id")["duration_s"])
+    tokens = {
+        "measured": (runs["input_tokens"] + runs["output_tokens"]).sum()
+        / runs["completed_requests"].sum(),
+        **{
+            name: predictions[name]["tokens_per_request"].mean()
+            for name in ("this twin", "normal lengths")
+        },
+        "published twin": (told["total_throughput"] * hours_s).sum()
+        / told["completed_requests"].sum(),
+    }
+    table = pd.Series(tokens, name="tokens").rename_axis("requests").reset_index()
+    return table.assign(excess=100 * (table["tokens"] / tokens["measured"] - 1))
 
 
 def ttft_convention(runs: pd.DataFrame) -> pd.DataFrame:

@@ -81,6 +81,7 @@ class Results:
         Parameters
         ----------
         name : str
+            With a folder before it where it belongs apart (``timings/speed``).
         make : callable
             Computes it from measured tables; its result is written to ``<folder>/<name>.csv``.
         needs : tuple of str
@@ -94,8 +95,8 @@ class Results:
         if not self.has(*needs):
             return read_expected(name)
         table = make()
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
         datasets.write_table(rounded(table), path)
         self._tables.append(path)
         return table
@@ -192,8 +193,10 @@ def record(folder: Path) -> list[Path]:
         raise AdapterTwinError(f"{folder}: holds no results; run `make reproduce` with the data")
     written = []
     for pattern, target in (("*.csv", EXPECTED), ("*.png", IMAGES)):
-        target.mkdir(exist_ok=True)
-        written += [Path(shutil.copy(path, target)) for path in sorted(folder.glob(pattern))]
+        for path in sorted(folder.rglob(pattern)):
+            place = target / path.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            written.append(Path(shutil.copy(path, place)))
     tables = read_expected("bars"), read_expected("bars_left_out")
     README.write_text(update_readme(README.read_text(), *tables))
     return [*written, README]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 BLUE, ORANGE, GREEN, VERMILION, PINK, BROWN = sns.color_palette("colorblind", 6).as_hex()
 INK, GREY = "0.25", "0.5"
@@ -64,6 +67,40 @@ def shades(values: Iterable[Any], of: str = "") -> dict[Any, Any]:
     else:
         colors = sns.color_palette("viridis", len(levels) + 1)
     return dict(zip(levels, colors, strict=False))
+
+
+def split_label(figure: str) -> tuple[str, str]:
+    """Return the name and the unit of a figure of service, empty where it has none.
+
+    >>> split_label("mean_itl_ms")
+    ('mean ITL', 'ms')
+    """
+    name, _, unit = LABELS.get(figure, figure).partition(" (")
+    return name, unit.removesuffix(")")
+
+
+def dots(
+    axes: Axes, table: pd.DataFrame, row: str, rows: list[str], by: str, colors: dict[str, Any]
+) -> None:
+    """Draw values with their intervals: rows by one column, beside each other by another.
+
+    Parameters
+    ----------
+    axes : matplotlib.axes.Axes
+    table : pandas.DataFrame
+        ``value``, ``low``, ``high`` and the columns `row` and `by`.
+    row, by : str
+    rows : list of str
+        From top to bottom.
+    colors : dict
+        Of the values of `by`, from top to bottom within a row.
+    """
+    for place, (value, color) in enumerate(colors.items()):
+        part = table[table[by] == value].set_index(row).reindex(rows)
+        at = np.arange(len(rows)) + 0.24 * (place - (len(colors) - 1) / 2)
+        axes.hlines(at, part["low"], part["high"], color=color, lw=2, alpha=0.5)
+        axes.plot(part["value"], at, "o", ms=5, color=color, label=LABELS.get(value, value))
+    axes.set_yticks(range(len(rows)), rows)
 
 
 def legend_outside(axes: Axes, **settings: Any) -> None:

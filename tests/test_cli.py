@@ -59,20 +59,6 @@ Cli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """Run the command line in an empty folder; return status, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            cli.main(arguments)
-        assert isinstance(exit_.value.code, int)
-        return (exit_.value.code, *capsys.readouterr())
-
-    return call
-
-
-@pytest.fixture
 def refused(run: Cli, tmp_path: Path) -> Callable[..., str]:
     """Run what must be refused: status 2, one line, and no file left behind."""
 

@@ -13,6 +13,7 @@ import pytest
 from adapter_twin import datasets
 
 NOTEBOOKS = sorted((datasets.REPOSITORY / "notebooks").glob("*.ipynb"))
+PAGES = sorted((datasets.REPOSITORY / "book").glob("*.md"))
 DRAWN_FROM_RECORDS = (
     "03_overheads",
     "06_validation",
@@ -27,7 +28,8 @@ NOT_PROSE = r"\$\$.*?\$\$|\$[^$]*\$|\{[a-z:]+\}`[^`]*`|`[^`]*`|^    .*?$|^\d\. |
 
 NAMES = (
     r"vLLM \d[\d.]*|Llama \d( \d+B|\.\d)?|H100( with 64 GB)?|8B model|p99|N\*|G\*|macro-F1"
-    r"|(Figure|Table)s? \d( (to|and) \d)?|[Dd]epth \d|95 %( of the repeats)?|30 s windows"
+    r"|(Figure|Table)s? \d((,| to| and) \d)*|License 2\.0|[Dd]epth \d|95 %( of the repeats)?"
+    r"|30 s windows"
 )
 """Numbers that are names, and conventions: intervals of 95 %, windows of the measured tables."""
 
@@ -102,9 +104,14 @@ def prose(cells: list[dict]) -> str:
     return "\n".join([*texts, *(figure.get("caption", "") for figure in figures)])
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_no_number_in_the_text_is_typed_by_hand(notebook):
-    text = prose(json.loads(notebook.read_text())["cells"])
+def written(page: Path) -> str:
+    text = page.read_text()
+    return text if page.suffix == ".md" else prose(json.loads(text)["cells"])
+
+
+@pytest.mark.parametrize("page", [*NOTEBOOKS, *PAGES], ids=lambda path: path.stem)
+def test_no_number_in_the_text_is_typed_by_hand(page):
+    text = written(page)
     text = re.sub(NOT_PROSE, "", text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(NAMES, "", text.replace("\n", " "))
     assert not re.findall(r".{0,40}\d.{0,20}", text)

@@ -79,13 +79,20 @@ def test_record_takes_over_tables_pictures_and_readme(monkeypatch, tmp_path):
     run.mkdir()
     BARS.to_csv(run / "bars.csv", index=False)
     (run / "service.png").write_bytes(b"png")
+    (run / "timings").mkdir()
+    BARS.to_csv(run / "timings" / "speed.csv", index=False)
     for name in ("EXPECTED", "IMAGES", "README"):
         monkeypatch.setattr(results, name, tmp_path / name)
     (tmp_path / "EXPECTED").mkdir()
     BARS.to_csv(tmp_path / "EXPECTED" / "bars_left_out.csv", index=False)
     (tmp_path / "README").write_text(f"{results.BEGIN}\n{results.END}")
     written = record(run)
-    assert {path.name for path in written} == {"bars.csv", "service.png", "README"}
+    assert {path.relative_to(tmp_path).as_posix() for path in written} == {
+        "EXPECTED/bars.csv",
+        "EXPECTED/timings/speed.csv",
+        "IMAGES/service.png",
+        "README",
+    }
     assert accuracy_table(BARS) in (tmp_path / "README").read_text()
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from adapter_twin import cli, datasets, report
+from adapter_twin import datasets, report
 
 WIDTH = 80
 LLAMA = "llama-3.1-8b-instruct"
@@ -39,20 +39,10 @@ Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def call(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Call:
+def call(run: Call, tmp_path: Path) -> Call:
     """Run the command line in a folder with one file of each kind."""
-    monkeypatch.chdir(tmp_path)
     for name, content in (("config", CONFIG), ("demand", DEMAND), ("design", DESIGN)):
-        Path(f"{name}.yaml").write_text(yaml.safe_dump(content))
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            cli.main(arguments)
-        assert isinstance(ended.value.code, int)
-        return (ended.value.code, *capsys.readouterr())
-
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
     return run
 
 

@@ -53,9 +53,10 @@ TWIN_ERROR = {
     "mean_itl_ms": 0.142,
     "p99_itl_ms": 0.466,
 }
-"""The twin's own error, relative, 95 % of the runs within: the errors on measured runs that the fit
-had not seen (``data/expected/bars_left_out.csv``, the worse of two models), taken as normal, so
-2.46 times a mean and 2.91 times a median. A mean TTFT is given the error of the percentile."""
+"""The twin's own error, relative, meant for 95 % of the runs: the errors on measured runs that the
+fit had not seen (``data/expected/bars_left_out.csv``, the worse of two models), taken as normal, so
+2.46 times a mean and 2.91 times a median. A mean TTFT is given the error of the percentile. Errors
+have heavier tails, so that fewer runs are within (``data/expected/coverage_left_out.csv``)."""
 
 
 @dataclass(frozen=True, slots=True)
