@@ -62,8 +62,9 @@ def optimum(
     from adapter_twin.planning.choice import MARGIN, Criterion
     from adapter_twin.planning.grid import GRID
     from adapter_twin.planning.optimum import find_optimum
-    from adapter_twin.scenario import load_slo, parse_grid
+    from adapter_twin.scenario import load_slo, parse_grid, parse_rates
 
+    parse_rates(rates, "rates")  # an error names the option, not the workload's key
     workload = {
         "model": model,
         "rates_per_adapter": rates,

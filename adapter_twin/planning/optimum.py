@@ -77,7 +77,7 @@ def find_optimum(
     """
     check_grid("served_grid", served_grid)
     check_grid("slots_grid", slots_grid)
-    highest = max(parse_rates(workload["rates_per_adapter"], "rates"))
+    highest = max(parse_rates(workload["rates_per_adapter"]))
     require(highest > 0, "rates: all are zero; give at least one above zero")
     criterion = criterion or Criterion(margin=MARGIN)
     runs = grid_runs(workload, served_grid, slots_grid, duration_s)
