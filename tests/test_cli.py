@@ -158,7 +158,7 @@ def test_the_shell_completes_verbs(run: Cli, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("COMP_WORDS", "adapter-twin pr")
     monkeypatch.setenv("COMP_CWORD", "1")
     status, out, _ = run()
-    assert (status, out.split()) == (0, ["predict", "profile"])
+    assert (status, out.split()) == (0, ["predict", "profile", "prove"])
 
 
 @pytest.mark.filterwarnings("ignore:.*is an extrapolation")

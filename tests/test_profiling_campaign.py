@@ -24,7 +24,8 @@ from adapter_twin.config import EngineConfig, Workload, deal_adapters
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.predict import predict_runs
 from adapter_twin.profiling import run_campaign as runner
-from adapter_twin.profiling.campaign import load_campaign
+from adapter_twin.profiling import session
+from adapter_twin.profiling.campaign import draw_trace, load_campaign
 from adapter_twin.profiling.client import ScheduleError
 from adapter_twin.profiling.engine_flags import EngineFlags
 from adapter_twin.profiling.machine import describe_machine
@@ -167,11 +168,11 @@ class Engine:
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     fake = Engine()
     monkeypatch.setattr(runner, "require_engine", lambda: None)
-    monkeypatch.setattr(runner, "profile_engine", fake.profile)
-    monkeypatch.setattr(runner, "Server", fake.server)
-    monkeypatch.setattr(runner, "measure_run", fake.measure)
+    monkeypatch.setattr(session, "profile_engine", fake.profile)
+    monkeypatch.setattr(session, "Server", fake.server)
+    monkeypatch.setattr(session, "measure_run", fake.measure)
     memory = {"kv_cache_tokens": 1600, "block_size": 16}
-    monkeypatch.setattr(runner, "kv_cache", lambda base_url: memory)
+    monkeypatch.setattr(session, "kv_cache", lambda base_url: memory)
     return fake
 
 
@@ -235,7 +236,7 @@ def test_a_run_serves_the_requests_that_the_twin_draws_from_its_seed(tmp_path: P
     changes = {"serving.lengths": lengths, "serving.runs": [run], "seed": 3}
     campaign = load_campaign(write(tmp_path, {"engine.max_model_len": 8192, **changes}))
     assert campaign.serving is not None
-    sent = campaign.trace(0)
+    sent = draw_trace(campaign.workload(0), campaign.run_seed(0))
     workload = Workload(
         adapters=deal_adapters(8, [0.5, 3], [8]),
         duration_s=10,
@@ -351,7 +352,7 @@ def test_a_folder_is_not_continued_on_another_machine(
 def test_a_campaign_stops_before_a_piece_that_does_not_fit_in_its_budget(
     engine: Engine, tmp_path: Path
 ) -> None:
-    start_s = runner.UNMEASURED_S["start"]
+    start_s = session.UNMEASURED_S["start"]
     out = tmp_path / "out"
     summary = runner.run_campaign(write(tmp_path, {"micro": None, "budget_s": start_s + 14}), out)
     assert (summary.complete, engine.starts) == (0, [])
@@ -536,7 +537,8 @@ def test_live_the_server_got_the_requests_of_the_trace_and_served_every_token(sm
     runs = pd.read_parquet(smoke / "runs.parquet").set_index("run_id")
     for index in range(len(runs)):
         run_id = f"smoke/run-{index:03d}-0"
-        trace, sent = campaign.trace(index), requests[requests["run_id"] == run_id]
+        trace = draw_trace(campaign.workload(index), campaign.run_seed(index))
+        sent = requests[requests["run_id"] == run_id]
         assert np.bincount(sent["adapter"]).tolist() == np.bincount(trace.adapter).tolist()
         np.testing.assert_array_equal(sent["output_tokens"], trace.output_tokens)
         done = sent[sent["end_s"].notna()]

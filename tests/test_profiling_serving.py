@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 from adapter_twin.campaign_schemas import CAMPAIGN_SERIES, REQUESTS
+from adapter_twin.client_records import to_gaps, to_records
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.metrics import summarize
 from adapter_twin.profiling.client import Replay, replay
@@ -22,7 +23,7 @@ from adapter_twin.profiling.engine_flags import EngineFlags
 from adapter_twin.profiling.model_folder import check_model, write_adapters, write_model
 from adapter_twin.profiling.scrape import sample
 from adapter_twin.profiling.server import Server, free_port
-from adapter_twin.profiling.serving import ServedRun, measure_run, to_gaps, to_records
+from adapter_twin.profiling.serving import ServedRun, measure_run
 from adapter_twin.schemas import validate
 from adapter_twin.workload import BASE_MODEL, Trace
 

@@ -182,6 +182,7 @@ def test_measured_data_is_looked_for_where_one_is(
         ("sweep", "designs/quick.yaml", "--out", "sweep"),
         ("train", "data/sweeps/paper.parquet", "--out", "models"),
         ("profile", "campaigns/smoke.yaml", "--out", "smoke"),
+        ("prove", "studies/smoke.yaml", "--engine", "cpu", "--out", "smoke"),
         ("calibrate", "data/external/agullo2025", "--out", "c.json"),
     ],
     ids=lambda arguments: arguments[0],

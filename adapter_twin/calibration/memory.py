@@ -5,7 +5,8 @@ left for the KV cache. The slots' size follows from the model's shape; what PyTo
 allocator takes for them is larger, because it hands out memory in segments: 2 MiB ones for tensors
 up to 1 MiB, 20 MiB ones up to 10 MiB, and multiples of 2 MiB above
 (``c10/cuda/CUDACachingAllocator``). Counting segments leaves one number to fit: the memory that
-slots and KV cache share. On a CPU the user says how much the KV cache takes, and slots leave it be.
+slots and KV cache share. On a CPU the user says how much the KV cache takes, and slots leave it be;
+or a campaign gives it what the slots leave of a memory they share, as on a GPU but to the byte.
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ def _layer_widths(shape: ModelShape) -> list[int]:
     return qkv + out + gate_up + down
 
 
+def slots_bytes(shape: ModelShape, max_loras: int, max_lora_rank: int) -> int:
+    """Return the memory in bytes that the adapter slots take, without what an allocator adds."""
+    return sum(slot_tensors(shape, max_loras, max_lora_rank))
+
+
 @lru_cache(maxsize=1024)
 def slots_gib(model: str, max_loras: int, max_lora_rank: int) -> float:
     """Return the GPU memory in GiB that PyTorch's allocator takes for the adapter slots."""
@@ -73,6 +79,16 @@ def slots_gib(model: str, max_loras: int, max_lora_rank: int) -> float:
     return (reserved + math.ceil(small / (2 * MIB)) * 2 * MIB) / GIB
 
 
+def _slots_take(kv_gib: NDArray[np.float64], asked_gib: pd.Series[float] | None) -> str:
+    """Tell from engine starts how slots take memory: a CPU's KV cache is as large as was asked for.
+
+    Where the same was asked for whatever the slots, they are apart; else they were counted.
+    """
+    if asked_gib is None or not np.allclose(kv_gib, asked_gib, rtol=0.01):
+        return "segments"
+    return "apart" if asked_gib.nunique() == 1 else "bytes"
+
+
 class MemoryLaw(Estimator):
     """KV-cache size, feasible starts and start-up time of one model on one GPU.
 
@@ -85,8 +101,9 @@ class MemoryLaw(Estimator):
         Memory that slots and KV cache share: the GPU's share less weights and activations.
     available_gib_interval_ : tuple of float
         95 % interval of the mean.
-    reserved_ : bool
-        The KV cache has a size of its own, whatever the slots take.
+    slots_ : str
+        How slots take memory from the KV cache: in ``segments`` of a GPU's allocator, by their
+        ``bytes`` on a CPU where both share a memory, or ``apart`` from it.
     max_model_len_ : int
         Longest request in tokens; one must fit.
     capture_s_, capture_s_per_slot_ : float
@@ -106,9 +123,7 @@ class MemoryLaw(Estimator):
         self.max_model_len_ = int(starts.max_model_len.max()) if told else shape.max_model_len
         started = starts.dropna(subset=["kv_cache_tokens"])
         kv_gib = started.kv_cache_tokens.to_numpy(float) * shape.kv_bytes_per_token / GIB
-        # A CPU's KV cache is as large as was asked for; a GPU's is what is left.
-        asked_gib = started.get("cpu_kv_cache_gib", 0.0)
-        self.reserved_ = bool(np.allclose(kv_gib, asked_gib, rtol=0.01))
+        self.slots_ = _slots_take(kv_gib, started.get("cpu_kv_cache_gib"))
         available_gib = kv_gib + self._slots_gib(started.adapter_slots, started.max_lora_rank)
         # Relative errors in KV tokens count: weight by the tokens left.
         weight = kv_gib**-2
@@ -128,10 +143,16 @@ class MemoryLaw(Estimator):
     def _slots_gib(self, max_loras: ArrayLike, max_lora_rank: ArrayLike) -> NDArray[np.float64]:
         pairs = np.broadcast_arrays(np.asarray(max_loras, int), np.asarray(max_lora_rank, int))
         slots = [
-            0.0 if self.reserved_ else slots_gib(self.model, int(g), int(r))
-            for g, r in zip(*map(np.ravel, pairs), strict=True)
+            self._taken_gib(int(g), int(r)) for g, r in zip(*map(np.ravel, pairs), strict=True)
         ]
         return np.array(slots).reshape(pairs[0].shape)
+
+    def _taken_gib(self, max_loras: int, max_lora_rank: int) -> float:
+        if self.slots_ == "apart":
+            return 0.0
+        if self.slots_ == "bytes":
+            return slots_bytes(model_shape(self.model), max_loras, max_lora_rank) / GIB
+        return slots_gib(self.model, max_loras, max_lora_rank)
 
     def kv_cache_tokens(
         self, max_loras: ArrayLike, max_lora_rank: ArrayLike
@@ -140,6 +161,10 @@ class MemoryLaw(Estimator):
         left_gib = self.available_gib_ - self._slots_gib(max_loras, max_lora_rank)
         block_bytes = 16 * model_shape(self.model).kv_bytes_per_token
         return np.asarray(16 * np.floor(left_gib * GIB / block_bytes))
+
+    def kv_gib(self, tokens: float) -> float:
+        """Return the memory in GiB that so many KV-cache tokens take."""
+        return tokens * model_shape(self.model).kv_bytes_per_token / GIB
 
     def starts(self, max_loras: ArrayLike, max_lora_rank: ArrayLike) -> NDArray[np.bool_]:
         """Return whether vLLM starts: one request of the longest length must fit."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from adapter_twin.cli.options import JOBS, JSON
 from adapter_twin.report import (
     check_target,
+    print_each,
     print_json,
     print_table,
     print_text,
@@ -19,6 +21,13 @@ from adapter_twin.report import (
 from adapter_twin.strict import require
 
 verbs = typer.Typer()
+
+
+class Engine(StrEnum):
+    """Builds of vLLM."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
 
 
 @verbs.command(
@@ -79,6 +88,56 @@ def profile(
         print(summary.stopped)
     rows = ", ".join(f"{name} {count}" for name, count in summary.rows.items())
     print(f"{out}: {summary.complete} of {summary.pieces} pieces; rows: {rows or 'none'}")
+
+
+@verbs.command(epilog="Example: adapter-twin prove studies/smoke.yaml --engine cpu --out proof")
+def prove(
+    workload: Annotated[
+        Path, typer.Argument(metavar="WORKLOAD.yaml", help="A workload, or a study of several.")
+    ],
+    engine: Annotated[Engine, typer.Option(help="The build of vLLM on this machine.")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for the tables; run again to go on in it.")
+    ],
+    as_json: JSON = False,
+) -> None:
+    """Run what is recommended, and its rivals, on a real vLLM, and tell how each did."""
+    from dataclasses import asdict
+
+    from adapter_twin.profiling.run_study import run_study
+    from adapter_twin.proving import comparison
+    from adapter_twin.proving.outcome import read_outcome, service
+    from adapter_twin.proving.study import PLAN
+
+    check_target(out)
+    with progress() as tell:
+        summary = run_study(workload, engine.value, out, tell)
+    if "runs" not in summary.rows or not (out / PLAN).is_file():
+        print_text(summary.stopped or "nothing is measured yet")
+        return
+    measured = read_outcome(out)
+    runs = service(measured)
+    chosen = comparison.choices(runs, measured.picks)
+    methods = comparison.methods(chosen, len(measured.demands))
+    verdicts = comparison.verdicts(runs, measured.picks)
+    if as_json:
+        tables = {"methods": methods, "choices": chosen, "verdicts": verdicts, "runs": runs}
+        content = {name: table.to_dict("records") for name, table in tables.items()}
+        print_json({"out": str(out), **asdict(summary), **content})
+        return
+    print_each(chosen[CHOICE], "workload", "Choices, as measured")
+    print_table(methods, "Methods, over all workloads")
+    print_text(
+        f"verdicts: {int(verdicts.right.sum())} of {len(verdicts)} runs bear out what was said; "
+        "regret is throughput lost against the best configuration run, in percent (95 %)"
+    )
+    if summary.stopped is not None:
+        print_text(summary.stopped)
+    print(f"{out}: {summary.complete} of {summary.pieces} runs")
+
+
+CHOICE = ["workload", "method", "adapter_slots", "serves", "regret", "low", "high", "mean_ttft_ms"]
+"""What fits on a terminal."""
 
 
 @verbs.command(epilog="Example: adapter-twin data --import ~/GPULLMAdapterOptimization")

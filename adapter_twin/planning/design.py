@@ -17,8 +17,13 @@ import numpy as np
 
 from adapter_twin.config import Slo
 from adapter_twin.models import model_shape
-from adapter_twin.planning.grid import GRID, check_grid, slot_rank
-from adapter_twin.scenario import parse_ranks, read_yaml
+from adapter_twin.planning.grid import GRID, MAX_NUM_SEQS, check_grid, slot_rank
+from adapter_twin.scenario import (
+    DEFAULT_BATCHED_TOKENS,
+    DEFAULT_BLOCK_TOKENS,
+    parse_ranks,
+    read_yaml,
+)
 from adapter_twin.strict import build, require, require_positive
 
 if TYPE_CHECKING:
@@ -147,6 +152,11 @@ class Design:
     models : tuple of str
     served_adapters, adapter_slots : tuple of int
         The grid.
+    max_num_seqs, max_num_batched_tokens, block_size : int
+        As in `adapter_twin.config.EngineConfig`.
+    length_distribution : str
+    length_cv : float
+        As `distribution` and `cv` of `adapter_twin.config.Lengths`.
     duration_s : float
         Window of every run.
     slo : Slo, optional
@@ -163,6 +173,11 @@ class Design:
     models: tuple[str, ...]
     served_adapters: tuple[int, ...] = GRID
     adapter_slots: tuple[int, ...] = GRID
+    max_num_seqs: int = MAX_NUM_SEQS
+    max_num_batched_tokens: int = DEFAULT_BATCHED_TOKENS
+    block_size: int = DEFAULT_BLOCK_TOKENS
+    length_distribution: str = "sharegpt"
+    length_cv: float = 1.0
     duration_s: float = 3600.0
     slo: Slo | None = None
     factorial: Factorial | None = None
@@ -194,7 +209,14 @@ class Design:
             rows += part.draw(self.seed) if part is not None else []
         table = pd.concat([pd.DataFrame(rows).assign(model=model) for model in self.models])
         ids = [f"{self.name}-{i:05d}" for i in range(len(table))]
-        return table.assign(workload_id=ids).reset_index(drop=True)
+        return table.assign(
+            workload_id=ids,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            block_size=self.block_size,
+            length_distribution=self.length_distribution,
+            length_cv=self.length_cv,
+        ).reset_index(drop=True)
 
 
 def load_design(path: str | Path) -> Design:

@@ -66,7 +66,8 @@ def grid_runs(
     Parameters
     ----------
     workload : mapping
-        ``model``, ``rates_per_adapter``, ``ranks`` and lengths, as in a runs table.
+        ``model``, ``rates_per_adapter``, ``ranks`` and lengths, as in a runs table; its
+        ``max_num_seqs`` is `MAX_NUM_SEQS` where it is not told.
     served, slots : sequence of int
         Pairs with more slots than served adapters are left out.
     duration_s : float
@@ -77,11 +78,11 @@ def grid_runs(
     return pd.DataFrame(
         {
             "run_id": [f"N={n} G={g}" for n, g in pairs],
+            "max_num_seqs": MAX_NUM_SEQS,
             **workload,
             "served_adapters": [n for n, _ in pairs],
             "adapter_slots": [g for _, g in pairs],
             "max_lora_rank": slot_rank(parse_ranks(workload["ranks"])),
-            "max_num_seqs": MAX_NUM_SEQS,
             "duration_s": duration_s,
         }
     )

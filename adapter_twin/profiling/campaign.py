@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adapter_twin.calibration.memory import slots_bytes
 from adapter_twin.config import Lengths, Workload, deal_adapters
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.models import MODEL_CONFIGS
-from adapter_twin.profiling.engine_flags import EngineFlags
+from adapter_twin.models import MODEL_CONFIGS, model_shape
+from adapter_twin.profiling.engine_flags import GIB, EngineFlags
 from adapter_twin.profiling.micro_plan import MicroPlan
 from adapter_twin.profiling.model_folder import check_model
 from adapter_twin.scenario import read_yaml
@@ -116,19 +117,23 @@ class Serving:
         require_positive(self, "duration_s")
         require(bool(self.runs), "runs: must not be empty; give at least one")
 
-    def trace(self, run: ServingRun, seed: int) -> Trace:
-        """Draw a run's traffic: the requests that the twin draws from the same seed."""
-        workload = Workload(
+    def workload(self, run: ServingRun) -> Workload:
+        """Return a run's adapters and their traffic."""
+        return Workload(
             adapters=deal_adapters(run.served_adapters, run.rates, run.ranks),
             duration_s=self.duration_s,
             lengths=self.lengths,
         )
-        marginals = None
-        if self.lengths.distribution == "sharegpt":
-            from adapter_twin.datasets import sharegpt_lengths
 
-            marginals = sharegpt_lengths()
-        return generate(workload, generators(seed)[0], marginals)
+
+def draw_trace(workload: Workload, seed: int) -> Trace:
+    """Draw the requests that a client sends: those that the twin draws from the same seed."""
+    marginals = None
+    if workload.lengths.distribution == "sharegpt":
+        from adapter_twin.datasets import sharegpt_lengths
+
+        marginals = sharegpt_lengths()
+    return generate(workload, generators(seed)[0], marginals)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +151,9 @@ class Campaign:
         Time for one call of `adapter-twin profile`; the next one goes on where it stopped.
     adapters : str, optional
         Folder of PEFT adapters, one a subfolder; left out, synthetic ones are written.
+    cpu_memory_gib : float, optional
+        Memory that adapter slots and KV cache share on a CPU, as they do on a GPU; it takes the
+        place of `engine.cpu_kv_cache_gib`.
     seed : int
     micro : Micro, optional
     serving : Serving, optional
@@ -156,6 +164,7 @@ class Campaign:
     engine: EngineFlags
     budget_s: float
     adapters: str | None = None
+    cpu_memory_gib: float | None = None
     seed: int = 0
     micro: Micro | None = None
     serving: Serving | None = None
@@ -166,9 +175,14 @@ class Campaign:
         require_positive(self, "budget_s")
         has_pieces = self.micro is not None or self.serving is not None
         require(has_pieces, "micro: nothing to measure; give micro, serving or both")
-        for index, run in enumerate(self.serving.runs if self.serving else ()):
+        for index, engine in enumerate(self.micro.engines if self.micro else ()):
             try:
-                run.flags(self.engine)
+                self.sized(engine)
+            except AdapterTwinError as error:
+                raise AdapterTwinError(f"micro.engines[{index}].{error}") from None
+        for index in range(len(self.serving.runs) if self.serving else 0):
+            try:
+                self.flags(index)
                 self._check_lengths(index)
             except AdapterTwinError as error:
                 raise AdapterTwinError(f"serving.runs[{index}].{error}") from None
@@ -178,17 +192,38 @@ class Campaign:
         """The model's name in the tables."""
         return self.model if self.model in MODEL_CONFIGS else Path(self.model).name
 
-    def trace(self, index: int) -> Trace:
-        """Draw the traffic of a serving run; repeats of a run serve the same requests."""
+    def sized(self, flags: EngineFlags) -> EngineFlags:
+        """Return an engine's flags with the KV cache that its slots leave of `cpu_memory_gib`."""
+        if self.cpu_memory_gib is None:
+            return flags
+        require(
+            self.model in MODEL_CONFIGS,
+            f"cpu_memory_gib: only for the shapes {', '.join(MODEL_CONFIGS)}; leave it out",
+        )
+        slots = slots_bytes(model_shape(self.model), flags.max_loras, flags.max_lora_rank) / GIB
+        require(
+            slots < self.cpu_memory_gib,
+            f"max_loras: {flags.max_loras} slots of rank {flags.max_lora_rank} take {slots:.3g} of "
+            f"cpu_memory_gib = {self.cpu_memory_gib}; give fewer or raise it",
+        )
+        return replace(flags, cpu_kv_cache_gib=self.cpu_memory_gib - slots)
+
+    def flags(self, index: int) -> EngineFlags:
+        """Return the flags of a serving run's server."""
         assert self.serving is not None
-        return self.serving.trace(self.serving.runs[index], self.run_seed(index))
+        return self.sized(self.serving.runs[index].flags(self.engine))
+
+    def workload(self, index: int) -> Workload:
+        """Return a serving run's adapters and their traffic."""
+        assert self.serving is not None
+        return self.serving.workload(self.serving.runs[index])
 
     def run_seed(self, index: int) -> int:
-        """Return the seed of a serving run's traffic."""
+        """Return the seed of a serving run's traffic; repeats of it serve the same requests."""
         return self.seed + index
 
     def _check_lengths(self, index: int) -> None:
-        trace = self.trace(index)
+        trace = draw_trace(self.workload(index), self.run_seed(index))
         require(len(trace) > 0, "rates: not one request falls into the window; raise the rates")
         longest, limit = int((trace.prompt_tokens + trace.output_tokens).max()), self.engine
         require(

@@ -22,6 +22,8 @@ class EngineFlags:
     max_loras : int
         Adapter slots; 0 serves the base model alone, without LoRA.
     max_lora_rank, max_cpu_loras, max_num_seqs, max_num_batched_tokens, max_model_len : int
+    block_size : int, optional
+        Tokens per KV block; left out, vLLM chooses.
     dtype, load_format : str
         ``load_format="dummy"`` fills the model with random weights.
     enforce_eager : bool
@@ -36,6 +38,7 @@ class EngineFlags:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     max_model_len: int = 1024
+    block_size: int | None = None
     dtype: str = "bfloat16"
     load_format: str = "dummy"
     enforce_eager: bool = False
@@ -79,6 +82,8 @@ class EngineFlags:
                 "max_lora_rank": self.max_lora_rank,
                 "max_cpu_loras": self.max_cpu_loras,
             }
+        if self.block_size is not None:
+            arguments["block_size"] = self.block_size
         if is_cpu_build():
             arguments["kv_cache_memory_bytes"] = round(self.cpu_kv_cache_gib * GIB)
         return arguments

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
@@ -11,50 +11,27 @@ import numpy as np
 import pandas as pd
 
 from adapter_twin.campaign_schemas import CAMPAIGN_RUNS
-from adapter_twin.config import deal_adapters
+from adapter_twin.config import Workload
 from adapter_twin.errors import one_line
-from adapter_twin.profiling.campaign import Campaign
 from adapter_twin.profiling.engine_flags import EngineFlags
 from adapter_twin.strict import require
 
 
-def run_row(
-    campaign: Campaign,
-    index: int,
-    repeat: int,
-    flags: EngineFlags,
-    measured: Mapping[str, Any],
-) -> pd.DataFrame:
-    """Return a serving run's row of the table ``runs``.
+def serving_columns(
+    flags: EngineFlags, workload: Workload, rates: Sequence[float], ranks: Sequence[int]
+) -> dict[str, Any]:
+    """Return what the table ``runs`` says of engine and traffic before anything is measured.
 
-    Parameters
-    ----------
-    campaign : Campaign
-    index, repeat : int
-        Which run of the campaign file, and which time it is served.
-    flags : EngineFlags
-        Of its server.
-    measured : mapping
-        Measured columns, ``status`` among them; the others are empty. Means of lengths are the
-        campaign's: a prediction must not need the traffic that was drawn.
+    Means of lengths are the distribution's: a prediction must not need the traffic that was drawn.
+    `rates` and `ranks` are dealt over the adapters.
     """
-    assert campaign.serving is not None
-    run, lengths = campaign.serving.runs[index], campaign.serving.lengths
-    adapters = deal_adapters(run.served_adapters, run.rates, run.ranks)
-    row = {
-        **dict.fromkeys(CAMPAIGN_RUNS.columns, np.nan),
-        "duration_s": campaign.serving.duration_s,
-        "sent_is_exact": True,
-        "client_collapsed": False,
-        **measured,
-        "run_id": run_id(campaign, index, repeat),
-        "campaign": campaign.name,
-        "model": campaign.model_name,
-        "rates_per_adapter": "-".join(map(_plain, run.rates)),
-        "ranks": "-".join(map(str, run.ranks)),
-        "served_adapters": run.served_adapters,
-        "adapter_slots": run.adapter_slots,
-        "max_lora_rank": run.max_lora_rank,
+    lengths = workload.lengths
+    return {
+        "rates_per_adapter": "-".join(map(_plain, rates)),
+        "ranks": "-".join(map(str, ranks)),
+        "served_adapters": flags.max_cpu_loras,
+        "adapter_slots": flags.max_loras,
+        "max_lora_rank": flags.max_lora_rank,
         "max_num_seqs": flags.max_num_seqs,
         "max_num_batched_tokens": flags.max_num_batched_tokens,
         "max_model_len": flags.max_model_len,
@@ -62,18 +39,23 @@ def run_row(
         "mean_requested_output_tokens": lengths.mean_output_tokens,
         "length_distribution": lengths.distribution,
         "length_cv": lengths.cv,
-        "offered_request_rate": sum(adapter.request_rate for adapter in adapters),
-        "held_out": run.held_out,
-        "repeat": repeat,
-        "seed": campaign.run_seed(index),
-        "source_path": f"serving.runs[{index}]",
+        "offered_request_rate": workload.offered_request_rate,
     }
-    return pd.DataFrame([row])
 
 
-def run_id(campaign: Campaign, index: int, repeat: int) -> str:
-    """Return the name of a serving run in the tables."""
-    return f"{campaign.name}/run-{index:03d}-{repeat}"
+def run_row(columns: Mapping[str, Any], measured: Mapping[str, Any]) -> pd.DataFrame:
+    """Return a serving run's row of the table ``runs``.
+
+    Parameters
+    ----------
+    columns : mapping
+        What was known before; it wins over what was measured.
+    measured : mapping
+        Measured columns, ``status`` among them; the others are empty.
+    """
+    empty = dict.fromkeys(CAMPAIGN_RUNS.columns, np.nan)
+    sent = {"sent_is_exact": True, "client_collapsed": False}
+    return pd.DataFrame([{**empty, **sent, **measured, **columns}])
 
 
 def failed(reason: str) -> str:

@@ -36,8 +36,17 @@ class Store:
 
     out: Path
 
-    def open(self, campaign: Path, machine: Mapping[str, Any]) -> None:
-        """Make the folder ready for a campaign file, or refuse to mix two campaigns in it.
+    def open(self, asked: str, machine: Mapping[str, Any], file: Path) -> None:
+        """Make the folder ready for a campaign, or refuse to mix two campaigns in it.
+
+        Parameters
+        ----------
+        asked : str
+            What is to be measured, as YAML; kept as ``campaign.yaml``.
+        machine : mapping
+            See `adapter_twin.profiling.machine.describe_machine`.
+        file : pathlib.Path
+            Where `asked` comes from, for messages.
 
         Raises
         ------
@@ -50,8 +59,8 @@ class Store:
             shutil.rmtree(left)
         if copy.is_file():
             require(
-                _measures(read_yaml(copy)) == _measures(read_yaml(campaign)),
-                f"{self.out}: holds another campaign than {campaign}; give another folder",
+                _measures(read_yaml(copy)) == _measures(yaml.safe_load(asked)),
+                f"{self.out}: holds another campaign than {file}; give another folder",
             )
         if described.is_file():
             before = json.loads(described.read_text(encoding="utf-8"))
@@ -62,7 +71,7 @@ class Store:
                     f"{machine.get(part)}; give another folder",
                 )
         with replacing(copy) as temporary:
-            temporary.write_bytes(campaign.read_bytes())
+            temporary.write_text(asked, encoding="utf-8")
         with replacing(described) as temporary:
             temporary.write_text(json.dumps(machine, indent=2) + "\n", encoding="utf-8")
 
