@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
+WARM_UP = 0.25
+"""Share of a window after which starvation is judged. Over a whole short window even a server that
+keeps up completes too little, for it begins empty and ends with requests under way."""
+
 RUN = ["workload", "adapter_slots", "repeat"]
 """What tells the runs of a study apart."""
 
@@ -112,9 +116,9 @@ def service(outcome: Outcome) -> pd.DataFrame:
     -------
     pandas.DataFrame
         A row per run: `RUN`; ``starts``, ``starved`` and ``serves`` (starts, is not starved, and
-        meets the SLO), ``offered_tokens_per_s`` of the requests drawn, `FIGURES`; and all but the
-        load with the prefix ``predicted_``. TTFT counts requests that still wait with their wait so
-        far.
+        meets the SLO), `FIGURES`; and the same with the prefix ``predicted_``. A run is starved if,
+        after the `WARM_UP`, it completes less than 90 % of the tokens that arrive. TTFT counts
+        requests that still wait with their wait so far.
     """
     import pandas as pd
 
@@ -123,18 +127,14 @@ def service(outcome: Outcome) -> pd.DataFrame:
 
 
 def _pair(outcome: Outcome, run: pd.Series[Any]) -> dict[str, Any]:
-    demand = outcome.demands[run.workload]
-    seen = _measured(outcome, run)
-    foreseen = _predicted(outcome, run)
-    known = foreseen if seen is None else seen
-    offered = None if known is None else _tokens(known) / float(run.duration_s)
-    sides = {"": seen, "predicted_": foreseen}
+    slo = outcome.demands[run.workload].slo
+    sides = {"": _measured(outcome, run), "predicted_": _predicted(outcome, run)}
     told = {
         f"{prefix}{name}": value
         for prefix, records in sides.items()
-        for name, value in _figures(records, demand.slo, float(run.duration_s), offered).items()
+        for name, value in _figures(records, slo, float(run.duration_s)).items()
     }
-    return {**{name: run[name] for name in RUN}, "offered_tokens_per_s": offered, **told}
+    return {**{name: run[name] for name in RUN}, **told}
 
 
 def _measured(outcome: Outcome, run: pd.Series[Any]) -> Records | None:
@@ -153,28 +153,23 @@ def _predicted(outcome: Outcome, run: pd.Series[Any]) -> Records | None:
     return simulate_quietly(workload, engine, laws, int(run.seed)).records
 
 
-def _tokens(records: Records) -> int:
-    return int(records.prompt_tokens.sum()) + int(records.output_tokens.sum())
-
-
-def _figures(
-    records: Records | None, slo: Slo | None, duration_s: float, offered: float | None
-) -> dict[str, Any]:
-    if records is None or offered is None:
+def _figures(records: Records | None, slo: Slo | None, duration_s: float) -> dict[str, Any]:
+    if records is None:
         return {"starts": False, "starved": True, "serves": False, **dict.fromkeys(FIGURES, np.nan)}
+    tokens = records.prompt_tokens.astype(float) + records.output_tokens
     done = np.isfinite(records.end_s)
-    served = records.prompt_tokens[done].sum() + records.output_tokens[done].sum()
-    throughput = float(served) / duration_s
+    warm_s = WARM_UP * duration_s
+    arriving = tokens[records.arrival_s >= warm_s].sum()
+    starved = is_starved(tokens[done & (records.end_s >= warm_s)].sum(), arriving)
     ttft_ms = waits_ms(records, duration_s)
     weight = np.maximum(records.output_tokens - 1, 0)[done]
     itl_ms = np.average(1e3 * np.nan_to_num(tpot_s(records)[done]), weights=weight)
     attained = math.nan if slo is None else slo_attainment(records, slo, duration_s)
-    starved = is_starved(throughput, offered)
     return {
         "starts": True,
         "starved": starved,
         "serves": not starved and (slo is None or attained >= slo.percentile / 100),
-        "total_throughput": throughput,
+        "total_throughput": tokens[done].sum() / duration_s,
         "mean_ttft_ms": float(ttft_ms.mean()),
         "median_ttft_ms": float(np.median(ttft_ms)),
         "p99_ttft_ms": float(np.percentile(ttft_ms, 99)),

@@ -47,7 +47,7 @@ def slots(runs: pd.DataFrame, picks: pd.DataFrame) -> Figure:
         if pd.notna(chosen[name]):
             axes.axvspan(chosen[name] / 1.12, chosen[name] * 1.12, color=BLUE, alpha=0.15, lw=0)
         axes.set(xscale="log", yscale="log", title=name)
-        ticks = sorted(own.adapter_slots.unique())
+        ticks = sorted(started.adapter_slots.unique())
         axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize="x-small")
         axes.xaxis.set_minor_locator(NullLocator())
     for axes in panels.flat[len(names) :]:
