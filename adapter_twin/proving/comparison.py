@@ -34,8 +34,8 @@ def choices(runs: pd.DataFrame, picks: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        A row per workload and method: ``adapter_slots``; ``starts``; ``serves``, on average over
-        the repeats; ``total_throughput``, ``mean_ttft_ms``, ``slo_attainment``; ``regret``:
+        A row per workload and method: ``adapter_slots``; ``starts``; ``serves``, in most of the
+        repeats; ``total_throughput``, ``mean_ttft_ms``, ``slo_attainment``; ``regret``:
         throughput lost against the configuration with the highest mean throughput, in percent,
         with ``low`` and ``high`` (95 %); ``ttft_ratio``: mean TTFT by the lowest one of a
         configuration that serves. Choices that do not start lose everything; a method that names
@@ -60,7 +60,8 @@ def _arms(runs: pd.DataFrame) -> pd.DataFrame:
     best = table.mean().idxmax()
     regret = 100 * (1 - table.div(table[best], axis="index"))
     arms["regret"] = regret.mean()
-    half = (arms.index != best) * _half_width(regret.drop(columns=best))
+    others = arms.starts & (arms.index != best)
+    half = others * _half_width(regret.loc[:, others])
     arms["low"], arms["high"] = arms.regret - half, arms.regret + half
     arms["serves"] = groups.serves.mean() > 0.5
     lowest = arms.mean_ttft_ms.where(arms.serves).min()
