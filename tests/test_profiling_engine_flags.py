@@ -50,6 +50,11 @@ def test_a_value_the_engine_would_refuse_is_named(change: dict[str, float], fiel
         EngineFlags(**(sound | change))  # type: ignore[arg-type]
 
 
+def test_on_a_cpu_the_worker_is_in_the_engines_process(version: str | None) -> None:
+    told = environment(FLAGS).get("VLLM_ENABLE_V1_MULTIPROCESSING")
+    assert told == ("0" if version == "0.32.0+cpu" else None)
+
+
 def test_a_variable_that_would_replace_the_flags_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

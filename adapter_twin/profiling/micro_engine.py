@@ -253,8 +253,8 @@ def run(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    # An engine in this process, where its steps can be recorded, and on the cores it is given.
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    # An engine in this process, where its steps can be recorded.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if PARENT in os.environ:
         end_with_parent(int(os.environ.pop(PARENT)))
     answer_version()
