@@ -23,6 +23,12 @@ from adapter_twin.strict import require
 verbs = typer.Typer()
 
 
+RESUMED = Annotated[
+    Path, typer.Option(metavar="DIR", help="Folder for the tables; run again to go on in it.")
+]
+"""The output of what is measured in pieces."""
+
+
 class Engine(StrEnum):
     """Builds of vLLM."""
 
@@ -66,9 +72,7 @@ def profile(
     campaign: Annotated[
         Path, typer.Argument(metavar="CAMPAIGN.yaml", help="What to measure, and in what time.")
     ],
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder for the tables; run again to go on in it.")
-    ],
+    out: RESUMED,
     as_json: JSON = False,
 ) -> None:
     """Measure a real vLLM on this machine."""
@@ -96,9 +100,7 @@ def prove(
         Path, typer.Argument(metavar="WORKLOAD.yaml", help="A workload, or a study of several.")
     ],
     engine: Annotated[Engine, typer.Option(help="The build of vLLM on this machine.")],
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder for the tables; run again to go on in it.")
-    ],
+    out: RESUMED,
     as_json: JSON = False,
 ) -> None:
     """Run what is recommended, and its rivals, on a real vLLM, and tell how each did."""

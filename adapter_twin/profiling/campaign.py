@@ -136,6 +136,18 @@ def draw_trace(workload: Workload, seed: int) -> Trace:
     return generate(workload, generators(seed)[0], marginals)
 
 
+def check_trace(workload: Workload, seed: int, max_model_len: int) -> None:
+    """Raise `AdapterTwinError` if a run would send no request, or one that is too long."""
+    trace = draw_trace(workload, seed)
+    require(len(trace) > 0, "rates: not one request falls into the window; raise the rates")
+    longest = int((trace.prompt_tokens + trace.output_tokens).max())
+    require(
+        longest <= max_model_len,
+        f"rates: a request of {longest} tokens exceeds engine.max_model_len = {max_model_len}; "
+        "raise it or lower the lengths",
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Campaign:
     """The content of a campaign file.
@@ -223,14 +235,7 @@ class Campaign:
         return self.seed + index
 
     def _check_lengths(self, index: int) -> None:
-        trace = draw_trace(self.workload(index), self.run_seed(index))
-        require(len(trace) > 0, "rates: not one request falls into the window; raise the rates")
-        longest, limit = int((trace.prompt_tokens + trace.output_tokens).max()), self.engine
-        require(
-            longest <= limit.max_model_len,
-            f"rates: a request of {longest} tokens exceeds engine.max_model_len = "
-            f"{limit.max_model_len}; raise it or lower serving.lengths",
-        )
+        check_trace(self.workload(index), self.run_seed(index), self.engine.max_model_len)
 
 
 _SLOTLESS = {"max_loras": 0, "max_lora_rank": 8, "max_cpu_loras": 0}

@@ -105,8 +105,7 @@ def environment(flags: EngineFlags) -> dict[str, str]:
 
     One OpenMP thread: with more, and anything else on the machine, steps stall for seconds. On a
     CPU the worker is in the engine's process, as on a GPU: in one of its own, as vLLM has it there,
-    it shares the cores with an engine that spins while it waits, and steps take up to half as long
-    again.
+    it shares the cores with an engine that spins while it waits, and steps take longer.
 
     Raises
     ------

@@ -17,6 +17,7 @@ from adapter_twin.calibration.calibration import Calibration
 from adapter_twin.calibration.from_tables import calibrate_tables
 from adapter_twin.planning.demand import Demand
 from adapter_twin.planning.stored import write_text
+from adapter_twin.profiling.campaign import check_trace
 from adapter_twin.profiling.engine_flags import EngineFlags, is_cpu_build
 from adapter_twin.profiling.machine import describe_machine, require_engine
 from adapter_twin.profiling.pieces import Piece, ServingPiece
@@ -178,6 +179,7 @@ def _piece(
     flags = engine_flags(study, demand, calibration, slots)
     workload = demand.workload(study.duration_s)
     seed = study.seed + repeat
+    check_trace(workload, seed, flags.max_model_len)
     rates = [adapter.request_rate for adapter in demand.adapters]
     ranks = [adapter.rank for adapter in demand.adapters]
     piece_id = f"{name}-{slots:03d}-{repeat}"

@@ -162,8 +162,8 @@ def _figures(records: Records | None, slo: Slo | None, duration_s: float) -> dic
     arriving = tokens[records.arrival_s >= warm_s].sum()
     starved = is_starved(tokens[done & (records.end_s >= warm_s)].sum(), arriving)
     ttft_ms = waits_ms(records, duration_s)
-    weight = np.maximum(records.output_tokens - 1, 0)[done]
-    itl_ms = np.average(1e3 * np.nan_to_num(tpot_s(records)[done]), weights=weight)
+    gaps = np.maximum(records.output_tokens - 1, 0)[done]
+    decode_ms = 1e3 * np.nan_to_num(tpot_s(records)[done]) @ gaps
     attained = math.nan if slo is None else slo_attainment(records, slo, duration_s)
     return {
         "starts": True,
@@ -173,7 +173,7 @@ def _figures(records: Records | None, slo: Slo | None, duration_s: float) -> dic
         "mean_ttft_ms": float(ttft_ms.mean()),
         "median_ttft_ms": float(np.median(ttft_ms)),
         "p99_ttft_ms": float(np.percentile(ttft_ms, 99)),
-        "mean_itl_ms": float(itl_ms),
+        "mean_itl_ms": float(decode_ms / gaps.sum()) if gaps.any() else math.nan,
         "slo_attainment": attained,
     }
 
