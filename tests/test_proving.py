@@ -175,6 +175,7 @@ def done(engine: TwinAsEngine, tmp_path: Path) -> Path:
         ({"workloads": []}, "workloads: give at least one file"),
         ({"workloads": ["light.yaml", "light.yaml"]}, "workloads: their file names must differ"),
         ({"methods": ["twins"]}, "methods: 'twins'; did you mean 'twin'?"),
+        ({"methods": ["G = 8"]}, "methods: add twin"),
         ({"repeats": 0}, "repeats: must be positive"),
         ({"seed": -1}, "seed: must be zero or more"),
         ({"name": ""}, "name: must not be empty"),

@@ -140,8 +140,7 @@ def _plan(study: Study, demands: Mapping[str, Demand], out: Path, tell: Tell) ->
             "demand": plain(demand),
             **picks.plan(demand, others, study.methods or METHODS),
         }
-    about = {"duration_s": study.duration_s, "repeats": study.repeats, "seed": study.seed}
-    planned = {"name": study.name, **about, "workloads": workloads}
+    planned = {"workloads": workloads}
     get_reusable_executor().shutdown()  # idle processes of the sweep would still wake up
     write_text(path, json.dumps(planned, indent=1) + "\n")
     return planned

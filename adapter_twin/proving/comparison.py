@@ -176,8 +176,9 @@ def bars(runs: pd.DataFrame, chosen: pd.DataFrame, said: pd.DataFrame) -> pd.Dat
     Returns
     -------
     pandas.DataFrame
-        ``what``, ``asked``, ``reached`` (in percent), ``low`` and ``high`` (95 %: Wilson's of the
-        share, by bootstrap over workloads of the others), ``of`` so many runs or workloads.
+        ``what``, ``asked``, ``reached`` (in percent), ``low`` and ``high``: 95 %, of a share
+        Wilson's, as if runs of a workload were independent, of the others by bootstrap over
+        workloads; ``of`` so many runs or workloads.
     """
     import pandas as pd
 

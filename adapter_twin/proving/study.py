@@ -47,7 +47,7 @@ class Study:
     design : str, optional
         Design of a sweep with that calibration, from which a tree learns to choose slots.
     methods : tuple of str, optional
-        Methods whose choices are run; left out, all of them.
+        Methods whose choices are run, the twin among them; left out, all of them.
     duration_s : float
         Window of a run.
     repeats : int
@@ -77,6 +77,8 @@ class Study:
         require(self.seed >= 0, f"seed: must be zero or more, got {self.seed}")
         for method in self.methods or ():
             require(method in METHODS, f"methods: {method!r}{suggestion(method, METHODS)}")
+        named = self.methods is None or TWIN in self.methods
+        require(named, f"methods: add {TWIN}: the others are compared with it")
         names = [Path(workload).stem for workload in self.workloads]
         require(len(set(names)) == len(names), "workloads: their file names must differ")
 
