@@ -231,7 +231,7 @@ def demand(**changes: Any) -> Demand:
 
 def test_rules_of_thumb_are_what_operators_use() -> None:
     memory = MemoryLaw("small")
-    memory.slots_, memory.max_model_len_ = "bytes", 1024
+    memory.slots_, memory.max_model_len_, memory.kept_tokens_ = "bytes", 1024, 0
     slot = slots_bytes(model_shape("small"), 1, 16)
     kv = 1024 * model_shape("small").kv_bytes_per_token
     memory.available_gib_ = (9 * slot + kv) / 2**30
@@ -590,6 +590,7 @@ def test_the_memory_law_tells_shared_memory_from_a_kv_cache_of_its_own() -> None
             "max_lora_rank": [8, 8, 32],
             "graph_capture_s": np.nan,
             "max_model_len": 1024,
+            "block_size": 128,
         }
     )
     taken = np.array([slots_bytes(shape, g, r) / 2**30 for g, r in ((2, 8), (48, 8), (24, 32))])
@@ -599,6 +600,10 @@ def test_the_memory_law_tells_shared_memory_from_a_kv_cache_of_its_own() -> None
     assert law.slots_ == "bytes"
     assert law.available_gib_ == pytest.approx(0.05, rel=0.01)
     assert law.kv_cache_tokens(24, 32) == pytest.approx(tokens[2], rel=0.01)
+    law.available_gib_ = slots_bytes(shape, 8, 8) / 2**30 + law.kv_gib(1024 + 128)
+    assert law.starts(8, 8)
+    law.available_gib_ -= law.kv_gib(128)
+    assert not law.starts(8, 8), "a block is the engine's own"
     same = starts.assign(cpu_kv_cache_gib=0.25, kv_cache_tokens=0.25 * 2**30 / 2048)
     assert MemoryLaw("small").fit(same).slots_ == "apart"
 

@@ -106,6 +106,9 @@ class MemoryLaw(Estimator):
         ``bytes`` on a CPU where both share a memory, or ``apart`` from it.
     max_model_len_ : int
         Longest request in tokens; one must fit.
+    kept_tokens_ : int
+        Of the block that current engines keep to themselves and leave out of that check; 0 where
+        the starts do not tell the size of blocks (vLLM 0.8.5 leaves out none).
     capture_s_, capture_s_per_slot_ : float
         CUDA-graph capture at start-up.
     max_relative_error_ : float
@@ -121,6 +124,7 @@ class MemoryLaw(Estimator):
         shape = model_shape(self.model)
         told = "max_model_len" in starts
         self.max_model_len_ = int(starts.max_model_len.max()) if told else shape.max_model_len
+        self.kept_tokens_ = int(starts.block_size.max()) if "block_size" in starts else 0
         started = starts.dropna(subset=["kv_cache_tokens"])
         kv_gib = started.kv_cache_tokens.to_numpy(float) * shape.kv_bytes_per_token / GIB
         self.slots_ = _slots_take(kv_gib, started.get("cpu_kv_cache_gib"))
@@ -166,9 +170,15 @@ class MemoryLaw(Estimator):
         """Return the memory in GiB that so many KV-cache tokens take."""
         return tokens * model_shape(self.model).kv_bytes_per_token / GIB
 
+    @property
+    def least_kv_cache_tokens(self) -> int:
+        """KV-cache size in tokens below which vLLM does not start."""
+        return self.max_model_len_ + self.kept_tokens_
+
     def starts(self, max_loras: ArrayLike, max_lora_rank: ArrayLike) -> NDArray[np.bool_]:
         """Return whether vLLM starts: one request of the longest length must fit."""
-        return np.asarray(self.kv_cache_tokens(max_loras, max_lora_rank) >= self.max_model_len_)
+        tokens = self.kv_cache_tokens(max_loras, max_lora_rank)
+        return np.asarray(tokens >= self.least_kv_cache_tokens)
 
     def startup_s(self, max_loras: ArrayLike) -> NDArray[np.float64]:
         """Return the CUDA-graph capture time in seconds."""
@@ -194,11 +204,11 @@ class MemoryLaw(Estimator):
         """
         reserved = engine.max_loras if slots else 0
         tokens = int(self.kv_cache_tokens(reserved, engine.max_lora_rank))
-        longest = self.max_model_len_
-        if tokens < longest:
+        if tokens < self.least_kv_cache_tokens:
             raise AdapterTwinError(
                 f"max_loras: {reserved} slots of rank {engine.max_lora_rank} leave "
-                f"{max(tokens, 0)} KV-cache tokens and {self.model} needs {longest} to start; "
+                f"{max(tokens, 0)} KV-cache tokens and {self.model} needs "
+                f"{self.least_kv_cache_tokens} to start; "
                 "lower max_loras or max_lora_rank"
             )
         return tokens

@@ -147,7 +147,7 @@ def _analyse_few(
     utilisation = mix.request_rate / state.capacity_per_s
     starved = throughput < STARVATION_THRESHOLD * mix.request_rate * mix.offered_tokens
     gated = starved & (throughput < capacity)
-    starts = batches.kv_cache_tokens >= calibration.memory.max_model_len_
+    starts = batches.kv_cache_tokens >= calibration.memory.least_kv_cache_tokens
     burst_s = batches.burst_s(state.running, visits.burst)
     figures = {
         "capacity_tokens_per_s": capacity,
