@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullLocator
 
 from adapter_twin.metrics import STARVATION_THRESHOLD
 from adapter_twin.perfetto import step_starts_s
@@ -262,11 +262,17 @@ def against_measured(table: pd.DataFrame, by: str) -> Figure:
         ends = part[["measured", "predicted"]].stack().agg(["min", "max"])
         axes.plot(ends, ends, color=INK, lw=0.8)
         axes.set(xscale="log", yscale="log", title=LABELS.get(name, name), xlabel="measured")
-        steps = (1, 2, 5) if ends["max"] < 50 * ends["min"] else (1,)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=steps))
+            axis.set_major_locator(_few_ticks(ends["max"] / ends["min"]))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_locator(NullLocator())
     panels[0, 0].set_ylabel("predicted")
     legend_outside(panels[0, -1], title=by.replace("_", " "))
     return finish(figure)
+
+
+def _few_ticks(ratio: float) -> Locator:
+    """Return the ticks of a logarithmic axis whose ends are in that ratio."""
+    if ratio < 5:
+        return MaxNLocator(4)
+    return LogLocator(subs=(1, 2, 5) if ratio < 50 else (1,))
