@@ -208,7 +208,6 @@ class MemoryLaw(Estimator):
             raise AdapterTwinError(
                 f"max_loras: {reserved} slots of rank {engine.max_lora_rank} leave "
                 f"{max(tokens, 0)} KV-cache tokens and {self.model} needs "
-                f"{self.least_kv_cache_tokens} to start; "
-                "lower max_loras or max_lora_rank"
+                f"{self.least_kv_cache_tokens} to start; lower max_loras or max_lora_rank"
             )
         return tokens
