@@ -24,6 +24,9 @@ CAMPAIGN ?= campaigns/$(if $(filter True,$(quick)),smoke,$(if $(cuda),h100-llama
 OUT ?= data/external/live/$(basename $(notdir $(CAMPAIGN)))
 campaign_tables := $(if $(filter live,$(profile)),$(OUT),data/campaigns/cpu-small)
 
+# Where the published measurements are, of which `make recalibrate` makes the H100 calibrations.
+MEASURED ?= $(firstword $(wildcard data/external/agullo2025 ../shared/data/agullo2025))
+
 # Which data set of designs/ `make sweep` predicts: they are committed, `reproduce` reads them.
 DESIGN ?= paper
 
@@ -37,7 +40,7 @@ inputs := $(shell find adapter_twin data -name external -prune -o -type f -not -
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-vllm reproduce test test-book test-live test-wheel lint book pdf build bench sweep data profile lock clean
+.PHONY: help setup setup-vllm reproduce test test-book test-live test-wheel lint book pdf build bench sweep recalibrate data profile lock clean
 
 help:  ## Show this list
 	@echo "usage: make TARGET [QUICK=1] [PROFILE=recorded|live|auto] [PYTHON=python3.12]"
@@ -95,7 +98,17 @@ bench: $(SETUP)  ## Time twin, models, placement and cluster, and check their ba
 	$(BIN)/python -m benchmarks.cluster
 
 sweep: $(SETUP)  ## Predict a design afresh, as one table (DESIGN=paper or traffic)
+	@mkdir -p data/external/sweeps
 	$(BIN)/adapter-twin sweep designs/$(DESIGN).yaml --out data/external/sweeps/$(DESIGN) --table data/sweeps/$(DESIGN).parquet
+
+recalibrate: $(SETUP)  ## Fit all calibrations anew, and score laws on workloads left out
+	@test -n "$(MEASURED)" || { echo "the measured tables are not here: make data" >&2; exit 2; }
+	for model in llama-3.1-8b-instruct qwen-2.5-7b-instruct; do \
+	  $(BIN)/adapter-twin calibrate $(MEASURED) --model $$model \
+	    --out data/calibrations/$$model@h100-64gb-vllm0.8.5.json || exit 1; done
+	$(BIN)/adapter-twin calibrate data/campaigns/cpu-small \
+	  --out data/calibrations/small@cpu-vllm0.32.0.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m adapter_twin.crossvalidate
 
 data: $(SETUP)  ## List the measured data: what is there, how to get the rest
 	$(BIN)/adapter-twin data

@@ -27,7 +27,7 @@ from adapter_twin.twin.simulate import draw_requests
 from adapter_twin.twin.state import Batch, Limits, Requests, Rules, State
 from adapter_twin.twin.step_law import StepLaw, step_seconds
 from adapter_twin.validate import error_measures, pair_runs
-from adapter_twin.workload import Trace
+from adapter_twin.workload import Trace, generators
 
 PROFILED_SLOTS, PROFILED_RANK = 300, 8
 """Of the engine on which the reference study measured the overhead of adapters (``steps``)."""
@@ -155,6 +155,7 @@ def simulate_with(
         law = OneSlotCount.from_dict(calibration.step_time.to_dict())
         calibration = replace(calibration, step_time=law)
     ranks = np.array([adapter.rank for adapter in workload.adapters])
+    *_, order = generators(0)
     session = new_session(
         trace,
         engine,
@@ -163,6 +164,8 @@ def simulate_with(
         calibration.memory.require_start(engine),
         calibration.loading.load_s(ranks, engine.max_lora_rank),
         calibration.loading.read_s(ranks),
+        places=order.permutation(len(ranks)),
+        reserves_prompts=calibration.reserves_prompts,
     )
     if assumptions.free_prompts:
         session = FreePrompts(*arguments(session))

@@ -31,11 +31,14 @@ class Adapter:
     rank : int
     request_rate : float
         Mean arrivals in requests/s; 0 is an idle adapter.
+    pinned : bool
+        Never evicted from its slot, which it has from the start (vLLM's ``pin_lora``).
     """
 
     name: str
     rank: int
     request_rate: float
+    pinned: bool = False
 
     def __post_init__(self) -> None:
         require_positive(self, "rank")

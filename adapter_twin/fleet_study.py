@@ -173,7 +173,7 @@ def _route(
     run = simulate_cluster(
         asked.workload(duration_s), placement, laws, routers[name], seed=seed, failures=failures
     )
-    loads = 100 * np.count_nonzero(run.records.load_wait_s) / len(run.records)
+    loads = 100 * sum(run.adapter_loads) / len(run.records)
     return {"router": name, **run.service(), "loads": loads}
 
 

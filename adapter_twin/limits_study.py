@@ -1,9 +1,4 @@
-"""What the chapter on limits tabulates: where predictions stop being right, and by how much.
-
-``python -m adapter_twin.limits_study`` records how often intervals cover runs whose workload the
-calibration has not seen (``data/expected/coverage_left_out.csv``): a refit for each workload, a
-quarter of an hour on two cores.
-"""
+"""Tables of the chapter on limits: where predictions stop being right, and by how much."""
 
 from __future__ import annotations
 
@@ -18,19 +13,16 @@ import joblib
 import numpy as np
 import pandas as pd
 
-from adapter_twin import datasets
 from adapter_twin.calibration import Calibration, list_calibrations, load_calibration
-from adapter_twin.calibration.fit import TABLES
+from adapter_twin.calibration.fit import fitted_runs, without_copies
 from adapter_twin.calibration.fit_campaign import calibrate_campaign
 from adapter_twin.calibration.memory import MemoryLaw
 from adapter_twin.calibration.step_observations import step_observations
 from adapter_twin.calibration.step_time import StepTimeLaw
 from adapter_twin.campaign_study import FIGURES as SERVICE
-from adapter_twin.crossvalidate import leave_one_workload_out
 from adapter_twin.planning.analytic import predict_analytic
 from adapter_twin.planning.steady_state import TWIN_ERROR
 from adapter_twin.predict import predict_runs
-from adapter_twin.results import EXPECTED, rounded
 from adapter_twin.study import configurations
 from adapter_twin.validate import error_measures, pair_runs
 
@@ -72,7 +64,9 @@ def refit_below(
     observed = step_observations(
         kept, calibration.model, calibration.lengths, calibration.scheduling, memory
     )
-    return replace(calibration, step_time=StepTimeLaw().fit(observed), memory=memory)
+    refitted = replace(calibration, step_time=StepTimeLaw().fit(observed), memory=memory)
+    runs = fitted_runs(kept["runs"])
+    return without_copies(refitted, kept, runs[runs.model == calibration.model], jobs=-1)
 
 
 def extrapolation(
@@ -286,10 +280,3 @@ def _calibrate_on(measured: Mapping[str, pd.DataFrame], steps: pd.DataFrame) -> 
     pairs = pair_runs(runs, predict_runs(runs, calibration, jobs=1))
     errors = pairs.assign(error=pairs.error.abs()).groupby("figure").error.mean()
     return {"form": calibration.step_time.form_, **{name: errors[name] for name in SERVICE}}
-
-
-if __name__ == "__main__":
-    everything = {name: datasets.load(name) for name in TABLES}
-    table = coverage(*leave_one_workload_out(everything, datasets.sharegpt_lengths()))
-    target = datasets.write_table(rounded(table), EXPECTED / "coverage_left_out.csv")
-    print(table.to_string(), target.relative_to(datasets.REPOSITORY), sep="\n")

@@ -7,7 +7,7 @@ TPOT is its mean time per token after the first, ITL pools the gaps of all compl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -61,6 +61,28 @@ def summarize(records: Records, gaps: Gaps, duration_s: float) -> dict[str, floa
         **_statistics("ttft_ms", ttft_ms, np.ones(len(ttft_ms), np.int64)),
         **_statistics("tpot_ms", tpot_ms, np.ones(len(tpot_ms), np.int64)),
         **_statistics("itl_ms", 1e3 * gaps.gap_s, gaps.count),
+    }
+
+
+def adapter_loading(steps: Any, duration_s: float) -> dict[str, float]:
+    """Return how often adapters were copied into slots, and what of the time it took.
+
+    Parameters
+    ----------
+    steps : recarray of `adapter_twin.twin.clock.STEPS`
+    duration_s : float
+
+    Returns
+    -------
+    dict
+        ``adapter_loads``; ``adapter_loads_per_step``; ``loading_share`` of the window, between 0
+        and 1, reads from disk included.
+    """
+    loads = int(steps.loads.sum())
+    return {
+        "adapter_loads": loads,
+        "adapter_loads_per_step": loads / max(len(steps), 1),
+        "loading_share": float(steps.load_s.sum(dtype=np.float64)) / duration_s,
     }
 
 

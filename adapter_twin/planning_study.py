@@ -35,6 +35,9 @@ MIX = {
 SLO = Slo(ttft_ms=2000, itl_ms=100, percentile=99)
 """The objective that they ask of it, and that the designs ask of theirs."""
 
+LEFT_OUT = "twin, workload left out"
+"""The method whose laws have not seen the workload: figures are means over seeds."""
+
 QUICK_MODELS = ("linear", "small tree, depth 2", "small tree, depth 6", "decision tree")
 QUICK_CLASSIFIERS = ("logistic regression", "small tree, depth 6", "decision tree")
 
@@ -197,6 +200,7 @@ def methods(
     grids: pd.DataFrame,
     sweep: pd.DataFrame,
     twin: pd.DataFrame,
+    left_out: pd.DataFrame,
     authors_sweep: pd.DataFrame,
     margin: float,
     models: Sequence[str] = tuple(MODELS),
@@ -212,6 +216,9 @@ def methods(
         The models learn from its workloads of other rates.
     twin : pandas.DataFrame
         See `adapter_twin.planning.reality.twin_runs`.
+    left_out : pandas.DataFrame
+        The same by laws that have not seen the workload, for several seeds, see
+        `adapter_twin.crossvalidate.leave_one_workload_out`.
     authors_sweep : pandas.DataFrame
         Table ``authors_twin_sweep``.
     margin : float
@@ -228,7 +235,7 @@ def methods(
     labels = label(sweep, criterion)
     searched = reality.search_picks(twin, margin)
     picks = {
-        ("search", "twin"): searched,
+        ("search", "twin, fitted"): searched,
         ("search", "analytic model"): reality.search_picks(reality.analytic_runs(grids), margin),
     }
     asked = [(name, features) for name in models for features in ("paper", "traffic")]
@@ -252,6 +259,16 @@ def methods(
     rows = [
         {"kind": kind, "method": name, **reality.paper_style(reality.cost(found, grids))}
         for (kind, name), found in picks.items()
+    ]
+    unseen = {"kind": "search", "method": LEFT_OUT, **over_seeds(grids, left_out, margin).mean()}
+    return pd.DataFrame([unseen, *rows])
+
+
+def over_seeds(grids: pd.DataFrame, left_out: pd.DataFrame, margin: float) -> pd.DataFrame:
+    """Return what the twin's picks cost by laws that have not seen the workload, a row per seed."""
+    rows = [
+        reality.paper_style(reality.cost(reality.search_picks(runs, margin), grids))
+        for _, runs in left_out.groupby("seed")
     ]
     return pd.DataFrame(rows)
 

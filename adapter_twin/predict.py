@@ -15,6 +15,7 @@ from adapter_twin.calibration import Calibration, load_calibration
 from adapter_twin.config import Scenario
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.metrics import (
+    adapter_loading,
     is_starved,
     jain_fairness,
     per_adapter,
@@ -126,9 +127,10 @@ def predict_scenario(scenario: Scenario) -> tuple[Simulation, dict[str, Any]]:
     -------
     run : Simulation
     service : dict
-        `adapter_twin.metrics.summarize`'s figures; offered load in tokens/s, and whether it
-        starves; Jain's index over the adapters' served shares; SLO attainment where there is an
-        SLO; KV-cache tokens and start-up seconds; provenance.
+        The figures of `adapter_twin.metrics.summarize` and `adapter_twin.metrics.adapter_loading`;
+        offered load in tokens/s, and whether it starves; Jain's index over the adapters' served
+        shares; SLO attainment where there is an SLO; KV-cache tokens and start-up seconds;
+        provenance.
 
     Raises
     ------
@@ -146,6 +148,7 @@ def predict_scenario(scenario: Scenario) -> tuple[Simulation, dict[str, Any]]:
         "offered_tokens_per_s": offered,
         "starved": is_starved(service["total_throughput"], offered),
         "jain_fairness": jain_fairness(share) if len(share) else float("nan"),
+        **adapter_loading(run.steps, run.duration_s),
     }
     if scenario.slo is not None:
         service["slo_attainment"] = slo_attainment(run.records, scenario.slo, run.duration_s)

@@ -149,18 +149,34 @@ def read_expected(name: str) -> pd.DataFrame:
     return pd.read_csv(path)
 
 
-def accuracy_table(bars: pd.DataFrame) -> str:
-    """Return `adapter_twin.validate.Validation.bars` as a Markdown table, a column per model."""
-    models = [model for model in sorted(bars["model"].unique()) if model != "all"]
-    lines = ["| figure | measure | asked | " + " | ".join(models) + " |"]
-    lines.append("|---|---|---|" + "---|" * len(models))
-    for key, part in bars.groupby(["figure", "measure"], sort=False):
-        figure, measure = map(str, key)
-        values = part.set_index("model")["value"]
-        cells = [values.get(model, values.get("all", float("nan"))) for model in models]
+def accuracy_table(left_out: pd.DataFrame, fitted: pd.DataFrame) -> str:
+    """Return the twin's errors as a Markdown table, two columns per model.
+
+    Parameters
+    ----------
+    left_out : DataFrame
+        `adapter_twin.crossvalidate.bars_left_out`: shown as mean and range over the seeds.
+    fitted : DataFrame
+        `adapter_twin.validate.Validation.bars`, of the runs that the laws were fitted to.
+    """
+    models = [model for model in sorted(fitted["model"].unique()) if model != "all"]
+    columns = [f"{model}, {kind}" for model in models for kind in ("left out", "fitted")]
+    lines = ["| figure | measure | asked | " + " | ".join(columns) + " | runs |"]
+    lines.append("|---|---|---|" + "---|" * (len(columns) + 1))
+    keys = ["figure", "measure", "model"]
+    unseen = left_out.set_index(keys)[["value", "low", "high"]].T.to_dict("list")
+    seen = fitted.set_index(keys)[["value", "n_runs"]].T.to_dict("list")
+    for (figure, measure), part in fitted.groupby(["figure", "measure"], sort=False):
+        known = [model if model in set(part["model"]) else "all" for model in models]
+        cells = []
+        for key in [(figure, measure, model) for model in known]:
+            value, low, high = unseen.get(key, (None, None, None))
+            cells.append("–" if value is None else f"**{value:.3g}** ({low:.3g}–{high:.3g})")
+            cells.append(f"{seen[key][0]:.3g}")
         asked = ("at least" if measure in AT_LEAST else "at most") + f" {part['bar'].iloc[0]:g}"
-        shown = " | ".join(f"{cell:.3g}" for cell in cells)
-        lines.append(f"| {_in_words(figure)} | {MEASURES[measure]} | {asked} | {shown} |")
+        runs = " / ".join(f"{seen[figure, measure, model][1]:g}" for model in dict.fromkeys(known))
+        shown = [_in_words(str(figure)), MEASURES[str(measure)], asked, *cells, runs]
+        lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
@@ -170,13 +186,26 @@ def _in_words(figure: str) -> str:
     return " ".join(word.upper() if word in ("itl", "ttft", "kv") else word for word in words)
 
 
-def update_readme(text: str, bars: pd.DataFrame, left_out: pd.DataFrame) -> str:
-    """Return the README's text with its accuracy tables renewed."""
+def conformance_markdown(table: pd.DataFrame) -> str:
+    """Return `adapter_twin.conformance.conformance_table` as a Markdown table."""
+    lines = ["| scheduler | random cases | steps | preemptions | steps that differ |"]
+    lines.append("|---|---|---|---|---|")
+    for row in table.to_dict("records"):
+        counts = (f"{row[name]:,}" for name in ("cases", "steps", "preemptions", "differ"))
+        lines.append(f"| {row['scheduler']} | {' | '.join(counts)} |")
+    return "\n".join(lines)
+
+
+def update_readme(
+    text: str, conformance: pd.DataFrame, left_out: pd.DataFrame, fitted: pd.DataFrame
+) -> str:
+    """Return the README's text with its tables renewed, see `accuracy_table`."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     tables = (
-        f"{accuracy_table(bars)}\n\nThe same on workloads that the calibration has not seen:\n\n"
-        f"{accuracy_table(left_out)}"
+        "The scheduler, step by step, beside what vLLM's own decided (`data/conformance/`):\n\n"
+        f"{conformance_markdown(conformance)}\n\nThe service, beside measured one-hour runs:\n\n"
+        f"{accuracy_table(left_out, fitted)}"
     )
     return f"{before}{BEGIN}\n{tables}\n{END}{after}"
 
@@ -197,7 +226,7 @@ def record(folder: Path) -> list[Path]:
             place = target / path.relative_to(folder)
             place.parent.mkdir(parents=True, exist_ok=True)
             written.append(Path(shutil.copy(path, place)))
-    tables = read_expected("bars"), read_expected("bars_left_out")
+    tables = (read_expected(name) for name in ("conformance", "bars_left_out", "bars"))
     README.write_text(update_readme(README.read_text(), *tables))
     return [*written, README]
 

@@ -40,9 +40,9 @@ DEFAULT_BLOCK_TOKENS = 16
 def load_scenario(path: str | Path) -> Scenario:
     """Read a ``CONFIG.yaml``.
 
-    Adapters are a list of ``{name, rank, request_rate}``, or one of the short forms ``{count,
-    request_rates, ranks}`` and ``{count, total_request_rate, zipf_exponent, ranks}``. The path of
-    a trace is relative to the file.
+    Adapters are a list of ``{name, rank, request_rate}``, with ``pinned: true`` where one is, or
+    one of the short forms ``{count, request_rates, ranks}`` and ``{count, total_request_rate,
+    zipf_exponent, ranks}``. The path of a trace is relative to the file.
 
     Raises
     ------

@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 
 from adapter_twin.calibration import Calibration
+from adapter_twin.calibration.copying import simulate_copying
+from adapter_twin.calibration.fit import fitted_runs
 from adapter_twin.calibration.step_observations import step_observations
 from adapter_twin.calibration.step_time import FEATURES, batch_features, multipliers
 from adapter_twin.config import EngineConfig, Lengths, Workload, deal_adapters, zipf_adapters
@@ -160,8 +162,15 @@ def step_residuals(calibration: Calibration, tables: dict[str, pd.DataFrame]) ->
     tables : dict of DataFrame
         ``runs``, ``series``, ``windows``, ``steps`` and ``base_steps``.
     """
+    runs = tables["runs"]
+    runs = fitted_runs(runs[runs.model == calibration.model])
     observed = step_observations(
-        tables, calibration.model, calibration.lengths, calibration.scheduling, calibration.memory
+        tables,
+        calibration.model,
+        calibration.lengths,
+        calibration.scheduling,
+        calibration.memory,
+        simulate_copying(calibration, runs, jobs=-1),
     )
     expected_ms = calibration.step_time.expected_ms(observed)
     tokens = observed.batches[:, :, 1].mean(axis=1).clip(min=1)

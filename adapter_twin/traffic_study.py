@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import joblib
-import numpy as np
 import pandas as pd
 
 from adapter_twin.calibration import Calibration
@@ -109,5 +108,5 @@ def _under(
         "served": 100 * service["total_throughput"] / offered,
         **{key: service[key] for key in ("mean_itl_ms", "mean_ttft_ms", "p99_ttft_ms")},
         "worst_ttft_ms": float(by_adapter.max()),
-        "loads": 100 * np.count_nonzero(records.load_wait_s) / len(records),
+        "loads": 100 * run.steps.loads.sum() / len(records),
     }

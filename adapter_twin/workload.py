@@ -111,13 +111,14 @@ def _column(frame: pd.DataFrame, name: str, lowest: int, path: str | Path) -> Fl
     return values
 
 
-def generators(seed: int) -> tuple[np.random.Generator, np.random.Generator]:
-    """Return the random numbers of a run: of its traffic, and of what ends requests early.
+def generators(seed: int) -> tuple[np.random.Generator, np.random.Generator, np.random.Generator]:
+    """Return the random numbers of a run.
 
-    A load generator that draws its traffic from the first one sends what the twin serves.
+    They are of its traffic, of what ends requests early, and of the order in which steps touch
+    adapters. A load generator that draws its traffic from the first one sends what the twin serves.
     """
-    traffic, stops = np.random.default_rng(seed).spawn(2)
-    return traffic, stops
+    traffic, stops, order = np.random.default_rng(seed).spawn(3)
+    return traffic, stops, order
 
 
 def generate(

@@ -33,8 +33,13 @@ def grid(rates: str, served: list[int], slots: list[int]) -> pd.DataFrame:
 
 @pytest.mark.parametrize(
     ("rates", "served", "slots"),
-    [("0.1-0.05-0.025", 96, 96), ("0.4-0.1-0.05", 64, 32), ("0.05-0.0125", 384, 64)],
-    ids=["every adapter has a slot", "some wait", "many wait"],
+    [
+        ("0.1-0.05-0.025", 96, 96),
+        ("0.4-0.1-0.05", 64, 32),
+        ("0.05-0.0125", 384, 64),
+        ("0.1-0.05-0.025", 192, 96),
+    ],
+    ids=["every adapter has a slot", "some wait", "many wait", "chains in most steps"],
 )
 def test_it_agrees_with_the_twin_where_it_holds(rates: str, served: int, slots: int) -> None:
     runs = grid(rates, [served], [slots])

@@ -179,7 +179,33 @@ def test_simulate_prints_the_service_as_json(run: Cli, tmp_path: Path) -> None:
     assert (status, err) == (0, "")
     service = json.loads(out)
     assert service["completed_requests"] > 0
+    assert service["adapter_loads"] > service["adapter_loads_per_step"] > 0
+    assert 0 < service["loading_share"] < 1
     assert {"config_hash", "seed", "version", "calibration"} <= set(service)
+
+
+def test_a_pinned_adapter_is_simulated_and_refused_where_it_cannot_be(
+    run: Cli, tmp_path: Path
+) -> None:
+    adapters = [{"name": f"a{i}", "rank": 8, "request_rate": 2.0} for i in range(9)]
+    adapters[0] |= {"pinned": True, "request_rate": 0.0}
+    workload = {**CONFIG["workload"], "adapters": adapters}
+    engine = {**CONFIG["engine"], "max_loras": 8, "max_cpu_loras": 9}
+    (tmp_path / "pin.yaml").write_text(yaml.safe_dump({"engine": engine, "workload": workload}))
+    status, out, err = run("simulate", "pin.yaml")
+    assert (status, out) == (2, "")
+    assert "pinned: a batch needs the slot of a pinned adapter" in err
+    engine["max_loras"] = 9
+    (tmp_path / "pin.yaml").write_text(yaml.safe_dump({"engine": engine, "workload": workload}))
+    status, out, _ = run("simulate", "pin.yaml", "--json")
+    assert json.loads(out)["adapter_loads"] == 8  # the pinned one is there from the start
+    adapters[0]["request_rate"] = 1.0
+    plan = {"model": engine["model"], "adapters": adapters, "lengths": workload["lengths"]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    status, _, err = run("recommend", "plan.yaml")
+    assert status == 2
+    assert "'a0'" in err
+    assert "leave `pinned` out" in err
 
 
 def test_simulate_writes_records_and_a_trace(run: Cli, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ def tables() -> dict[str, pd.DataFrame]:
             "ranks": "8",
             "status": ["ok", "failed:oom", "ok", "ok"],
             "client_collapsed": False,
+            "grid": [True, True, False, False],
         }
     )
     return {"runs": runs, "series": runs[["run_id"]], "windows": runs[["run_id"]], "steps": runs}
@@ -35,15 +36,57 @@ def test_all_runs_of_the_workload_are_left_out_whatever_became_of_them(
         assert calibration == "calibration"
         return {"run_id": row["run_id"]}, []
 
+    def twin_runs(grids: pd.DataFrame, calibration: str, **_: object) -> pd.DataFrame:
+        assert calibration == "calibration"
+        return grids[["run_id"]]
+
     monkeypatch.setattr(crossvalidate, "calibrate", calibrate)
     monkeypatch.setattr(crossvalidate, "predict_run", predict_run)
-    measured, predicted = crossvalidate.leave_one_workload_out(tables(), None, jobs=1)
-    assert sorted(predicted.run_id) == sorted(measured.run_id) == list("acd")
+    monkeypatch.setattr(crossvalidate.reality, "twin_runs", twin_runs)
+    monkeypatch.setattr(crossvalidate.reality, "measured_grids", lambda runs: runs[runs.grid])
+    predicted, grids = crossvalidate.leave_one_workload_out(tables(), None, jobs=1)
+    for seed in range(crossvalidate.SEEDS):
+        assert sorted(predicted.run_id[predicted.seed == seed]) == list("acd")
+        assert sorted(grids.run_id[grids.seed == seed]) == list("ab")
     # the last of the three folds: other models and workloads stay, and calibration steps do
     assert sorted(seen) == ["runs", "series", "steps", "windows"]
     assert seen["steps"] == "abcd"
     assert seen["runs"] == seen["series"] == seen["windows"]
     assert seen["runs"] in ("cd", "abd", "abc")
+
+
+def test_bars_are_means_and_ranges_over_seeds() -> None:
+    runs = pd.DataFrame(
+        {
+            "run_id": ["a", "b"],
+            "model": "m",
+            "campaign": "twin_validation",
+            "rates_per_adapter": "1",
+            "ranks": "8",
+            "status": "ok",
+            "client_collapsed": False,
+            "offered_request_rate": 1.0,
+            "mean_input_tokens": 100.0,
+            "mean_requested_output_tokens": 100.0,
+            "waiting_mean": 0.0,
+            "total_throughput": 200.0,
+            **dict.fromkeys(("mean_itl_ms", "mean_tpot_ms", "p99_itl_ms"), 10.0),
+            **dict.fromkeys(("median_ttft_ms", "p99_ttft_ms"), 100.0),
+        }
+    )
+    figures = runs.drop(columns=["model", "status", "campaign"])
+    worse = figures.assign(mean_itl_ms=11.0, median_ttft_ms=[100.0, 130.0])
+    predictions = pd.concat(
+        [
+            part.assign(seed=seed, starved=False, feasible_start=True)
+            for seed, part in enumerate((figures, worse))
+        ]
+    )
+    bars = crossvalidate.bars_left_out(runs, predictions).set_index(["figure", "measure"])
+    shown = bars[["value", "low", "high", "n_runs", "n_seeds", "passed"]]
+    assert shown.loc["mean_itl_ms", "mape"].tolist() == [5.0, 0.0, pytest.approx(10.0), 2, 2, True]
+    assert shown.loc["median_ttft_ms", "within_25"].tolist() == [75.0, 50.0, 100.0, 2, 2, False]
+    assert "start refused or not" not in bars.index
 
 
 def test_the_reference_clients_arrivals_are_in_order_and_as_many_as_its_rates_say() -> None:

@@ -1,6 +1,7 @@
 """A calibration fitted to a campaign recovers the laws that its tables were made by."""
 
 import json
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 
 from adapter_twin import campaign_study, datasets
-from adapter_twin.calibration import Calibration
+from adapter_twin.calibration import Calibration, load_calibration
 from adapter_twin.calibration.fit_campaign import (
     calibrate_campaign,
     median_steps,
@@ -273,3 +274,12 @@ def test_too_few_light_runs_are_refused_with_a_remedy(tables: dict[str, pd.DataF
 def test_a_gpu_is_named_as_calibrations_name_it() -> None:
     machine = {"device": "NVIDIA H100 80GB HBM3", "gpus": [{}]}
     assert device_name(machine) == "h100-80gb-hbm3"
+
+
+@pytest.mark.parametrize(
+    ("version", "reserves"),
+    [("0.8.5", False), ("0.18.1", False), ("0.19.0", True), ("0.32.0+cpu", True), ("1.0", True)],
+)
+def test_engines_from_0_19_on_admit_a_prompt_only_whole(version: str, reserves: bool) -> None:
+    shipped = load_calibration("auto", "small")
+    assert replace(shipped, engine_version=version).reserves_prompts is reserves

@@ -57,11 +57,18 @@ def test_a_refit_sees_nothing_beyond_the_cut(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(limits_study, "MemoryLaw", Law)
     monkeypatch.setattr(limits_study, "StepTimeLaw", Law)
     monkeypatch.setattr(limits_study, "step_observations", lambda tables, *_: tables)
+    monkeypatch.setattr(
+        limits_study,
+        "without_copies",
+        lambda law, tables, runs, jobs: seen.update(again=runs) or law,
+    )
     slots = pd.DataFrame({"adapter_slots": [8, 32, 64]})
-    tables = {"memory": slots, "runs": slots, "base_steps": pd.DataFrame({"ms": [1, 2]})}
+    runs = slots.assign(model=LLAMA, status="ok", client_collapsed=False)
+    tables = {"memory": slots, "runs": runs, "base_steps": pd.DataFrame({"ms": [1, 2]})}
     calibration = load_calibration("auto", LLAMA)
     refit = limits_study.refit_below(calibration, tables, ("adapter_slots", 32))
-    memory, observed = seen.values()
+    memory, observed, again = seen.values()
+    assert again["adapter_slots"].tolist() == [8, 32]
     assert memory["adapter_slots"].tolist() == observed["runs"]["adapter_slots"].tolist() == [8, 32]
     assert len(observed["base_steps"]) == 2
     assert isinstance(refit.step_time, Law)

@@ -20,6 +20,7 @@ DRAWN_FROM_RECORDS = (
     "10_choosing",
     "13_published_twin",
     "14_limits",
+    "16_eviction_chain",
 )
 DRAWN_AT_RANDOM = ("06_validation", "11_sensitivity")
 

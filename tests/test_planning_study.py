@@ -322,10 +322,18 @@ def test_every_way_of_choosing_is_judged_by_the_same_grid(sweep: pd.DataFrame) -
     authors = GRID.dropna().assign(
         offered_rate_req_s=GRID.offered_tokens_per_s, pool_in=1, pool_out=0
     )
+    left_out = pd.concat([twin.assign(seed=0), twin.assign(seed=1)])
+    worst = left_out.seed == 1
+    left_out.loc[worst, "total_throughput"] = 0.5 * left_out.offered_tokens_per_s[worst]
+    lowest = worst & (left_out.served_adapters == left_out.served_adapters.min())
+    left_out.loc[lowest, "total_throughput"] = left_out.offered_tokens_per_s[lowest]
     table = planning_study.methods(
-        GRID, sweep, twin, authors, 0.0, ("decision tree",), ("decision tree",)
+        GRID, sweep, twin, left_out, authors, 0.0, ("decision tree",), ("decision tree",)
     ).set_index("method")
-    assert table.regret["twin"] == 0
+    assert table.regret["twin, fitted"] == 0
+    by_seed = planning_study.over_seeds(GRID, left_out, 0.0)
+    assert by_seed.regret[0] == 0 < by_seed.regret[1]  # the second one dares the fewest only
+    assert table.regret[planning_study.LEFT_OUT] == by_seed.regret.mean()
     assert table.starving_picks["G = N, N of the twin"] == 0
     assert set(table.kind) >= {"search", "rule of thumb", "published"}
     trade = planning_study.margins(GRID, twin, [0.0, 0.05])

@@ -56,44 +56,55 @@ def test_chapter_says_what_it_was_made_from(no_data, tmp_path, monkeypatch):
     assert "the measured tables" in Results(tmp_path)._repr_markdown_()
 
 
-def test_accuracy_table_has_a_column_per_model_and_pooled_figures_in_each():
-    lines = accuracy_table(BARS).splitlines()
-    assert lines[0] == "| figure | measure | asked | llama | qwen |"
-    assert lines[2] == "| mean ITL | MAPE, % | at most 5 | 3.25 | 5.5 |"
-    assert lines[3] == "| starved | macro-F1 | at least 0.99 | 0.991 | 0.991 |"
+CONFORMANCE = pd.DataFrame(
+    {"scheduler": ["vLLM 0.8.5"], "cases": 12, "steps": 3456, "preemptions": 78, "differ": 0}
+)
+LEFT_OUT = BARS.assign(value=[4.0, 6.0, 0.98], low=[3.5, 5.75, 0.97], high=[4.5, 6.25, 0.99])
+
+
+def test_accuracy_table_has_both_kinds_of_errors_and_pooled_figures_for_each_model():
+    lines = accuracy_table(LEFT_OUT[LEFT_OUT["model"] != "qwen"], BARS).splitlines()
+    kinds = "llama, left out | llama, fitted | qwen, left out | qwen, fitted"
+    assert lines[0] == f"| figure | measure | asked | {kinds} | runs |"
+    cells = "**4** (3.5–4.5) | 3.25 | – | 5.5 | 7 / 8 |"
+    assert lines[2] == f"| mean ITL | MAPE, % | at most 5 | {cells}"
+    cells = "**0.98** (0.97–0.99) | 0.991 | **0.98** (0.97–0.99) | 0.991 | 15 |"
+    assert lines[3] == f"| starved | macro-F1 | at least 0.99 | {cells}"
 
 
 def test_readme_keeps_its_text_around_the_table():
     text = f"above\n{results.BEGIN}\nold\n{results.END}\nbelow\n"
-    left_out = BARS.assign(value=BARS["value"] + 1)
-    renewed = update_readme(text, BARS, left_out)
-    assert accuracy_table(left_out) in renewed
+    renewed = update_readme(text, CONFORMANCE, LEFT_OUT, BARS)
+    assert "| vLLM 0.8.5 | 12 | 3,456 | 78 | 0 |" in renewed
     assert renewed.startswith("above\n")
     assert renewed.endswith("\nbelow\n")
     assert "old" not in renewed
-    assert accuracy_table(BARS) in renewed
+    assert accuracy_table(LEFT_OUT, BARS) in renewed
 
 
 def test_record_takes_over_tables_pictures_and_readme(monkeypatch, tmp_path):
     run = tmp_path / "full"
     run.mkdir()
     BARS.to_csv(run / "bars.csv", index=False)
+    CONFORMANCE.to_csv(run / "conformance.csv", index=False)
+    LEFT_OUT.to_csv(run / "bars_left_out.csv", index=False)
     (run / "service.png").write_bytes(b"png")
     (run / "timings").mkdir()
     BARS.to_csv(run / "timings" / "speed.csv", index=False)
     for name in ("EXPECTED", "IMAGES", "README"):
         monkeypatch.setattr(results, name, tmp_path / name)
     (tmp_path / "EXPECTED").mkdir()
-    BARS.to_csv(tmp_path / "EXPECTED" / "bars_left_out.csv", index=False)
     (tmp_path / "README").write_text(f"{results.BEGIN}\n{results.END}")
     written = record(run)
     assert {path.relative_to(tmp_path).as_posix() for path in written} == {
         "EXPECTED/bars.csv",
+        "EXPECTED/bars_left_out.csv",
+        "EXPECTED/conformance.csv",
         "EXPECTED/timings/speed.csv",
         "IMAGES/service.png",
         "README",
     }
-    assert accuracy_table(BARS) in (tmp_path / "README").read_text()
+    assert accuracy_table(LEFT_OUT, BARS) in (tmp_path / "README").read_text()
 
 
 def test_record_refuses_a_folder_without_results(tmp_path):
@@ -102,5 +113,6 @@ def test_record_refuses_a_folder_without_results(tmp_path):
 
 
 def test_readme_shows_the_recorded_accuracy():
-    bars = read_expected("bars")
-    assert accuracy_table(bars) in results.README.read_text()
+    text = results.README.read_text()
+    tables = (read_expected(name) for name in ("conformance", "bars_left_out", "bars"))
+    assert update_readme(text, *tables) == text

@@ -15,6 +15,7 @@ from adapter_twin.config import Arrivals, EngineConfig, Lengths, Workload, deal_
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.twin.clock import FrontEnd, StepLaw
 from adapter_twin.twin.records import make_gaps, make_records
+from adapter_twin.twin.server import run_in_simpy
 from adapter_twin.twin.session import Session, new_session
 from adapter_twin.workload import BASE_MODEL, Trace, generate
 
@@ -34,9 +35,10 @@ def lay_out(
     scrape_period_s: float = np.inf,
     scrape_s: float = 0.0,
     scrape_s_per_label: float = 0.0,
+    pinned: Sequence[int] = (),
     **engine: int,
 ) -> Session:
-    """Requests are (arrival, adapter, prompt tokens, output tokens)."""
+    """Requests are (arrival, adapter, prompt, output); vLLM's null block comes on top of the KV."""
     arrival_s, *columns = (np.array(column) for column in zip(*requests, strict=True))
     flags = {"max_loras": 4, "max_cpu_loras": 8, "max_num_seqs": 8, "max_num_batched_tokens": 64}
     flags |= {"block_size": 1, **engine}
@@ -46,9 +48,10 @@ def lay_out(
         EngineConfig(model="any", max_lora_rank=8, **flags),
         StepLaw(np.empty(0), np.eye(1, 9), 128, 0.0, np.zeros(3)),
         FrontEnd(duration_s, in_flight_cap, *pauses),
-        kv_cache_tokens,
+        kv_cache_tokens + flags["block_size"],
         np.full(8, load_s),
         np.full(8, read_s),
+        pinned=np.isin(np.arange(8), pinned),
     )
 
 
@@ -131,6 +134,59 @@ def test_leaving_the_host_cache_an_adapter_leaves_its_slot_too() -> None:
     run = play(order, max_loras=2, max_cpu_loras=2, load_s=LOAD_S, read_s=READ_S)
     assert (run.requests.load_wait_s == LOAD_S + READ_S).all()
     assert run.state.on_gpu[[0, 1, 2]].tolist() == [True, False, True]
+
+
+def two_in_a_row(new: int) -> list[tuple[float, int, int, int]]:
+    """Adapters 1, 2 and 4 run on, 3 ends with the second step, and `new` joins in the third."""
+    running = [(0.0, adapter, 1, 2 if adapter == 3 else 9) for adapter in (1, 2, 3, 4)]
+    return [*running, (1.5, new, 1, 9)]
+
+
+def test_a_new_adapter_evicts_one_that_the_step_needs_and_that_one_the_next() -> None:
+    # 0 comes first and 3, which has left, was touched after 1 and 2: 0 takes the slot of 1, that
+    # one the slot of 2, and 2 the slot of 3.
+    run = play(two_in_a_row(0), max_loras=4, load_s=LOAD_S)
+    assert run.steps.loads[:4].tolist() == [4, 0, 3, 0]
+    assert run.steps.load_s[2] == 3 * LOAD_S
+    assert run.requests.load_wait_s.tolist() == [LOAD_S] * 5  # for its own adapter's first copy
+
+
+def test_there_is_no_chain_where_the_new_adapter_comes_after_the_one_that_left() -> None:
+    run = play(two_in_a_row(5), max_loras=4, load_s=LOAD_S)
+    assert run.steps.loads[:4].tolist() == [4, 0, 1, 0]
+
+
+def test_there_is_no_chain_where_a_step_lies_between_leaving_and_joining() -> None:
+    *running, (_, new, prompt, output) = two_in_a_row(0)
+    run = play([*running, (2.5 + 4 * LOAD_S, new, prompt, output)], max_loras=4, load_s=LOAD_S)
+    assert run.steps.loads[:5].tolist() == [4, 0, 0, 1, 0]
+
+
+def test_the_chain_reads_from_disk_where_the_host_cache_is_no_larger_than_the_slots() -> None:
+    for max_cpu_loras, reads in ((4, 3), (5, 1)):
+        run = play(two_in_a_row(0), max_loras=4, max_cpu_loras=max_cpu_loras, read_s=READ_S)
+        assert run.steps.loads[2] == 3
+        assert run.steps.load_s[2] == reads * READ_S
+
+
+def test_the_chain_passes_over_pinned_adapters() -> None:
+    run = play(two_in_a_row(0), max_loras=4, load_s=LOAD_S, pinned=[2])
+    assert run.steps.loads[:4].tolist() == [3, 0, 2, 0]
+
+
+def test_a_pinned_adapter_is_there_from_the_start_and_stays() -> None:
+    run = play(one_at_a_time(1, 2, 3, 0), max_loras=2, load_s=LOAD_S, read_s=READ_S, pinned=[0])
+    assert run.requests.load_wait_s.tolist() == [LOAD_S + READ_S] * 3 + [0.0]
+
+
+def test_the_engine_stops_where_only_pinned_adapters_could_leave() -> None:
+    both = [(0, 1, 1, 4), (0, 2, 1, 4)]
+    with pytest.raises(AdapterTwinError, match=r"pinned: .* vLLM stops"):
+        play(both, max_loras=2, pinned=[0])
+    with pytest.raises(AdapterTwinError, match=r"pinned: .* vLLM stops"):
+        run_in_simpy(lay_out(both, max_loras=2, pinned=[0]))
+    with pytest.raises(AdapterTwinError, match="pinned: 3 adapters exceed the max_loras = 2"):
+        lay_out(both, max_loras=2, pinned=[0, 1, 2])
 
 
 def test_no_more_requests_run_than_max_num_seqs() -> None:

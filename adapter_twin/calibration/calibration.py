@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -75,6 +76,14 @@ class Calibration:
     measurement: MeasurementLaw
     valid_range: dict[str, list[float]]
     provenance: dict[str, Any]
+
+    @property
+    def reserves_prompts(self) -> bool:
+        """Whether this engine admits a prompt only when KV blocks for all of it are free.
+
+        vLLM's ``scheduler_reserve_full_isl``, which is on since 0.19.
+        """
+        return _release(self.engine_version) >= (0, 19)
 
     def step_law(self, engine: EngineConfig, *, merging: bool = False) -> StepLaw:
         """Return the compiled form of the step-time and scheduling laws for an engine, in s.
@@ -156,6 +165,10 @@ class Calibration:
             raise AdapterTwinError(
                 f"calibration: {path} is no calibration ({error}); run adapter-twin calibrate"
             ) from None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def list_calibrations() -> list[str]:

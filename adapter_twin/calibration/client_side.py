@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
+from numpy.typing import NDArray
 
 from adapter_twin.calibration.calibration import Calibration
 from adapter_twin.metrics import summarize
 from adapter_twin.twin.simulate import simulate_run
+
+Floats = NDArray[np.float64]
 
 SETTLED_S = 300.0
 """Scrapes before that are disturbed by first uses."""
 
 SPELL_S = 300.0
 """Scrapes are compared in medians over spells of that length, one in every two."""
+
+
+START_S = 120.0
+"""Nearly all first uses happen by then."""
+
+PAUSES_MS = np.arange(0.0, 525.0, 25.0)
+"""Candidates for the pause of a first use."""
+
+RESAMPLES = 1000
+"""Of the runs, for the interval of the pause."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,52 @@ class Observed:
     median_ttft_ms: float
     running: float
     pauses: Any
+
+
+def fit_first_use(
+    calibration: Calibration, runs: pd.DataFrame, series: pd.DataFrame, jobs: int
+) -> None:
+    """Fit the front end's pause at the first use of an adapter, in place.
+
+    At the start of a run first uses come faster than the front end can take them, and hold back all
+    other requests: the pause is the one with which as many requests run in the twin as did.
+
+    Parameters
+    ----------
+    calibration : Calibration
+    runs : DataFrame
+        Runs that served all that was offered; those with many adapters tell the most.
+    series : DataFrame
+        Their samples (table ``series``).
+    jobs : int
+    """
+    law = calibration.front_end
+    by_run = dict(tuple(series.groupby("run_id", observed=True)))
+    misses = np.array(
+        Parallel(n_jobs=jobs)(
+            delayed(_start_misses)(calibration, row, by_run[row["run_id"]])
+            for row in runs.to_dict("records")
+        )
+    )
+    law.first_use_ms_ = float(PAUSES_MS[misses.mean(axis=0).argmin()])
+    resampled = np.random.default_rng(0).integers(0, len(misses), (RESAMPLES, len(misses)))
+    best_ms = PAUSES_MS[misses[resampled].mean(axis=1).argmin(axis=1)]
+    law.interval_["first_use_ms_"] = np.percentile(best_ms, [2.5, 97.5]).tolist()
+
+
+def _start_misses(calibration: Calibration, row: dict[Any, Any], samples: pd.DataFrame) -> Floats:
+    """Return by how much the twin misses the running requests of a run's start, by `PAUSES_MS`."""
+    at_s = np.arange(0.0, START_S, 2.0)
+    measured = np.interp(at_s, samples.t_s, samples.running)
+    start = {**row, "duration_s": START_S}
+    misses = []
+    for pause_ms in PAUSES_MS:
+        front_end = copy(calibration.front_end)
+        front_end.first_use_ms_ = float(pause_ms)
+        steps = simulate_run(start, replace(calibration, front_end=front_end)).steps
+        running = np.append(steps.running, 0)[np.searchsorted(steps.end_s, at_s)]
+        misses.append(float(np.abs(running - measured).mean() / row["running_mean"]))
+    return np.array(misses)
 
 
 def observe(calibration: Calibration, runs: pd.DataFrame, jobs: int) -> list[Observed]:

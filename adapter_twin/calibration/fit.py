@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import compress
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,8 +15,14 @@ from numpy.typing import NDArray
 
 from adapter_twin import __version__
 from adapter_twin.calibration.calibration import Calibration
-from adapter_twin.calibration.client_side import fit_overhead, fit_scrapes, observe
-from adapter_twin.calibration.front_end import FIRST_USE_WINDOW_S, FrontEndLaw, MeasurementLaw
+from adapter_twin.calibration.client_side import (
+    fit_first_use,
+    fit_overhead,
+    fit_scrapes,
+    observe,
+)
+from adapter_twin.calibration.copying import simulate_copying
+from adapter_twin.calibration.front_end import FrontEndLaw, MeasurementLaw
 from adapter_twin.calibration.lengths import EarlyStopLaw, LengthLaw
 from adapter_twin.calibration.loading import LoadingLaw
 from adapter_twin.calibration.memory import MemoryLaw
@@ -24,7 +31,6 @@ from adapter_twin.calibration.step_observations import step_observations
 from adapter_twin.calibration.step_time import StepTimeLaw
 from adapter_twin.lengths import LengthMarginals
 from adapter_twin.metrics import summarize
-from adapter_twin.scenario import run_to_workload
 from adapter_twin.twin.simulate import simulate_run
 
 TABLES = (
@@ -69,7 +75,8 @@ def calibrate(
 ) -> Calibration:
     """Fit all laws of one model.
 
-    The laws of the engine come first, from the tables alone. What only shows at the client, the
+    The laws of the engine come first, from the tables alone, but for copies of adapters: these are
+    the twin's, and are taken out of the measured step times. What only shows at the client, the
     front end's overhead and the cost of reading the metrics, is fitted to what the twin of the
     engine leaves unexplained.
 
@@ -90,7 +97,7 @@ def calibrate(
     Calibration
     """
     runs = tables["runs"][tables["runs"].model == model]
-    clean = runs[(runs.status == "ok") & ~runs.client_collapsed]
+    clean = fitted_runs(runs)
     unsaturated = unsaturated_runs(clean)
     windows = tables["windows"]
     busy = windows[windows.run_id.isin(unsaturated.run_id) & (windows.running > 5)]
@@ -109,7 +116,7 @@ def calibrate(
         step_time=StepTimeLaw().fit(observations),
         loading=LoadingLaw(model).fit(tables["adapter_loads"]),
         scheduling=scheduling,
-        front_end=FrontEndLaw().fit_first_use(_with_adapters_used(unsaturated), series),
+        front_end=FrontEndLaw(),
         early_stop=EarlyStopLaw().fit(unsaturated, series),
         lengths=lengths,
         measurement=MeasurementLaw(),
@@ -121,7 +128,13 @@ def calibrate(
             "version": __version__,
         },
     )
+    # Copies of adapters depend on the step time and on the lengths, and both on them: two rounds
+    # settle the step time, so that the lengths are chosen well, and a third one goes by these.
+    for _ in range(2):
+        calibration = without_copies(calibration, tables, clean, jobs)
     calibration = _choose_longest_output(calibration, clean, marginals, busy, jobs)
+    calibration = without_copies(calibration, tables, clean, jobs)
+    fit_first_use(calibration, unsaturated, series, jobs)
     observed = clean.iloc[::CLIENT_SIDE_RUNS]
     light = observed.run_id.isin(unsaturated.run_id)
     for _ in range(2):  # the overhead depends a little on the scrapes, and they on the overhead
@@ -129,6 +142,37 @@ def calibrate(
         fit_overhead(calibration, observed[light], list(compress(seen, light)))
         fit_scrapes(calibration, observed, seen, tables["series"])
     return calibration
+
+
+def fitted_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Select the completed runs whose client did not collapse."""
+    return runs[(runs.status == "ok") & ~runs.client_collapsed]
+
+
+def without_copies(
+    calibration: Calibration, tables: Mapping[str, pd.DataFrame], runs: pd.DataFrame, jobs: int
+) -> Calibration:
+    """Fit the step-time law again, to what the twin's own copies of adapters leave.
+
+    Parameters
+    ----------
+    calibration : Calibration
+    tables : mapping
+        `TABLES`, by name.
+    runs : DataFrame
+        Those of the model, see `fitted_runs`.
+    jobs : int
+        Processes for the simulations.
+    """
+    observations = step_observations(
+        tables,
+        calibration.model,
+        calibration.lengths,
+        calibration.scheduling,
+        calibration.memory,
+        simulate_copying(calibration, runs, jobs),
+    )
+    return replace(calibration, step_time=StepTimeLaw().fit(observations))
 
 
 def unsaturated_runs(runs: pd.DataFrame) -> pd.DataFrame:
@@ -176,13 +220,3 @@ def _choose_longest_output(
 def _served(calibration: Calibration, row: dict[str, Any]) -> float:
     run = simulate_run(row, calibration)
     return summarize(run.records, run.gaps, run.duration_s)["total_throughput"]
-
-
-def _with_adapters_used(runs: pd.DataFrame) -> pd.DataFrame:
-    """Add the expected number of adapters used in the first seconds."""
-    used = []
-    for row in runs.to_dict("records"):
-        _, workload = run_to_workload(cast(dict[str, Any], row))
-        rates = np.array([adapter.request_rate for adapter in workload.adapters])
-        used.append(float((1 - np.exp(-rates * FIRST_USE_WINDOW_S)).sum()))
-    return runs.assign(adapters_used=used)

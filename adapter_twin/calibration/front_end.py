@@ -17,16 +17,9 @@ from numpy.typing import NDArray
 from adapter_twin.calibration.estimator import Estimator
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 Floats = NDArray[np.float64]
-
-FIRST_USE_WINDOW_S = 150.0
-"""By then nearly all first uses of a run have happened."""
-
-MANY_ADAPTERS = 100
-PAUSED_GAP_S = 2.4
-"""A sample that comes later than that met a pause: samples are 2 s apart."""
 
 
 class FrontEndLaw(Estimator):
@@ -37,6 +30,7 @@ class FrontEndLaw(Estimator):
     overhead_ms_, overhead_per_running_ms_ : float
         From the engine's first token to the client's, plus the way in.
     first_use_ms_ : float
+        See `adapter_twin.calibration.client_side.fit_first_use`.
     interval_ : dict
         95 % intervals, by attribute.
     """
@@ -44,28 +38,6 @@ class FrontEndLaw(Estimator):
     def __init__(self) -> None:
         self.overhead_ms_ = self.overhead_per_running_ms_ = self.first_use_ms_ = 0.0
         self.interval_: dict[str, list[float]] = {}
-
-    def fit_first_use(self, runs: pd.DataFrame, series: pd.DataFrame) -> FrontEndLaw:
-        """Fit the pause to the first seconds of runs with many adapters.
-
-        They come faster than the front end can take them, so it pauses without a break, which
-        shows as late samples, until all are in use.
-
-        Parameters
-        ----------
-        runs : DataFrame
-            Runs of one model; ``adapters_used``: adapters that get a request by then.
-        series : DataFrame
-            Their samples (table ``series``), taken 2 s apart where nothing pauses.
-        """
-        runs = runs[runs.adapters_used >= MANY_ADAPTERS]
-        start = series[(series.t_s > -3) & (series.t_s < FIRST_USE_WINDOW_S)]
-        gap_s = start.groupby("run_id", observed=True).t_s.diff()
-        paused_s = gap_s.where(gap_s > PAUSED_GAP_S).groupby(start.run_id, observed=True).sum()
-        pause_ms = 1e3 * paused_s.reindex(runs.run_id).to_numpy() / runs.adapters_used.to_numpy()
-        self.first_use_ms_ = float(np.nanmedian(pause_ms))
-        self.interval_ = {"first_use_ms_": np.nanpercentile(pause_ms, [2.5, 97.5]).tolist()}
-        return self
 
     def fit_overhead(self, running: Floats, engine_ttft_ms: Floats, ttft_ms: Floats) -> FrontEndLaw:
         """Fit the overhead to what the engine alone leaves of measured median TTFTs.

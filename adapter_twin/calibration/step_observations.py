@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from adapter_twin.calibration.copying import Copying
 from adapter_twin.calibration.lengths import LengthLaw
 from adapter_twin.calibration.memory import MemoryLaw
 from adapter_twin.calibration.scheduling import SchedulingLaw
@@ -35,11 +37,12 @@ SETTLED_S = 600.0
 
 
 def step_observations(
-    tables: dict[str, pd.DataFrame],
+    tables: Mapping[str, pd.DataFrame],
     model: str,
     lengths: LengthLaw,
     scheduling: SchedulingLaw,
     memory: MemoryLaw,
+    copying: Copying | None = None,
 ) -> StepObservations:
     """Collect the step times of one model.
 
@@ -52,6 +55,8 @@ def step_observations(
     scheduling : SchedulingLaw
         Its share is taken out of the measured times.
     memory : MemoryLaw
+    copying : Copying, optional
+        Copies of adapters to take out of the measured times.
     """
     names = ("runs", "windows", "steps", "base_steps")
     one_model = {name: tables[name][tables[name].model == model] for name in names}
@@ -59,12 +64,29 @@ def step_observations(
     hours = whole_hours(one_model["runs"], tables["series"], memory)
     return StepObservations.concatenate(
         [
-            _of_windows(windows, WINDOWS_WEIGHT, lengths, scheduling, decides=False),
-            _of_windows(hours, HOURS_WEIGHT, lengths, scheduling, decides=True),
+            _of_windows(
+                _without_copies(windows, copying),
+                WINDOWS_WEIGHT,
+                lengths,
+                scheduling,
+                decides=False,
+            ),
+            _of_windows(
+                _without_copies(hours, copying), HOURS_WEIGHT, lengths, scheduling, decides=True
+            ),
             _of_steps(one_model["steps"], scheduling),
             _of_base_steps(one_model["base_steps"], scheduling),
         ]
     )
+
+
+def _without_copies(rows: pd.DataFrame, copying: Copying | None) -> pd.DataFrame:
+    """Take the copies of adapters out of the step times of stretches of runs."""
+    if copying is None:
+        return rows
+    from_s = rows.t_s.to_numpy(float)
+    copied_ms = copying.per_step_ms(rows.run_id, from_s, from_s + rows.dt_s.to_numpy(float))
+    return rows.assign(step_ms=rows.step_ms - copied_ms)
 
 
 def clean_windows(windows: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
@@ -93,6 +115,8 @@ def whole_hours(runs: pd.DataFrame, series: pd.DataFrame, memory: MemoryLaw) -> 
         kv_usage=runs.kv_usage_mean,
         waiting=runs.waiting_mean,
         step_ms=step_ms,
+        t_s=0.0,
+        dt_s=runs.duration_s,
         expected_distinct_adapters=[_distinct_adapters(row) for row in runs.to_dict("records")],
     )
     return hours[_steady(hours)]

@@ -26,7 +26,7 @@ from adapter_twin.twin.feed import Feed
 from adapter_twin.twin.records import Gaps, Records, make_gaps, make_records
 from adapter_twin.twin.session import check_lengths
 from adapter_twin.twin.simulate import draw_requests
-from adapter_twin.workload import Trace
+from adapter_twin.workload import Trace, generators
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,6 +84,8 @@ class ClusterRun:
         How often a failure took it.
     gaps : list of Gaps
         Inter-token gaps, by replica.
+    adapter_loads : list of int
+        Copies of adapters into slots, by replica.
     engines : tuple of EngineConfig
     duration_s : float
     """
@@ -92,6 +94,7 @@ class ClusterRun:
     replica: NDArray[np.int32]
     retries: NDArray[np.int32]
     gaps: list[Gaps]
+    adapter_loads: list[int]
     engines: tuple[EngineConfig, ...]
     duration_s: float
 
@@ -226,6 +229,7 @@ class Cluster:
         self.trace = trace
         self.longest_output = int(np.max(trace.output_tokens, initial=1))
         self.rng = np.random.default_rng([seed, 1])
+        *_, self.order = generators(seed)
         self.retries = np.zeros(len(trace), np.int32)
         self.backlog: deque[int] = deque()
         self.given_to: list[Life | None] = [None] * len(trace)
@@ -248,6 +252,7 @@ class Cluster:
             self.workload.adapters,
             duration_s=self.workload.duration_s,
             longest_output=self.longest_output,
+            order=self.order,
             now_s=float(self.env.now),
         )
 
@@ -333,6 +338,10 @@ class Cluster:
             server,
             self.retries,
             [_joined([make_gaps(life.feed.session) for life in r.lives]) for r in self.replicas],
+            [
+                sum(int(life.feed.session.steps.loads.sum()) for life in replica.lives)
+                for replica in self.replicas
+            ],
             tuple(replica.engine for replica in self.replicas),
             self.workload.duration_s,
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr
 
 from adapter_twin.calibration import Calibration
 from adapter_twin.planning.batches import NODES, Batches
@@ -118,6 +119,20 @@ def _delays(
     scanning = (before.scanning + scans) / 2
     scan_ms = calibration.scheduling.per_scanned_ms_ * scanning
     queue_ms = (scan_ms + calibration.step_time.waiting_ms_) * unserved_per_s * mix.duration_s
-    loads_ms = calibration.loading.padded_slot_ms_ * visits.per_s * state.step_s
+    copies = _copies_per_step(visits, visits.per_s * state.step_s, batches.slots)
+    loads_ms = calibration.loading.padded_slot_ms_ * copies
     has_to_load = batches.slots < mix.adapters.sum(axis=1)
     return Delays(served, np.where(has_to_load, loads_ms, 0) / 1e3, queue_ms / 1e3, scanning)
+
+
+def _copies_per_step(visits: Visits, joining: Floats, slots: Floats) -> Floats:
+    """Return the copies of adapters in a mean step: one for each that joins, and vLLM's chain.
+
+    Where the batch takes all slots, as many adapters leave as join. The walk over the batch copies
+    again what it meets while it has met more that join than places of those that left. That is a
+    sixth of the slots where one joins (the mean excess of one uniform place over another), and half
+    of them where many do.
+    """
+    spread = np.sqrt(np.maximum(visits.variance, 1e-9))
+    full = np.where(visits.head_wait_s > 0, 1.0, ndtr((visits.active - slots) / spread))
+    return np.asarray(joining + slots * full * (1 - 1 / np.sqrt(1 + 2 * joining / 3)) / 2)

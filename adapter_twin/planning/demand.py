@@ -76,6 +76,12 @@ class Demand:
 
     def __post_init__(self) -> None:
         require(bool(self.adapters), "adapters: give at least one")
+        for adapter in self.adapters:
+            require(
+                not adapter.pinned,
+                f"adapters: {adapter.name!r} is pinned, which only `simulate` knows; leave "
+                "`pinned` out",
+            )
         require(self.seed >= 0, f"seed: must be zero or more, got {self.seed}")
         require(
             self.arrivals.process in ("poisson", "gamma"),

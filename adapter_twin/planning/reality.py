@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapter_twin.calibration import load_calibration
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.metrics import half_smape
 from adapter_twin.planning.analytic import predict_analytic
@@ -15,6 +14,7 @@ from adapter_twin.planning.choice import Criterion
 from adapter_twin.planning.grid import evaluate, grid_runs, slot_rank
 from adapter_twin.planning.surrogates import TARGETS, feature_array, fit, to_grid
 from adapter_twin.planning.verdicts import fit_classifier, pick, verdicts
+from adapter_twin.predict import load_calibrations
 from adapter_twin.scenario import (
     DEFAULT_MEAN_INPUT_TOKENS,
     DEFAULT_MEAN_OUTPUT_TOKENS,
@@ -25,6 +25,8 @@ from adapter_twin.study import offered_tokens_per_s
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from adapter_twin.calibration import Calibration
 
 WORKLOAD = ["model", "rates_per_adapter", "ranks"]
 CONFIGURATION = ["served_adapters", "adapter_slots"]
@@ -68,12 +70,15 @@ def measured_optima(grids: pd.DataFrame) -> pd.DataFrame:
     return _best(grids, Criterion())
 
 
-def twin_runs(grids: pd.DataFrame, *, seed: int = 0, jobs: int = -1) -> pd.DataFrame:
+def twin_runs(
+    grids: pd.DataFrame, calibration: str | Calibration = "auto", *, seed: int = 0, jobs: int = -1
+) -> pd.DataFrame:
     """Return what the twin predicts for the grids' configurations, from configuration alone."""
     import pandas as pd
 
+    calibrations = load_calibrations(calibration, grids["model"])
     tables = [
-        evaluate(runs, load_calibration("auto", runs.model.iloc[0]), seed=seed, jobs=jobs)
+        evaluate(runs, calibrations[runs.model.iloc[0]], seed=seed, jobs=jobs)
         for runs in _grids_of(grids)
     ]
     return pd.concat(tables, ignore_index=True)

@@ -268,7 +268,7 @@ def run(
         event_s = turn(
             limits, requests, state, rules, clock, law, front_end, steps, pauses, seen, used
         )
-        if event_s > front_end.duration_s:
+        if event_s > front_end.duration_s or state.count.out_of_slots:
             return True
         clock.now_s = event_s
     return False

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from adapter_twin.calibration import Calibration
 from adapter_twin.config import Adapter, EngineConfig
+from adapter_twin.strict import require
 from adapter_twin.twin.session import Session, new_session
 from adapter_twin.twin.state import NOT_RUNNING, Requests, State
 from adapter_twin.workload import Trace
@@ -29,6 +30,8 @@ class Feed:
         End of the run.
     longest_output : int
         Most output tokens of any request.
+    order : numpy.random.Generator
+        Draws the order in which the server's steps touch adapters.
     now_s : float
         When the server starts.
 
@@ -47,9 +50,12 @@ class Feed:
         *,
         duration_s: float,
         longest_output: int,
+        order: np.random.Generator,
         now_s: float = 0.0,
         room: int = 1024,
     ) -> None:
+        for adapter in adapters:
+            require(not adapter.pinned, f"{adapter.name}: a cluster pins none; leave `pinned` out")
         ranks = np.array([adapter.rank for adapter in adapters])
         nothing = Trace(
             np.full(room, np.inf),
@@ -65,6 +71,8 @@ class Feed:
             calibration.memory.require_start(engine),
             calibration.loading.load_s(ranks, engine.max_lora_rank),
             calibration.loading.read_s(ranks),
+            places=order.permutation(len(ranks)),
+            reserves_prompts=calibration.reserves_prompts,
         )
         self.session.clock.now_s = now_s
         self.pushed = 0

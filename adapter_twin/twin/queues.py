@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from adapter_twin.twin.compiled import helper
+from adapter_twin.twin.eviction_chain import join_batch, leave_batch
 from adapter_twin.twin.lists import add_member, append, drop_member
 from adapter_twin.twin.policies.cost_aware import note_use
 from adapter_twin.twin.policies.drain import first_to_pass, is_drained
@@ -104,7 +105,10 @@ def start_running(
     request: int,
     now_s: float,
 ) -> tuple[int, int, float]:
-    """Put a request at the end of the running ones; returns as `make_resident`."""
+    """Put a request at the end of the running ones; returns as `make_resident`.
+
+    vLLM makes the adapters of a batch resident together, once it is complete (`bring_batch`).
+    """
     count = state.count
     if count.stack_top == len(state.stack):
         _compact_stack(state)
@@ -122,6 +126,9 @@ def start_running(
     count.active += 1
     count.eligible_waiting += state.waiting_by_adapter[adapter]
     count.label_hash ^= state.running_label[adapter]
+    if rules is None:
+        join_batch(state, adapter, request)
+        return 0, 0, 0.0
     return make_resident(limits, state, rules, adapter, now_s)
 
 
@@ -150,7 +157,10 @@ def stop_running(
         state.drained_for[adapter] = NOT_RUNNING
     if rules is not None and rules.code == COST_AWARE:
         note_use(state, rules, adapter, 0, now_s)
-    become_idle(limits, state, adapter)
+    if rules is None:
+        leave_batch(limits, state, adapter)
+    else:
+        become_idle(limits, state, adapter)
 
 
 @helper

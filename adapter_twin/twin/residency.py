@@ -1,4 +1,8 @@
-"""Which adapters are in host memory and on the GPU, and who leaves for whom."""
+"""Adapters in host memory and on the GPU under policies beyond vLLM's.
+
+An adapter is made resident as its first request is admitted, and only idle ones are evicted. What
+vLLM itself does is in `adapter_twin.twin.eviction_chain`.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +19,18 @@ from adapter_twin.twin.state import COST_AWARE, Limits, Requests, Rules, State
 
 @helper
 def _victim(
-    limits: Limits, state: State, rules: Rules | None, following: Links, is_host: bool, now_s: float
+    limits: Limits, state: State, rules: Rules, following: Links, is_host: bool, now_s: float
 ) -> int:
-    """Return the idle adapter of a cache that leaves it: in vLLM the least recently used one."""
+    """Return the idle adapter of a cache that leaves it: mostly the least recently used one."""
     sentinel = limits.base_model + 1
-    if rules is not None and rules.code == COST_AWARE:
+    if rules.code == COST_AWARE:
         return least_valuable(state, rules, following, sentinel, is_host, now_s)
     return int(following[sentinel])
 
 
 @helper
 def make_resident(
-    limits: Limits, state: State, rules: Rules | None, adapter: int, now_s: float
+    limits: Limits, state: State, rules: Rules, adapter: int, now_s: float
 ) -> tuple[int, int, float]:
     """Bring an adapter to the GPU; return (loads from host, reads from disk, seconds)."""
     count = state.count
@@ -34,7 +38,7 @@ def make_resident(
         remove(state.gpu_next, state.gpu_previous, adapter)
         remove(state.host_next, state.host_previous, adapter)
         rest_s = 0.0
-        if rules is not None and rules.prefetch:
+        if rules.prefetch:
             rest_s = rest_of_prefetch_s(state, adapter, now_s)
         return 0, 0, rest_s
     seconds, reads = state.load_s[adapter], 0

@@ -26,6 +26,7 @@ from __future__ import annotations
 import numpy as np
 
 from adapter_twin.twin.compiled import helper
+from adapter_twin.twin.eviction_chain import bring_batch
 from adapter_twin.twin.lists import append, remove
 from adapter_twin.twin.policies.drain import drain_for_starving
 from adapter_twin.twin.policies.merge import choose_merged
@@ -175,6 +176,7 @@ def schedule(
             count.prefilled, count.chunked = 1, -1
 
     loads = reads = scanned = 0
+    continuing = count.active
     while preempted == 0 and tokens < budget and count.running < limits.max_num_seqs:
         request = next_waiting(limits, requests, state, rules)
         if request < 0:
@@ -183,7 +185,7 @@ def schedule(
         needed = requests.prompt_tokens[request] + state.emitted[request]
         chunk = min(needed, budget - tokens)
         adapter = requests.adapter[request]
-        needed_blocks = blocks_for(chunk, size)
+        needed_blocks = blocks_for(needed if limits.reserves_prompts else chunk, size)
         if rules is not None and rules.code == UNIFIED_POOL:
             needed_blocks += blocks_to_load(state, adapter)
         if not _have_room(limits, state, rules, needed_blocks, adapter):
@@ -206,6 +208,8 @@ def schedule(
             count.chunked = request
         tokens, prompts, context = tokens + chunk, prompts + 1, context + chunk
 
+    if rules is None and count.active > continuing:
+        loads, reads, load_s = bring_batch(limits, requests, state, continuing)
     if rules is not None and rules.prefetch:
         new_loads, new_reads = prefetch(limits, requests, state, rules, now_s)
         loads, reads = loads + new_loads, reads + new_reads

@@ -46,13 +46,23 @@ class Session:
         """Run to the end of the window in the compiled loop."""
         while not self.loop(*arguments(self)):
             self._grow()
+        self._check_slots()
 
     def turn(self) -> float:
         """Turn the engine loop once; see `adapter_twin.twin.clock.turn`."""
         # fields by name: attributes of a record take ten times as long
         if self.clock["steps"] + 1 >= len(self.steps):
             self._grow()
-        return engine_clock.turn(*arguments(self))
+        event_s = engine_clock.turn(*arguments(self))
+        self._check_slots()
+        return event_s
+
+    def _check_slots(self) -> None:
+        require(
+            not self.state.count["out_of_slots"],
+            "pinned: a batch needs the slot of a pinned adapter that is not in it, at which vLLM "
+            "stops; pin fewer adapters or raise max_loras",
+        )
 
     def _grow(self) -> None:
         """Make room for as many steps again."""
@@ -82,6 +92,10 @@ def new_session(
     read_s: NDArray[np.float64],
     policy: Policy | None = None,
     adapter_blocks: NDArray[np.int64] | None = None,
+    *,
+    places: NDArray[np.int64] | None = None,
+    pinned: NDArray[np.bool_] | None = None,
+    reserves_prompts: bool = False,
 ) -> Session:
     """Lay out a run.
 
@@ -93,17 +107,25 @@ def new_session(
     law : StepLaw
     front_end : FrontEnd
     kv_cache_tokens : int
+        As vLLM reports it: it keeps one block of them to itself.
     load_s, read_s : float64, shape (adapters,)
         Seconds to copy each adapter into a slot, and to read it from disk before that.
     policy : Policy, optional
         Left out, it is vLLM's own.
     adapter_blocks : int64, shape (adapters,), optional
         KV blocks that each adapter takes on the GPU (`UnifiedPool` only).
+    places : int, shape (adapters,), optional
+        Place of each adapter in the order in which a step touches its own (a permutation, vLLM's
+        own policy only); left out, that of their indices.
+    pinned : bool, shape (adapters,), optional
+        Adapters that are never evicted, in a slot from the start (vLLM's own policy only).
+    reserves_prompts : bool
+        Admit a prompt when KV blocks for all of it are free, not for its first chunk.
 
     Raises
     ------
     AdapterTwinError
-        A request is longer than the KV cache.
+        A request is longer than the KV cache, or more adapters are pinned than there are slots.
     """
     n_adapters, n = len(load_s), len(trace)
     pooled = isinstance(policy, UnifiedPool)
@@ -112,6 +134,14 @@ def new_session(
         adapter_blocks = np.zeros(n_adapters, np.int64)
     blocks = np.append(adapter_blocks, 0)  # the base model takes none
     check_lengths(trace, engine, kv_cache_tokens, blocks)
+    places = np.arange(n_adapters) if places is None else places
+    pinned = np.zeros(n_adapters, np.bool_) if pinned is None else pinned
+    require(not pinned.any() or policy is None, "pinned: only vLLM's own policy can; leave it out")
+    require(
+        pinned.sum() <= engine.max_loras,
+        f"pinned: {pinned.sum()} adapters exceed the max_loras = {engine.max_loras} slots; "
+        "pin fewer or raise max_loras",
+    )
     if isinstance(policy, Merge):
         regimes = len(law.token_breaks) + 1
         require(len(law.coefficients) == 2 * regimes, "law: Merge needs that of a merged adapter")
@@ -122,6 +152,7 @@ def new_session(
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
         block_size=engine.block_size,
+        reserves_prompts=reserves_prompts,
         base_model=n_adapters,
         horizon=int(np.max(trace.output_tokens, initial=1)) + 1,
     )
@@ -134,7 +165,12 @@ def new_session(
     return Session(
         limits=limits,
         requests=_new_requests(trace, n_adapters),
-        state=_new_state(limits, n, kv_cache_tokens // engine.block_size, load_s, read_s, blocks),
+        state=_new_state(
+            limits,
+            n,
+            kv_blocks(kv_cache_tokens, engine.block_size),
+            (load_s, read_s, blocks, places, pinned),
+        ),
         rules=None if policy is None else policy.rules(),
         clock=clock,
         law=_typed_law(law),
@@ -157,11 +193,16 @@ def check_lengths(
     if blocks is not None and blocks.any():  # -1, the base model, is the last one
         tokens, what = tokens + engine.block_size * blocks[trace.adapter], "request and its adapter"
     longest = int(np.max(tokens, initial=1))
-    if longest > kv_cache_tokens - kv_cache_tokens % engine.block_size:
+    if longest > engine.block_size * kv_blocks(kv_cache_tokens, engine.block_size):
         raise AdapterTwinError(
             f"lengths: a {what} of {longest} tokens exceeds the KV cache of {kv_cache_tokens}; "
             "lower max_loras or max_lora_rank, or shorten the requests"
         )
+
+
+def kv_blocks(kv_cache_tokens: int, block_size: int) -> int:
+    """Return the KV blocks that requests can have: all but vLLM's null block."""
+    return kv_cache_tokens // block_size - 1
 
 
 # numba compiles the kernel anew for every combination of argument types: let there be one.
@@ -210,14 +251,14 @@ def _new_requests(trace: Trace, n_adapters: int) -> Requests:
 def _new_state(
     limits: Limits,
     n_requests: int,
-    kv_blocks: int,
-    load_s: NDArray[np.float64],
-    read_s: NDArray[np.float64],
-    adapter_blocks: NDArray[np.int64],
+    free_blocks: int,
+    adapters: tuple[NDArray[Any], ...],
 ) -> State:
     n = limits.base_model
+    load_s, read_s, adapter_blocks, places, pinned = adapters
     count = _record(COUNTERS)
-    count.free_blocks, count.chunked = kv_blocks, NOT_RUNNING
+    count.free_blocks, count.chunked = free_blocks, NOT_RUNNING
+    count.gpu_adapters = count.host_adapters = pinned.sum()
     count.prefetching = count.merging = NOT_RUNNING
     # A list that is empty points to its own sentinel.
     nodes = np.arange(n_requests + n + 1 + limits.horizon, dtype=np.int32)
@@ -241,8 +282,13 @@ def _new_state(
         load_s=np.concatenate((load_s, base_model)),
         read_s=np.concatenate((read_s, base_model)),
         adapter_blocks=_typed(adapter_blocks, np.int64),
-        on_gpu=np.arange(n + 1) == n,
-        on_host=np.zeros(n, np.bool_),
+        on_gpu=np.append(pinned, True),
+        on_host=_typed(pinned.copy(), np.bool_),
+        pinned=_typed(pinned, np.bool_),
+        place=_typed(places, np.int32),
+        joined_step=np.full(n, NOT_RUNNING, np.int32),
+        left_step=np.full(n, NOT_RUNNING, np.int32),
+        brought_by=np.full(n, NOT_RUNNING, np.int32),
         active_list=np.zeros(n + 1, np.int32),
         active_index=np.zeros(n + 1, np.int32),
         waiting_list=np.zeros(n + 1, np.int32),

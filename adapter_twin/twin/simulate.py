@@ -39,7 +39,8 @@ def simulate(
         The laws of the engine's model, GPU and version.
     seed : int
         Same seed, same records, bit for bit. The traffic does not depend on the engine, so engines
-        are compared on the same requests.
+        are compared on the same requests. It also decides in which order a step touches its
+        adapters, which in vLLM differs from process to process.
     observer : bool
         Include what the measurement did to itself: its load generator and its scrapes.
     clock : {"compiled", "simpy"}
@@ -79,6 +80,7 @@ def simulate(
     if trace is None:
         trace = draw_requests(workload, calibration, seed=seed, observer=observer)
     ranks = np.array([adapter.rank for adapter in workload.adapters])
+    *_, order = generators(seed)
     session = new_session(
         trace,
         engine,
@@ -89,6 +91,9 @@ def simulate(
         calibration.loading.read_s(ranks),
         policy,
         calibration.memory.adapter_blocks(ranks, engine.block_size) if pooled else None,
+        places=order.permutation(len(ranks)),
+        pinned=np.array([adapter.pinned for adapter in workload.adapters], bool),
+        reserves_prompts=calibration.reserves_prompts,
     )
     if clock == "simpy":
         run_in_simpy(session)
@@ -114,7 +119,7 @@ def draw_requests(
 
     Parameters are those of `simulate`.
     """
-    traffic, stops = generators(seed)
+    traffic, stops, _ = generators(seed)
     if observer and workload.arrivals.process == "poisson":
         workload = replace(workload, arrivals=Arrivals(process=calibration.measurement.arrivals))
     trace = generate(workload, traffic, calibration.lengths.marginals)

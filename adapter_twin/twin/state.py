@@ -31,6 +31,7 @@ COUNTERS = np.dtype(
         ("host_adapters", np.int64),  # adapters in the host-memory cache
         ("waiting_adapters", np.int64),  # adapters with a waiting request
         ("label_hash", np.uint64),  # identifies the sets of running and waiting adapters
+        ("out_of_slots", np.bool_),  # pinned adapters leave too few slots for the batch
         # of policies beyond vLLM's
         ("prefetching", np.int64),  # the adapter being copied while the model runs, or -1
         ("prefetched_s", np.float64),  # when that is done
@@ -70,6 +71,7 @@ class Limits(NamedTuple):
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
+    reserves_prompts: bool  # a prompt is admitted when KV blocks for all of it are free
     base_model: int  # index of the pseudo-adapter that needs no slot
     horizon: int  # length of the ring of `finish` lists, in steps
 
@@ -130,6 +132,11 @@ class State(NamedTuple):
     adapter_blocks: NDArray[np.int64]  # that it takes on the GPU: none where it has a slot
     on_gpu: NDArray[np.bool_]  # the base model always is
     on_host: NDArray[np.bool_]
+    pinned: NDArray[np.bool_]  # never evicted
+    place: NDArray[np.int32]  # in the order in which a step touches its adapters
+    joined_step: NDArray[np.int32]  # in which it last joined the batch
+    left_step: NDArray[np.int32]  # the last one that used it, where it is out of the batch
+    brought_by: NDArray[np.int32]  # the request with which it joined
     active_list: NDArray[np.int32]
     active_index: NDArray[np.int32]
     waiting_list: NDArray[np.int32]
@@ -141,7 +148,8 @@ class State(NamedTuple):
     remaining: NDArray[np.int64]  # tokens that its longest running request has yet to emit
     uses: NDArray[np.float64]  # requests admitted, faded until `used_s`
     used_s: NDArray[np.float64]
-    # least recently used first: adapters in a slot, and in the host cache, that no request uses
+    # least recently used first: adapters in a slot, and in the host cache, that no step has used
+    # since they left the batch
     gpu_next: NDArray[np.int32]
     gpu_previous: NDArray[np.int32]
     host_next: NDArray[np.int32]

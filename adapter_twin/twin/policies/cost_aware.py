@@ -8,7 +8,8 @@ that grows and shrinks with the free memory, are not imitated.
 
 Each term lies between 0 and 1: requests admitted for the adapter, faded with their age, over the
 highest among the idle ones; ``1 / (1 + idle time / window_s)``; and the time to bring it back over
-the highest among the idle ones. With only the recency's weight above zero this is vLLM's LRU.
+the highest among the idle ones. With only the recency's weight above zero the least recently used
+idle adapter leaves: vLLM's rule without its chain of evictions.
 """
 
 from __future__ import annotations
