@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,14 +59,23 @@ class Delays:
     queue_s: Floats
     scanning: Floats
 
+    def halfway_to(self, other: Delays) -> Delays:
+        """Return the means of both: whole turns overshoot, for slow steps fill the batch.
+
+        A full batch, for one, ends the scans of the queue that slowed the steps down.
+        """
+        pairs = ((getattr(self, one.name), getattr(other, one.name)) for one in fields(self))
+        return Delays(*((mine + theirs) / 2 for mine, theirs in pairs))
+
 
 def settle(mix: Mix, batches: Batches, calibration: Calibration) -> tuple[State, Delays]:
     """Alternate between a state and the delays in it."""
     n = len(batches.slots)
     delays = Delays(np.ones(n), *np.zeros((3, n)))
-    for _ in range(TURNS):
+    for turn in range(TURNS):
         state = _balance(mix, batches, delays)
-        delays = _delays(mix, batches, state, delays, calibration)
+        found = _delays(mix, batches, state, calibration)
+        delays = found if turn == 0 else delays.halfway_to(found)
     return state, delays
 
 
@@ -103,9 +112,7 @@ def _balance(mix: Mix, batches: Batches, delays: Delays) -> State:
     )
 
 
-def _delays(
-    mix: Mix, batches: Batches, state: State, before: Delays, calibration: Calibration
-) -> Delays:
+def _delays(mix: Mix, batches: Batches, state: State, calibration: Calibration) -> Delays:
     """Return what waits and is lost in a state, and what that adds to a step."""
     visits, residence_s = state.visits, mix.output_tokens * state.step_s
     late = np.minimum((visits.wait_s + residence_s[:, None]) / mix.duration_s[:, None], 1)
@@ -113,10 +120,8 @@ def _delays(
     served = (mix.load_share * visits.admitted * (1 - late)).sum(axis=1) + of_base_model
     wanted = served * mix.request_rate
     unserved_per_s = mix.request_rate - np.minimum(wanted, state.capacity_per_s)
-    # The scheduler scans past requests that wait for a slot, until KV blocks or tokens run out. A
-    # scan slows steps, which fills the batch and so ends the scans: half a turn back settles it.
-    scans = (visits.head_wait_s > 0) & (wanted < state.capacity_per_s)
-    scanning = (before.scanning + scans) / 2
+    # The scheduler scans past requests that wait for a slot, until KV blocks or tokens run out.
+    scanning = ((visits.head_wait_s > 0) & (wanted < state.capacity_per_s)).astype(float)
     scan_ms = calibration.scheduling.per_scanned_ms_ * scanning
     queue_ms = (scan_ms + calibration.step_time.waiting_ms_) * unserved_per_s * mix.duration_s
     copies = _copies_per_step(visits, visits.per_s * state.step_s, batches.slots)
