@@ -270,9 +270,13 @@ def test_a_thin_sweep_keeps_whole_mixes_of_rates() -> None:
 
 @pytest.fixture(scope="module")
 def sweep() -> pd.DataFrame:
-    """Return every 8th mix of rates of the committed sweep, of one model."""
+    return of_sweep(8)
+
+
+def of_sweep(every: int) -> pd.DataFrame:
+    """Return every n-th mix of rates of the committed sweep, of one model."""
     runs = read_sweep(REPOSITORY / "data" / "sweeps" / "paper.parquet")
-    runs = planning_study.thin(runs[runs["model"] == LLAMA], 8)
+    runs = planning_study.thin(runs[runs["model"] == LLAMA], every)
     return runs.astype({"model": str, "rates_per_adapter": str, "ranks": str})
 
 
@@ -310,11 +314,11 @@ def test_models_are_compared_with_intervals_and_drawn(sweep: pd.DataFrame) -> No
     assert len(figure.axes) == 1
 
 
-def test_verdicts_are_compared_by_criterion(sweep: pd.DataFrame) -> None:
+def test_verdicts_are_compared_by_criterion() -> None:
     criteria = {"rule": Criterion(), "margin": Criterion(margin=0.05)}
-    found = planning_study.compare_verdicts(sweep, criteria, ("decision tree",))
+    found = planning_study.compare_verdicts(of_sweep(4), criteria, ("decision tree",))
     assert found.verdict.tolist() == ["rule", "margin"]
-    assert (found.test_macro_f1 > 0.7).all()
+    assert (found.test_macro_f1 > 0.9).all()
 
 
 def test_every_way_of_choosing_is_judged_by_the_same_grid(sweep: pd.DataFrame) -> None:
