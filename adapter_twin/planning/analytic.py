@@ -72,13 +72,13 @@ def predict_analytic(runs: pd.DataFrame, calibration: str | Calibration = "auto"
     ...     "mean_input_tokens": 223,
     ...     "mean_requested_output_tokens": 198,
     ... }
-    >>> runs = grid_runs(workload, served=[64, 256], slots=[16, 64], duration_s=3600)
+    >>> runs = grid_runs(workload, served=[64, 192], slots=[4, 64], duration_s=3600)
     >>> runs[["run_id"]].assign(starved=predict_analytic(runs)["starved"])
-            run_id  starved
-    0    N=64 G=16    False
-    1    N=64 G=64    False
-    2   N=256 G=16     True
-    3   N=256 G=64    False
+           run_id  starved
+    0    N=64 G=4    False
+    1   N=64 G=64    False
+    2   N=192 G=4     True
+    3  N=192 G=64    False
     """
     import pandas as pd
 
