@@ -66,7 +66,7 @@ def refit_below(
     )
     refitted = replace(calibration, step_time=StepTimeLaw().fit(observed), memory=memory)
     runs = fitted_runs(kept["runs"])
-    return without_copies(refitted, kept, runs[runs.model == calibration.model], jobs=-1)
+    return without_copies(refitted, kept, runs[runs.model == calibration.model], jobs=1)
 
 
 def extrapolation(
@@ -270,6 +270,8 @@ def learning_curve(
 
 
 def _calibrate_on(measured: Mapping[str, pd.DataFrame], steps: pd.DataFrame) -> dict[str, Any]:
+    import statsmodels.api  # noqa: F401  # imported later, it would show its warnings again
+
     model = str(measured["runs"]["model"].iloc[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # too few batches for some laws' intervals

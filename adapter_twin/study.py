@@ -170,7 +170,7 @@ def step_residuals(calibration: Calibration, tables: dict[str, pd.DataFrame]) ->
         calibration.lengths,
         calibration.scheduling,
         calibration.memory,
-        simulate_copying(calibration, runs, jobs=-1),
+        simulate_copying(calibration, runs, jobs=1),
     )
     expected_ms = calibration.step_time.expected_ms(observed)
     tokens = observed.batches[:, :, 1].mean(axis=1).clip(min=1)
