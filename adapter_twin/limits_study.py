@@ -25,6 +25,7 @@ from adapter_twin.planning.steady_state import TWIN_ERROR
 from adapter_twin.predict import predict_runs
 from adapter_twin.study import configurations
 from adapter_twin.validate import error_measures, pair_runs
+from adapter_twin.work import workers
 
 Cut = tuple[str, int]
 """A column of the configuration, and the highest value of it that a fit is given."""
@@ -98,10 +99,13 @@ def extrapolation(
         absolute errors ``seen`` and ``left_out`` in percent.
     """
     tasks = product(runs.groupby("model"), cuts)
-    parts = joblib.Parallel(jobs)(
-        joblib.delayed(_extrapolate)(tables, own, seen, load_calibration("auto", str(model)), cut)
-        for (model, own), cut in tasks
-    )
+    with workers(None):
+        parts = joblib.Parallel(jobs)(
+            joblib.delayed(_extrapolate)(
+                tables, own, seen, load_calibration("auto", str(model)), cut
+            )
+            for (model, own), cut in tasks
+        )
     table: pd.DataFrame = pd.concat(parts, ignore_index=True)
     return table
 
@@ -260,9 +264,10 @@ def learning_curve(
         for chosen in islice(combinations(engines, count), 0, None, every):
             kept = steps[steps.engine_id.isin(chosen)]
             parts.append(("engines", count / len(engines), kept))
-    rows = joblib.Parallel(-1)(
-        joblib.delayed(_calibrate_on)(measured, kept) for _, _, kept in parts
-    )
+    with workers(None):
+        rows = joblib.Parallel(-1)(
+            joblib.delayed(_calibrate_on)(measured, kept) for _, _, kept in parts
+        )
     about = pd.DataFrame(
         {"part": part, "share": share, "steps": len(kept)} for part, share, kept in parts
     )

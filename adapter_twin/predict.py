@@ -27,6 +27,7 @@ from adapter_twin.schemas import PREDICTIONS, RUN_CONFIGURATION, validate
 from adapter_twin.strict import require
 from adapter_twin.twin.records import Simulation
 from adapter_twin.twin.simulate import simulate, simulate_run
+from adapter_twin.work import workers
 
 
 def predict_runs(
@@ -104,9 +105,10 @@ def predict_runs(
     )
     results = joblib.Parallel(n_jobs=jobs, return_as="generator")(tasks)
     predicted, messages = [], dict[str, None]()
-    for row, raised in _track(results, len(configurations)) if progress else results:
-        predicted.append(row)
-        messages.update(dict.fromkeys(raised))
+    with workers(None):
+        for row, raised in _track(results, len(configurations)) if progress else results:
+            predicted.append(row)
+            messages.update(dict.fromkeys(raised))
     for message in messages:
         warnings.warn(message, stacklevel=2)
     predictions = pd.DataFrame(predicted, columns=list(PREDICTIONS.columns))
