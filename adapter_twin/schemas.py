@@ -248,6 +248,7 @@ SCHEDULER_RUNS = DataFrameSchema(
         **each("rate adapter_rates mean_itl_ms duration wall_ms_per_step", positive()),
         **each("output_throughput completed_requests avg_batch_size", number(0)),
         **each("avg_waiting_queue mean_loras_by_batch sched_ms_per_step", number(0)),
+        "max_lora_loads_from_memory": number(0),
     },
     name="scheduler_runs",
 )

@@ -23,7 +23,6 @@ SETTLED_S = 300.0
 SPELL_S = 300.0
 """Scrapes are compared in medians over spells of that length, one in every two."""
 
-
 START_S = 120.0
 """Nearly all first uses happen by then."""
 
