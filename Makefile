@@ -20,7 +20,7 @@ cuda := $(wildcard /dev/nvidia0)
 vllm := $(wildcard $(dir $(VLLM_PYTHON))../lib/python*/site-packages/vllm)
 profile := $(if $(filter auto,$(PROFILE)),$(if $(and $(cuda),$(vllm)),live,recorded),$(PROFILE))
 $(if $(filter live recorded,$(profile)),,$(error PROFILE=$(PROFILE): use recorded, live or auto))
-CAMPAIGN ?= campaigns/$(if $(filter True,$(quick)),smoke,$(if $(cuda),h100-llama,cpu-small)).yaml
+CAMPAIGN ?= experiments/campaigns/$(if $(filter True,$(quick)),smoke,$(if $(cuda),h100-llama,cpu-small)).yaml
 OUT ?= data/external/live/$(basename $(notdir $(CAMPAIGN)))
 campaign_tables := $(if $(filter live,$(profile)),$(OUT),data/campaigns/cpu-small)
 
@@ -35,7 +35,7 @@ version := book/_executed/.quick-$(quick)-$(profile)
 executed := $(notebooks:notebooks/%=book/_executed/%)
 explorer := book/_executed/static/explorer_data.js
 # What a notebook's results depend on besides itself: the code and the tables in the repository.
-inputs := $(shell find adapter_twin data -name external -prune -o -type f -not -path '*/__pycache__/*' -print 2>/dev/null)
+inputs := $(shell find adapter_twin study data -name external -prune -o -type f -not -path '*/__pycache__/*' -print 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -99,7 +99,7 @@ bench: $(SETUP)  ## Time twin, models, placement and cluster, and check their ba
 
 sweep: $(SETUP)  ## Predict a design afresh, as one table (DESIGN=paper or traffic)
 	@mkdir -p data/external/sweeps
-	$(BIN)/adapter-twin sweep designs/$(DESIGN).yaml --out data/external/sweeps/$(DESIGN) --table data/sweeps/$(DESIGN).parquet
+	$(BIN)/adapter-twin sweep experiments/designs/$(DESIGN).yaml --out data/external/sweeps/$(DESIGN) --table data/sweeps/$(DESIGN).parquet
 
 recalibrate: $(SETUP)  ## Fit all calibrations anew, and score laws on workloads left out
 	@test -n "$(MEASURED)" || { echo "the measured tables are not here: make data" >&2; exit 2; }
@@ -108,7 +108,7 @@ recalibrate: $(SETUP)  ## Fit all calibrations anew, and score laws on workloads
 	    --out data/calibrations/$$model@h100-64gb-vllm0.8.5.json || exit 1; done
 	$(BIN)/adapter-twin calibrate data/campaigns/cpu-small \
 	  --out data/calibrations/small@cpu-vllm0.32.0.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m adapter_twin.crossvalidate
+	OMP_NUM_THREADS=1 $(BIN)/python -m study.left_out
 
 data: $(SETUP)  ## List the measured data: what is there, how to get the rest
 	$(BIN)/adapter-twin data
@@ -162,7 +162,7 @@ book/_executed/07_this_machine.ipynb: campaign = -p campaign $(campaign_tables)
 # What the page of the capacity explorer shows.
 $(explorer): $(inputs) $(version) | $(SETUP)
 	@mkdir -p $(@D)
-	@$(BIN)/python -m adapter_twin.explorer $@
+	@$(BIN)/python -m study.explorer $@
 
 # Results of the small and of the full version, or recorded and live ones, are never mixed.
 $(version):

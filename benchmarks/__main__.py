@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from adapter_twin.calibration import load_calibration
-from adapter_twin.config import EngineConfig, Lengths, Workload, deal_adapters
+from adapter_twin.laws import load_calibration
 from adapter_twin.twin.simulate import simulate
+from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, deal_adapters
 
 LLAMA, QWEN = "llama-3.1-8b-instruct", "qwen-2.5-7b-instruct"
 HOUR_S = 3600.0

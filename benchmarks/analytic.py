@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from adapter_twin.metrics import STARVATION_THRESHOLD
-from adapter_twin.planning.analytic import predict_analytic
-from adapter_twin.planning.design import Factorial
-from adapter_twin.planning.grid import GRID, grid_runs
-from adapter_twin.predict import predict_runs
+from adapter_twin.capacity.analytic import predict_analytic
+from adapter_twin.learn.design import Factorial
+from adapter_twin.plan.grid import GRID, grid_runs
+from adapter_twin.service.metrics import STARVATION_THRESHOLD
+from adapter_twin.service.predict import predict_runs
 
 MODELS = ("llama-3.1-8b-instruct", "qwen-2.5-7b-instruct")
 WORKLOADS = Factorial(

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from aiohttp import web
 
-from adapter_twin.profiling.client import replay, settled_memory
-from adapter_twin.workload import Trace
+from adapter_twin.measure.client import replay, settled_memory
+from adapter_twin.workload.trace import Trace
 
 OVERHEAD_BAR = 0.02
 TTFT_S, ITL_S = 0.05, 0.02

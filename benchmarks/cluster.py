@@ -11,13 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-from adapter_twin.calibration import load_calibration
-from adapter_twin.config import EngineConfig, Lengths, Workload, zipf_adapters
 from adapter_twin.fleet.cluster import simulate_cluster
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
 from adapter_twin.fleet.routers import Router
 from adapter_twin.fleet.routers.adapter_affinity import AdapterAffinity
 from adapter_twin.fleet.routers.least_outstanding import LeastOutstanding
+from adapter_twin.laws import load_calibration
+from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, zipf_adapters
 
 MODEL = "llama-3.1-8b-instruct"
 REPLICAS, ADAPTERS, REQUESTS = 32, 3200, 1_000_000

@@ -32,16 +32,17 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from adapter_twin.calibration import Calibration, load_calibration
-from adapter_twin.calibration.front_end import FrontEndLaw
-from adapter_twin.config import Adapter, EngineConfig, Lengths, Workload
-from adapter_twin.datasets import write_table
-from adapter_twin.profiling.machine import _cpu_model
-from adapter_twin.results import EXPECTED, rounded
+from adapter_twin.laws import Calibration, load_calibration
+from adapter_twin.laws.front_end import FrontEndLaw
+from adapter_twin.measure.machine import _cpu_model
+from adapter_twin.tables.datasets import write_table
 from adapter_twin.twin.simulate import draw_requests, simulate
 from adapter_twin.twin.state import Batch
 from adapter_twin.twin.step_law import step_seconds
-from adapter_twin.workload import Trace
+from adapter_twin.twin.wiring import step_law
+from adapter_twin.workload.scenario import Adapter, EngineConfig, Lengths, Workload
+from adapter_twin.workload.trace import Trace
+from study.results import EXPECTED, rounded
 
 MODEL = "llama-3.1-8b-instruct"
 REQUEST_RATES = (4.0, 16.0)
@@ -68,7 +69,7 @@ def twin(
 
 def step_time(calibration: Calibration) -> StepTime:
     """Return the twin's step time of the base model for plain Python, scheduling included."""
-    law = calibration.step_law(ENGINE)
+    law = step_law(calibration, ENGINE)
     # lists: a number out of an array takes three times as long
     fast = law._replace(**{name: getattr(law, name).tolist() for name in
                            ("token_breaks", "coefficients", "scheduling")})  # fmt: skip

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from adapter_twin.config import Lengths, Slo
-from adapter_twin.fleet.bound import lower_bound
-from adapter_twin.fleet.capacity import Oracle
-from adapter_twin.fleet.exact import fewest_gpus
-from adapter_twin.fleet.greedy import Groups, best_greedy, first_fit_decreasing
-from adapter_twin.fleet.scenarios import LENGTHS, draw_demand
+from adapter_twin.fleet.oracle import Oracle
+from adapter_twin.fleet.packing import Groups, best_greedy, first_fit_decreasing
+from adapter_twin.fleet.proof.bound import lower_bound
+from adapter_twin.workload.scenario import Lengths, Slo
+from study.exact import fewest_gpus
+from study.placement_scenarios import LENGTHS, draw_demand
 
 METHODS: dict[str, Callable[[Oracle], Groups]] = {
     "first fit": first_fit_decreasing,

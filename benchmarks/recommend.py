@@ -16,8 +16,8 @@ from pathlib import Path
 import yaml
 
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.planning.demand import load_demand
-from adapter_twin.planning.recommend import recommend
+from adapter_twin.plan.demand import load_demand
+from adapter_twin.plan.recommend import recommend
 from benchmarks.__main__ import verdict, wall_s
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "recommend.yaml"
@@ -27,9 +27,9 @@ WARM_BAR_S = 0.5
 
 COLD = (
     "import sys, warnings; warnings.simplefilter('ignore');"
-    "from adapter_twin.planning.demand import load_demand;"
-    "from adapter_twin.planning.recommend import recommend;"
-    "from adapter_twin.report import print_json;"
+    "from adapter_twin.plan.demand import load_demand;"
+    "from adapter_twin.plan.recommend import recommend;"
+    "from adapter_twin.cli.report import print_json;"
     "print_json(recommend(load_demand(sys.argv[1])))"
 )
 

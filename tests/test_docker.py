@@ -6,7 +6,7 @@ import tomllib
 
 import pytest
 
-from adapter_twin import datasets
+from adapter_twin.tables import datasets
 
 ROOT = datasets.REPOSITORY
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from adapter_twin import datasets
+from adapter_twin.tables import datasets
 
 ROOT = datasets.REPOSITORY
 PAGES = sorted(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from adapter_twin import datasets
+from adapter_twin.tables import datasets
 
 NOTEBOOKS = sorted((datasets.REPOSITORY / "notebooks").glob("*.ipynb"))
 PAGES = sorted((datasets.REPOSITORY / "book").glob("*.md"))
@@ -64,7 +64,8 @@ def test_chapter_runs(notebook, tmp_path):
 def bare_repository(tmp_path_factory):
     """A checkout whose neighbours hold no measured data."""
     root = tmp_path_factory.mktemp("bare") / "repository"
-    shutil.copytree(datasets.REPOSITORY / "adapter_twin", root / "adapter_twin")
+    for package in ("adapter_twin", "study"):
+        shutil.copytree(datasets.REPOSITORY / package, root / package)
     shutil.copytree(datasets.REPOSITORY / "notebooks", root / "notebooks")
     for folder in ("data/calibrations", "data/campaigns", "data/expected", "examples"):
         shutil.copytree(datasets.REPOSITORY / folder, root / folder)

@@ -44,7 +44,7 @@ def test_the_command_line_runs(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if command in EXAMPLES:
-        return  # tests/test_cli.py runs every example by that line
+        return  # tests/cli/test_cli.py runs every example by that line
     monkeypatch.chdir(ROOT)
     arguments = shlex.split(command)[1:]
     with pytest.raises(SystemExit) as ended:

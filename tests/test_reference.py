@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import adapter_twin
-from adapter_twin import datasets
+from adapter_twin.tables import datasets
 
 PACKAGE = Path(adapter_twin.__file__).parent
 PAGES = datasets.REPOSITORY / "book" / "api"
@@ -16,7 +16,8 @@ COMMAND_LINE = "adapter_twin.cli"
 
 
 def public_modules() -> set[str]:
-    paths = (path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.py"))
+    files = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "study").rglob("*.py")]
+    paths = (path.relative_to(PACKAGE.parent) for path in files)
     names = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths}
     names.remove("adapter_twin.__main__")
     return {name for name in names if not f"{name}.".startswith(f"{COMMAND_LINE}.")}
@@ -31,7 +32,7 @@ def test_every_module_is_on_one_page() -> None:
 
 @pytest.mark.parametrize("page", sorted(PAGES.glob("*.rst")), ids=lambda path: path.stem)
 def test_the_heading_over_a_module_is_its_name(page: Path) -> None:
-    pattern = r"^``(\S+)``\n-+\n\n\.\. automodule:: adapter_twin\.(\S+)$"
+    pattern = r"^``(\S+)``\n-+\n\n\.\. automodule:: (?:adapter_twin\.)?(\S+)$"
     for heading, module in re.findall(pattern, page.read_text(), re.MULTILINE):
         assert heading == module
 

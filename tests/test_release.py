@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from adapter_twin import __version__, datasets
+from adapter_twin import __version__
+from adapter_twin.tables import datasets
 
 ROOT = datasets.REPOSITORY
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -15,7 +15,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from adapter_twin import __version__, datasets
+from adapter_twin import __version__
+from adapter_twin.tables import datasets
 
 pytestmark = pytest.mark.wheel
 
@@ -119,7 +120,7 @@ def test_the_examples_run(answer: Callable[..., dict], tmp_path: Path) -> None:
 
 
 def test_a_design_is_swept(answer: Callable[..., dict], tmp_path: Path) -> None:
-    shutil.copy(ROOT / "designs" / "quick.yaml", tmp_path)
+    shutil.copy(ROOT / "experiments" / "designs" / "quick.yaml", tmp_path)
     assert answer("sweep", "quick.yaml", "--out", "sweep")["runs"] > 0
 
 
@@ -179,10 +180,10 @@ def test_measured_data_is_looked_for_where_one_is(
     "arguments",
     [
         ("simulate", "examples/simulate.yaml"),
-        ("sweep", "designs/quick.yaml", "--out", "sweep"),
+        ("sweep", "experiments/designs/quick.yaml", "--out", "sweep"),
         ("train", "data/sweeps/paper.parquet", "--out", "models"),
-        ("profile", "campaigns/smoke.yaml", "--out", "smoke"),
-        ("prove", "studies/smoke.yaml", "--engine", "cpu", "--out", "smoke"),
+        ("profile", "experiments/campaigns/smoke.yaml", "--out", "smoke"),
+        ("prove", "experiments/studies/smoke.yaml", "--engine", "cpu", "--out", "smoke"),
         ("calibrate", "data/external/agullo2025", "--out", "c.json"),
     ],
     ids=lambda arguments: arguments[0],

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from adapter_twin import __version__
-from adapter_twin.cli import measure, plan, predict
+from adapter_twin.cli import measure_verbs, plan_verbs, predict_verbs
 from adapter_twin.errors import AdapterTwinError
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A digital twin of a GPU that serves many LoRA adapters with vLLM.",
 )
-for group in (predict, plan, measure):
+for group in (predict_verbs, plan_verbs, measure_verbs):
     app.add_typer(group.verbs)
 
 # typer's own copy of click has no public name.

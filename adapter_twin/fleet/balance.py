@@ -7,8 +7,8 @@ import heapq
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adapter_twin.fleet.greedy import Groups
-from adapter_twin.strict import require
+from adapter_twin.fleet.packing import Groups
+from adapter_twin.workload.strict import require
 
 UNEVEN = 0.05
 """Difference between the fullest and the emptiest GPU, by the mean load, that is left as it is."""

@@ -9,16 +9,16 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 
-from adapter_twin.calibration import Calibration
-from adapter_twin.config import Slo, Workload
 from adapter_twin.fleet.placement import Placement, ReplicaPlan, replica_workload
-from adapter_twin.metrics import STARVATION_THRESHOLD, slo_attainment, summarize, tpot_s
-from adapter_twin.planning.demand import Demand
-from adapter_twin.planning.grid import simulate_quietly
-from adapter_twin.planning.replica import HOUR_S
+from adapter_twin.laws import Calibration
+from adapter_twin.plan.candidates import HOUR_S
+from adapter_twin.plan.demand import Demand
+from adapter_twin.plan.grid import simulate_quietly
+from adapter_twin.service.metrics import STARVATION_THRESHOLD, slo_attainment, summarize, tpot_s
 from adapter_twin.twin.records import Records
 from adapter_twin.twin.simulate import draw_requests
-from adapter_twin.workload import Trace
+from adapter_twin.workload.scenario import Slo, Workload
+from adapter_twin.workload.trace import Trace
 
 if TYPE_CHECKING:
     import pandas as pd

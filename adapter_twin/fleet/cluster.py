@@ -15,18 +15,18 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
-from adapter_twin.calibration import Calibration
-from adapter_twin.config import EngineConfig, Workload
+from adapter_twin.fleet.cluster_replica import Life, Replica
 from adapter_twin.fleet.placement import Placement
-from adapter_twin.fleet.replica import Life, Replica
 from adapter_twin.fleet.routers import Router
-from adapter_twin.metrics import STARVATION_THRESHOLD, summarize, ttft_s
-from adapter_twin.strict import require
+from adapter_twin.laws import Calibration
+from adapter_twin.service.metrics import STARVATION_THRESHOLD, summarize, ttft_s
 from adapter_twin.twin.feed import Feed
 from adapter_twin.twin.records import Gaps, Records, make_gaps, make_records
 from adapter_twin.twin.session import check_lengths
 from adapter_twin.twin.simulate import draw_requests
-from adapter_twin.workload import Trace, generators
+from adapter_twin.workload.scenario import EngineConfig, Workload
+from adapter_twin.workload.strict import require
+from adapter_twin.workload.trace import Trace, generators
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,7 +126,7 @@ class ClusterRun:
         -------
         pandas.DataFrame
             ``replica, requests``, ``offered_tokens_per_s`` of what it was given, the figures of
-            `adapter_twin.metrics.summarize`, and ``starved``.
+            `adapter_twin.service.metrics.summarize`, and ``starved``.
         """
         import pandas as pd
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from adapter_twin.calibration import Calibration
-from adapter_twin.config import EngineConfig
-from adapter_twin.planning.demand import Demand
+from adapter_twin.laws import Calibration
+from adapter_twin.plan.demand import Demand
+from adapter_twin.workload.scenario import EngineConfig
 
 MOST_SLOTS = 1024
 """More have no room on any GPU that vLLM runs on."""

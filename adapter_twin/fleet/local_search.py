@@ -2,8 +2,8 @@
 
 What the least loaded GPU holds is first spread over the gaps of the others. While some of it is
 left, two other GPUs are emptied too and filled again in a different order; where that leaves less,
-it is kept. "Less" is by the prices that prove the lower bound (`adapter_twin.fleet.bound`): they
-weigh the load of an adapter against the slot time that it takes.
+it is kept. "Less" is by the prices that prove the lower bound (`adapter_twin.fleet.proof.bound`):
+they weigh the load of an adapter against the slot time that it takes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from adapter_twin.fleet.capacity import Oracle
-from adapter_twin.fleet.greedy import Groups, fill
+from adapter_twin.fleet.oracle import Oracle
+from adapter_twin.fleet.packing import Groups, fill
 
 Floats = NDArray[np.float64]
 

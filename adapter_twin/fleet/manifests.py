@@ -7,11 +7,11 @@ from typing import Any
 
 import yaml
 
-from adapter_twin.calibration import Calibration
-from adapter_twin.datasets import replacing
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
-from adapter_twin.planning.demand import Demand
-from adapter_twin.planning.recommend import vllm_args
+from adapter_twin.laws import Calibration
+from adapter_twin.plan.demand import Demand
+from adapter_twin.plan.recommend import vllm_args
+from adapter_twin.tables.datasets import replacing
 
 PORT = 8000
 MODELS, ADAPTERS = "/models", "/adapters"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adapter_twin.planning.demand import Demand
-from adapter_twin.planning.grid import slot_rank
-from adapter_twin.strict import require
+from adapter_twin.plan.demand import Demand
+from adapter_twin.plan.grid import slot_rank
+from adapter_twin.workload.strict import require
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from adapter_twin import __version__
-from adapter_twin.calibration import load_calibration
-from adapter_twin.config import config_hash
-from adapter_twin.fleet.capacity import Oracle
 from adapter_twin.fleet.check import FIGURES
-from adapter_twin.fleet.fewest import Held, place_and_hold
+from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.placement import Placement
 from adapter_twin.fleet.shortest_wait import shortest_wait
-from adapter_twin.planning.choice import MARGIN
-from adapter_twin.planning.demand import Demand
-from adapter_twin.planning.recommend import NOTABLE_WAIT_MS, vllm_args
-from adapter_twin.planning.steady_state import warmed_up
-from adapter_twin.work import Tell, quietly
+from adapter_twin.fleet.strategies import Held, place_and_hold
+from adapter_twin.laws import load_calibration
+from adapter_twin.parallel import Tell, quietly
+from adapter_twin.plan.criterion import MARGIN
+from adapter_twin.plan.demand import Demand
+from adapter_twin.plan.recommend import NOTABLE_WAIT_MS, vllm_args
+from adapter_twin.plan.steady_state import warmed_up
+from adapter_twin.workload.scenario import config_hash
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,9 +39,9 @@ def place(
     gpus : int, optional
         Use so many, for the shortest waits.
     margin : float
-        See `adapter_twin.planning.choice.Criterion`.
+        See `adapter_twin.plan.criterion.Criterion`.
     replicate_above : float
-        See `adapter_twin.fleet.capacity.Oracle`.
+        See `adapter_twin.fleet.oracle.Oracle`.
     jobs : int
         Processes of the check; -1 is one per core.
     tell : callable
@@ -50,8 +50,9 @@ def place(
     -------
     answer : dict
         ``gpus``; ``lower_bound``, with fewer no placement is accepted by the capacity model, see
-        `adapter_twin.fleet.bound`; ``repaired`` GPUs after the check; ``replicas``, for each GPU
-        the names of its ``adapters`` and their ``shares``, ``adapter_slots``, ``max_lora_rank``,
+        `adapter_twin.fleet.proof.bound`; ``repaired`` GPUs after the check; ``replicas``, for each
+        GPU the names of its ``adapters`` and their ``shares``, ``adapter_slots``,
+        ``max_lora_rank``,
         ``kv_cache_tokens``, ``utilisation`` of the analytic capacity, the service of a simulated
         hour and ``vllm_args``; ``advice``, where throughput hides long waits, or None;
         ``criterion`` and provenance.
@@ -65,7 +66,7 @@ def place(
 
     Examples
     --------
-    >>> from adapter_twin.config import Lengths, deal_adapters
+    >>> from adapter_twin.workload.scenario import Lengths, deal_adapters
     >>> adapters = deal_adapters(64, [0.4], [16])
     >>> lengths = Lengths(mean_input_tokens=223, mean_output_tokens=198)
     >>> demand = Demand(model="llama-3.1-8b-instruct", adapters=adapters, lengths=lengths)

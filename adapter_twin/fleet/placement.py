@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adapter_twin.config import Adapter, EngineConfig, Workload
-from adapter_twin.planning.demand import Demand
-from adapter_twin.planning.replica import HOUR_S
-from adapter_twin.strict import require
+from adapter_twin.plan.candidates import HOUR_S
+from adapter_twin.plan.demand import Demand
+from adapter_twin.workload.scenario import Adapter, EngineConfig, Workload
+from adapter_twin.workload.strict import require
 
 TOLERANCE = 1e-6
 """Of the sum of an adapter's shares: they are fractions such as a third."""

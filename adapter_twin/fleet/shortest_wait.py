@@ -5,20 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 from adapter_twin.fleet.balance import spread
-from adapter_twin.fleet.bound import Floats, gpus_for
-from adapter_twin.fleet.capacity import Oracle
 from adapter_twin.fleet.check import check_placement
-from adapter_twin.fleet.fewest import Held, fewest
-from adapter_twin.fleet.greedy import Groups
-from adapter_twin.strict import require
-from adapter_twin.work import Tell, quietly
+from adapter_twin.fleet.oracle import Oracle
+from adapter_twin.fleet.packing import Groups
+from adapter_twin.fleet.proof.bound import Floats, gpus_for
+from adapter_twin.fleet.strategies import Held, fewest
+from adapter_twin.parallel import Tell, quietly
+from adapter_twin.workload.strict import require
 
 
 def shortest_wait(oracle: Oracle, gpus: int, *, jobs: int = -1, tell: Tell = quietly) -> Held:
     """Return the placement on so many GPUs whose slowest GPU has the lowest p99 TTFT in the twin.
 
-    Tried are: even loads; even prices (`adapter_twin.fleet.bound`), which weigh a slot against the
-    load; and the placement on the fewest GPUs, whose fullest ones are halved, so that ranks stay
+    Tried are: even loads; even prices (`adapter_twin.fleet.proof.bound`), which weigh a slot
+    against the load; and the placement on the fewest GPUs, whose fullest ones are halved, so that
+    ranks stay
     apart.
 
     Raises

@@ -1,7 +1,7 @@
 """What one turn of the engine loop does, and the compiled loop over turns.
 
 `turn` is the only way in which time passes in the twin: the compiled loop `run` calls it back to
-back, the SimPy server (`adapter_twin.twin.server`) waits in between.
+back, the SimPy server (`adapter_twin.twin.in_simpy`) waits in between.
 """
 
 from __future__ import annotations

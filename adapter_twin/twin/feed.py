@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapter_twin.calibration import Calibration
-from adapter_twin.config import Adapter, EngineConfig
-from adapter_twin.strict import require
+from adapter_twin.laws import Calibration
 from adapter_twin.twin.session import Session, new_session
 from adapter_twin.twin.state import NOT_RUNNING, Requests, State
-from adapter_twin.workload import Trace
+from adapter_twin.twin.wiring import front_end_law, step_law
+from adapter_twin.workload.scenario import Adapter, EngineConfig
+from adapter_twin.workload.strict import require
+from adapter_twin.workload.trace import Trace
 
 
 class Feed:
@@ -66,8 +67,8 @@ class Feed:
         self.session: Session = new_session(
             nothing,
             engine,
-            calibration.step_law(engine),
-            calibration.front_end_law(duration_s, observer=False),
+            step_law(calibration, engine),
+            front_end_law(calibration, duration_s, observer=False),
             calibration.memory.require_start(engine),
             calibration.loading.load_s(ranks, engine.max_lora_rank),
             calibration.loading.read_s(ranks),

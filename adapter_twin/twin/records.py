@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin import __version__
-from adapter_twin.config import EngineConfig, Workload, config_hash
 from adapter_twin.twin.policies import Policy
 from adapter_twin.twin.session import Session
-from adapter_twin.workload import BASE_MODEL
+from adapter_twin.workload.scenario import EngineConfig, Workload, config_hash
+from adapter_twin.workload.trace import BASE_MODEL
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,15 +10,15 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from adapter_twin.config import EngineConfig
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.strict import require
 from adapter_twin.twin import clock as engine_clock
 from adapter_twin.twin.clock import CLOCK, PAUSES, STEPS, FrontEnd
 from adapter_twin.twin.policies import Merge, Policy, UnifiedPool
 from adapter_twin.twin.state import COUNTERS, NOT_RUNNING, Limits, Requests, Rules, State
 from adapter_twin.twin.step_law import StepLaw
-from adapter_twin.workload import Trace
+from adapter_twin.workload.scenario import EngineConfig
+from adapter_twin.workload.strict import require
+from adapter_twin.workload.trace import Trace
 
 LABEL_TABLE = 1 << 19
 """Places for distinct label sets; past half of them, new ones are counted but not remembered."""

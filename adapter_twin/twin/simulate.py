@@ -8,14 +8,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from adapter_twin.calibration import Calibration
-from adapter_twin.config import Arrivals, EngineConfig, Workload
-from adapter_twin.scenario import run_seed, run_to_workload
+from adapter_twin.laws import Calibration
+from adapter_twin.twin.in_simpy import run_in_simpy
 from adapter_twin.twin.policies import Merge, Policy, UnifiedPool
 from adapter_twin.twin.records import Simulation, make_gaps, make_records
-from adapter_twin.twin.server import run_in_simpy
 from adapter_twin.twin.session import new_session
-from adapter_twin.workload import Trace, generate, generators
+from adapter_twin.twin.wiring import front_end_law, step_law
+from adapter_twin.workload.files import run_seed, run_to_workload
+from adapter_twin.workload.scenario import Arrivals, EngineConfig, Workload
+from adapter_twin.workload.trace import Trace, generate, generators
 
 
 def simulate(
@@ -61,9 +62,9 @@ def simulate(
 
     Examples
     --------
-    >>> from adapter_twin.calibration import load_calibration
-    >>> from adapter_twin.config import Lengths, deal_adapters
-    >>> from adapter_twin.metrics import summarize
+    >>> from adapter_twin.laws import load_calibration
+    >>> from adapter_twin.workload.scenario import Lengths, deal_adapters
+    >>> from adapter_twin.service.metrics import summarize
     >>> lengths = Lengths(mean_input_tokens=223, mean_output_tokens=198)
     >>> adapters = deal_adapters(96, [0.1, 0.05, 0.025], [8, 16])
     >>> workload = Workload(adapters=adapters, duration_s=600, lengths=lengths)
@@ -84,8 +85,8 @@ def simulate(
     session = new_session(
         trace,
         engine,
-        calibration.step_law(engine, merging=isinstance(policy, Merge)),
-        calibration.front_end_law(workload.duration_s, observer),
+        step_law(calibration, engine, merging=isinstance(policy, Merge)),
+        front_end_law(calibration, workload.duration_s, observer),
         kv_cache_tokens,
         calibration.loading.load_s(ranks, ranks if pooled else engine.max_lora_rank),
         calibration.loading.read_s(ranks),
@@ -135,7 +136,7 @@ def simulate_run(
     Parameters
     ----------
     row : mapping
-        See `adapter_twin.scenario.run_to_workload`.
+        See `adapter_twin.workload.files.run_to_workload`.
     calibration : Calibration
     seed : int
         Of the traffic, where the row does not tell the seed of its load generator.

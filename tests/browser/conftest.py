@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
-from adapter_twin import datasets
+from adapter_twin.tables import datasets
 
 BUILD = datasets.REPOSITORY / "book" / "_build"
 

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from adapter_twin import datasets
+from adapter_twin.tables import datasets
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

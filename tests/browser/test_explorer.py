@@ -18,13 +18,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from adapter_twin import datasets, explorer
-from adapter_twin.config import Slo
-from adapter_twin.metrics import STARVATION_THRESHOLD
-from adapter_twin.planning.choice import MARGIN, Criterion
-from adapter_twin.planning.recommend import vllm_args
-from adapter_twin.scenario import run_to_workload
-from adapter_twin.schemas import EXPLORER
+from adapter_twin.plan.criterion import MARGIN, Criterion
+from adapter_twin.plan.recommend import vllm_args
+from adapter_twin.service.metrics import STARVATION_THRESHOLD
+from adapter_twin.tables import datasets
+from adapter_twin.tables.schemas import EXPLORER
+from adapter_twin.workload.files import run_to_workload
+from adapter_twin.workload.scenario import Slo
+from study import explorer
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

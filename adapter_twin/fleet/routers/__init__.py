@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from adapter_twin.fleet.replica import Replica
+from adapter_twin.fleet.cluster_replica import Replica
 
 
 class Route(NamedTuple):

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from adapter_twin.fleet.cluster_replica import Replica
 from adapter_twin.fleet.placement import Placement
-from adapter_twin.fleet.replica import Replica
 from adapter_twin.fleet.routers import Route
-from adapter_twin.workload import BASE_MODEL
+from adapter_twin.workload.trace import BASE_MODEL
 
 
 class Placed:

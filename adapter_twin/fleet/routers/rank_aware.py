@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from adapter_twin.config import Adapter
-from adapter_twin.fleet.replica import Replica
+from adapter_twin.fleet.cluster_replica import Replica
 from adapter_twin.fleet.routers import Route, least_loaded
-from adapter_twin.strict import require
-from adapter_twin.workload import BASE_MODEL
+from adapter_twin.workload.scenario import Adapter
+from adapter_twin.workload.strict import require
+from adapter_twin.workload.trace import BASE_MODEL
 
 
 class RankAware:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from adapter_twin.fleet.replica import Replica
+from adapter_twin.fleet.cluster_replica import Replica
 from adapter_twin.fleet.routers import Route
 
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adapter_twin.strict import require, require_positive, require_rate
 from adapter_twin.twin.compiled import helper
 from adapter_twin.twin.lists import Links
 from adapter_twin.twin.state import COST_AWARE, Rules, State
+from adapter_twin.workload.strict import require, require_positive, require_rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adapter_twin.strict import require_rate
 from adapter_twin.twin.compiled import helper
 from adapter_twin.twin.state import DRAIN, Limits, Requests, Rules, State
+from adapter_twin.workload.strict import require_rate
 
 NOBODY = -1
 

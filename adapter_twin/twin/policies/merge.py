@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adapter_twin.strict import require, require_rate
 from adapter_twin.twin.compiled import helper
 from adapter_twin.twin.state import MERGE, NOT_RUNNING, Limits, Requests, Rules, State
+from adapter_twin.workload.strict import require, require_rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""From measured tables to laws: every fit of a calibration."""

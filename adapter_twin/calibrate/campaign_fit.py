@@ -1,0 +1,143 @@
+"""Fit a calibration to a campaign of `adapter-twin profile`.
+
+The engine's laws come from the micro-profiles, where the batch of every step is known; only the
+front end's overhead needs serving runs, and takes those that were not held out.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from adapter_twin import __version__
+from adapter_twin.calibrate.client_side import fit_overhead, observe
+from adapter_twin.calibrate.published_fit import RANGE_COLUMNS
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.laws.calibration import Calibration
+from adapter_twin.laws.emitted_lengths import EarlyStopLaw, LengthLaw
+from adapter_twin.laws.front_end import UNLIMITED, FrontEndLaw, MeasurementLaw
+from adapter_twin.laws.loading import LoadingLaw
+from adapter_twin.laws.memory import MemoryLaw
+from adapter_twin.laws.scheduling import SchedulingLaw
+from adapter_twin.laws.step_time import StepObservations, StepTimeLaw, batch_features
+from adapter_twin.workload.strict import require
+
+TABLES = ("runs", "micro_steps", "adapter_loads", "engine_starts")
+"""Tables that a calibration is fitted to."""
+
+BATCH = ["engine_id", "point", "batched_tokens", "decodes", "prompts", "distinct_adapters"]
+"""Steps that agree in these ran the same batch but for the length of its contexts."""
+
+
+def calibrate_campaign(
+    tables: dict[str, pd.DataFrame],
+    model: str,
+    *,
+    gpu: str,
+    engine_version: str,
+    source: dict[str, Any],
+    jobs: int = 1,
+) -> Calibration:
+    """Fit all laws of the model of a campaign.
+
+    Parameters
+    ----------
+    tables : dict of DataFrame
+        `TABLES`, by name, as `adapter_twin.tables.campaign_schemas` has them.
+    model : str
+    gpu, engine_version : str
+        What the name of the calibration says.
+    source : dict
+        Where the tables come from, kept in the provenance.
+    jobs : int
+        Processes for the simulations.
+
+    Raises
+    ------
+    AdapterTwinError
+        Fewer than two engines were profiled, or too few serving runs without a queue are left to
+        fit the front end to.
+    """
+    engines = tables["micro_steps"].engine_id.nunique()
+    require(
+        engines >= 2,
+        f"micro_steps: of {engines} engine; at least 2 with different slots or ranks are needed to "
+        "choose the form of the step-time law: add one to the campaign",
+    )
+    runs = tables["runs"]
+    fitted = runs[(runs.status == "ok") & ~runs.held_out]
+    batches = median_steps(tables["micro_steps"])
+    ranges = runs[list(RANGE_COLUMNS)].agg(["min", "max"])
+    starts = tables["engine_starts"].rename(columns={"capture_s": "graph_capture_s"})
+    calibration = Calibration(
+        name=f"{model}@{gpu}-vllm{engine_version}",
+        model=model,
+        gpu=gpu,
+        engine_version=engine_version,
+        memory=MemoryLaw(model).fit(starts),
+        step_time=StepTimeLaw().fit(observations(batches)),
+        loading=LoadingLaw(model).fit(tables["adapter_loads"]),
+        scheduling=SchedulingLaw().fit(scheduling_times(batches)),
+        front_end=FrontEndLaw(),
+        early_stop=EarlyStopLaw.never(),
+        lengths=LengthLaw(),  # the runs tell their own distribution
+        measurement=MeasurementLaw(arrivals="poisson", in_flight_cap=int(UNLIMITED)),
+        valid_range={column: ranges[column].tolist() for column in RANGE_COLUMNS},
+        provenance={
+            "source": source,
+            "rows": {"runs": len(fitted), "step_times": len(batches)},
+            "date": datetime.now(UTC).date().isoformat(),
+            "version": __version__,
+        },
+    )
+    light = fitted[fitted.waiting_mean < 1]
+    if len(light) < 3:
+        raise AdapterTwinError(
+            f"runs: {len(light)} of the runs to fit to were served without a queue; at least 3 are "
+            "needed for the front end's overhead: add lightly loaded runs to the campaign"
+        )
+    fit_overhead(calibration, light, observe(calibration, light, jobs))
+    return calibration
+
+
+def median_steps(steps: pd.DataFrame) -> pd.DataFrame:
+    """Return the medians of equal batches over steps and repeats (table ``micro_steps``).
+
+    Steps that load an adapter are left out: the load is a law of its own.
+    """
+    steps = steps[steps.loads == 0]
+    values = ["context_tokens", "running", "waiting", "step_ms", "schedule_ms"]
+    same = [*BATCH, "adapter_slots", "max_lora_rank"]
+    medians = steps.groupby(same, observed=True)[values].median()
+    spread = steps.groupby(same, observed=True).step_ms.agg(
+        lambda ms: np.subtract(*np.percentile(ms, [75, 25])) / np.median(ms)
+    )
+    return medians.assign(spread=spread).reset_index()
+
+
+def scheduling_times(batches: pd.DataFrame) -> pd.DataFrame:
+    """Return single batches (`median_steps`) as what `SchedulingLaw` fits.
+
+    Beside a prompt the token budget is spent, and the scheduler looks at no waiting request.
+    """
+    scanned = batches.waiting.where(batches.prompts == 0, 0)
+    return batches.assign(scanned=scanned, group=batches.engine_id)
+
+
+def observations(batches: pd.DataFrame) -> StepObservations:
+    """Return single batches (`median_steps`) as what `StepTimeLaw` fits."""
+    columns = ("batched_tokens", "decodes", "context_tokens", "distinct_adapters")
+    n = len(batches)
+    return StepObservations(
+        step_ms=(batches.step_ms - batches.schedule_ms).to_numpy(float),
+        waiting=batches.waiting.to_numpy(float),
+        batches=batch_features(*(batches[name].to_numpy(float) for name in columns))[:, None, :],
+        slots=batches.adapter_slots.to_numpy(float),
+        rank=batches.max_lora_rank.to_numpy(float),
+        group=batches.engine_id.to_numpy(str),
+        decides=np.ones(n, bool),
+        weight=np.full(n, 1 / n),
+    )

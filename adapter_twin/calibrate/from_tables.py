@@ -1,0 +1,99 @@
+"""Calibrate from a folder of measured tables: the published ones, or those of a campaign."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from adapter_twin.calibrate import campaign_fit, published_fit
+from adapter_twin.laws.calibration import Calibration
+from adapter_twin.tables import datasets
+from adapter_twin.tables.importer import COMMIT, REPOSITORY_URL
+from adapter_twin.workload.strict import require
+
+
+def calibrate_tables(
+    folder: Path,
+    model: str | None = None,
+    *,
+    gpu: str | None = None,
+    engine_version: str | None = None,
+    jobs: int = 1,
+) -> Calibration:
+    """Fit the laws of one model to a folder of measured tables.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Published tables (`adapter_twin.tables.schemas`), or those of a campaign of ``adapter-twin
+        profile`` (`adapter_twin.tables.campaign_schemas`), known by its ``micro_steps.parquet``.
+    model : str, optional
+        Needed where the tables hold several.
+    gpu, engine_version : str, optional
+        For the name; by default those of the published tables, or what the campaign's
+        ``machine.json`` says.
+    jobs : int
+        Processes for simulations.
+
+    Raises
+    ------
+    AdapterTwinError
+        A table is missing or damaged, or holds no such model.
+    """
+    if (folder / "micro_steps.parquet").is_file():
+        measured = datasets.read_campaign(folder)
+        for name in campaign_fit.TABLES:
+            require(name in measured, f"{folder}: {name}.parquet is missing; finish the campaign")
+        machine = read_machine(folder)
+        return campaign_fit.calibrate_campaign(
+            measured,
+            _choose_model(measured["runs"], model),
+            gpu=gpu or device_name(machine),
+            engine_version=engine_version or str(machine["vllm"]).split("+")[0],
+            source={"campaign": measured["runs"].campaign.iloc[0], "machine": machine["device"]},
+            jobs=jobs,
+        )
+    dataset = str(folder.resolve())
+    measured = {name: datasets.load(name, dataset) for name in published_fit.TABLES}
+    source = {"dataset": folder.resolve().name}
+    if source["dataset"] == datasets.DATASET:
+        source |= {"repository": REPOSITORY_URL, "commit": COMMIT}
+    return published_fit.calibrate(
+        measured,
+        datasets.sharegpt_lengths(dataset),
+        _choose_model(measured["runs"], model),
+        gpu=gpu or "h100-64gb",
+        engine_version=engine_version or "0.8.5",
+        source=source,
+        jobs=jobs,
+    )
+
+
+def read_machine(folder: Path) -> dict[str, Any]:
+    """Read what a campaign says of the machine it ran on."""
+    path = folder / "machine.json"
+    require(path.is_file(), f"{path}: missing; `adapter-twin profile` writes it")
+    machine: dict[str, Any] = json.loads(path.read_text())
+    return machine
+
+
+def device_name(machine: dict[str, Any]) -> str:
+    """Return the device as calibrations name it: ``cpu``, or a GPU with its memory."""
+    if not machine["gpus"]:
+        return "cpu"
+    name = re.sub(r"^nvidia\s+", "", str(machine["device"]).lower())
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def _choose_model(runs: pd.DataFrame, model: str | None) -> str:
+    models = sorted(runs["model"].unique())
+    if model is None:
+        require(len(models) == 1, f"model: choose one with --model: {', '.join(models)}")
+        return str(models[0])
+    known = ", ".join(models)
+    require(model in models, f"model: {model!r} is not in the tables; they hold {known}")
+    return model

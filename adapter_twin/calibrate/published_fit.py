@@ -1,0 +1,222 @@
+"""Fit a calibration to measured tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import compress
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from joblib import Parallel, delayed
+from numpy.typing import NDArray
+
+from adapter_twin import __version__
+from adapter_twin.calibrate.client_side import (
+    fit_first_use,
+    fit_overhead,
+    fit_scrapes,
+    observe,
+)
+from adapter_twin.calibrate.copying import simulate_copying
+from adapter_twin.calibrate.step_observations import step_observations
+from adapter_twin.laws.calibration import Calibration
+from adapter_twin.laws.emitted_lengths import EarlyStopLaw, LengthLaw
+from adapter_twin.laws.front_end import FrontEndLaw, MeasurementLaw
+from adapter_twin.laws.loading import LoadingLaw
+from adapter_twin.laws.memory import MemoryLaw
+from adapter_twin.laws.scheduling import SchedulingLaw, of_scheduler_runs
+from adapter_twin.laws.step_time import StepTimeLaw
+from adapter_twin.service.metrics import summarize
+from adapter_twin.twin.simulate import simulate_run
+from adapter_twin.workload.lengths import LengthMarginals
+
+TABLES = (
+    "runs",
+    "series",
+    "windows",
+    "steps",
+    "base_steps",
+    "adapter_loads",
+    "memory",
+    "scheduler_runs",
+)
+"""Tables that a calibration is fitted to."""
+
+RANGE_COLUMNS = (
+    "adapter_slots",
+    "served_adapters",
+    "max_lora_rank",
+    "mean_input_tokens",
+    "mean_requested_output_tokens",
+)
+
+LONGEST_OUTPUTS = (None, 1000.0, 900.0, 800.0, 700.0)
+"""Candidates, in tokens of the histogram; None does not cut."""
+
+GATED_WAITING = 600.0
+"""Mean waiting requests from which on a run counts as gated by its slots."""
+
+CLIENT_SIDE_RUNS = 3
+"""Of the completed runs every that many are simulated to fit the client's side."""
+
+
+def calibrate(
+    tables: dict[str, pd.DataFrame],
+    marginals: LengthMarginals,
+    model: str,
+    *,
+    gpu: str,
+    engine_version: str,
+    source: dict[str, Any],
+    jobs: int = 1,
+) -> Calibration:
+    """Fit all laws of one model.
+
+    The laws of the engine come first, from the tables alone, but for copies of adapters: these are
+    the twin's, and are taken out of the measured step times. What only shows at the client, the
+    front end's overhead and the cost of reading the metrics, is fitted to what the twin of the
+    engine leaves unexplained.
+
+    Parameters
+    ----------
+    tables : dict of DataFrame
+        `TABLES`, by name.
+    marginals : LengthMarginals
+        Histogram of the traffic's lengths.
+    model, gpu, engine_version : str
+    source : dict
+        Where the tables come from, kept in the provenance.
+    jobs : int
+        Processes for the simulations.
+
+    Returns
+    -------
+    Calibration
+    """
+    runs = tables["runs"][tables["runs"].model == model]
+    clean = fitted_runs(runs)
+    unsaturated = unsaturated_runs(clean)
+    windows = tables["windows"]
+    busy = windows[windows.run_id.isin(unsaturated.run_id) & (windows.running > 5)]
+    lengths = LengthLaw().fit(marginals, busy)
+    scheduling = SchedulingLaw().fit(of_scheduler_runs(tables["scheduler_runs"]))
+    memory = MemoryLaw(model).fit(tables["memory"])
+    observations = step_observations(tables, model, lengths, scheduling, memory)
+    series = tables["series"][tables["series"].run_id.isin(unsaturated.run_id)]
+    ranges = runs.dropna(subset=["duration_s"])[list(RANGE_COLUMNS)].agg(["min", "max"])
+    calibration = Calibration(
+        name=f"{model}@{gpu}-vllm{engine_version}",
+        model=model,
+        gpu=gpu,
+        engine_version=engine_version,
+        memory=memory,
+        step_time=StepTimeLaw().fit(observations),
+        loading=LoadingLaw(model).fit(tables["adapter_loads"]),
+        scheduling=scheduling,
+        front_end=FrontEndLaw(),
+        early_stop=EarlyStopLaw().fit(unsaturated, series),
+        lengths=lengths,
+        measurement=MeasurementLaw(),
+        valid_range={column: ranges[column].tolist() for column in RANGE_COLUMNS},
+        provenance={
+            "source": source,
+            "rows": {"runs": len(runs), "step_times": len(observations.step_ms)},
+            "date": datetime.now(UTC).date().isoformat(),
+            "version": __version__,
+        },
+    )
+    # Copies of adapters depend on the step time and on the lengths, and both on them: two rounds
+    # settle the step time, so that the lengths are chosen well, and a third one goes by these.
+    for _ in range(2):
+        calibration = without_copies(calibration, tables, clean, jobs)
+    calibration = _choose_longest_output(calibration, clean, marginals, busy, jobs)
+    calibration = without_copies(calibration, tables, clean, jobs)
+    fit_first_use(calibration, unsaturated, series, jobs)
+    observed = clean.iloc[::CLIENT_SIDE_RUNS]
+    light = observed.run_id.isin(unsaturated.run_id)
+    for _ in range(2):  # the overhead depends a little on the scrapes, and they on the overhead
+        seen = observe(calibration, observed, jobs)
+        fit_overhead(calibration, observed[light], list(compress(seen, light)))
+        fit_scrapes(calibration, observed, seen, tables["series"])
+    return calibration
+
+
+def fitted_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Select the completed runs whose client did not collapse."""
+    return runs[(runs.status == "ok") & ~runs.client_collapsed]
+
+
+def without_copies(
+    calibration: Calibration, tables: Mapping[str, pd.DataFrame], runs: pd.DataFrame, jobs: int
+) -> Calibration:
+    """Fit the step-time law again, to what the twin's own copies of adapters leave.
+
+    Parameters
+    ----------
+    calibration : Calibration
+    tables : mapping
+        `TABLES`, by name.
+    runs : DataFrame
+        Those of the model, see `fitted_runs`.
+    jobs : int
+        Processes for the simulations.
+    """
+    observations = step_observations(
+        tables,
+        calibration.model,
+        calibration.lengths,
+        calibration.scheduling,
+        calibration.memory,
+        simulate_copying(calibration, runs, jobs),
+    )
+    return replace(calibration, step_time=StepTimeLaw().fit(observations))
+
+
+def unsaturated_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Select, among completed runs, those that served all that was offered, without a queue."""
+    offered = runs.offered_request_rate * (
+        runs.mean_input_tokens + runs.mean_requested_output_tokens
+    )
+    return runs[(runs.total_throughput > 0.97 * offered) & (runs.waiting_mean < 1)]
+
+
+def _choose_longest_output(
+    calibration: Calibration,
+    runs: pd.DataFrame,
+    marginals: LengthMarginals,
+    windows: pd.DataFrame,
+    jobs: int,
+) -> Calibration:
+    """Cut the output lengths off where the twin serves slot-gated runs as they were served.
+
+    The longest output of an adapter's requests holds its slot; the histogram's tail, read off a
+    figure, is the least certain part of it.
+    """
+    gated = (runs.adapter_slots < runs.served_adapters) & (runs.waiting_mean > GATED_WAITING)
+    rows = runs[gated].iloc[::2]
+    candidates: dict[str, Calibration] = {}
+    errors: dict[str, NDArray[np.float64]] = {}
+    for longest in LONGEST_OUTPUTS:
+        lengths = LengthLaw(longest).fit(marginals, windows)
+        candidate = replace(calibration, lengths=lengths)
+        served = Parallel(n_jobs=jobs)(
+            delayed(_served)(candidate, row) for row in rows.to_dict("records")
+        )
+        name = f"{longest or np.inf:g}"
+        candidates[name] = candidate
+        errors[name] = 100 * np.abs(np.array(served) / rows.total_throughput - 1)
+    means = {longest: float(error.mean()) for longest, error in errors.items()}
+    best = min(means, key=means.__getitem__)
+    # One standard error: the least change to the histogram that does about as well as the best.
+    enough = means[best] + errors[best].std() / np.sqrt(len(rows))
+    chosen = candidates[next(longest for longest in means if means[longest] <= enough)]
+    chosen.lengths.throughput_error_percent_ = means
+    return chosen
+
+
+def _served(calibration: Calibration, row: dict[str, Any]) -> float:
+    run = simulate_run(row, calibration)
+    return summarize(run.records, run.gaps, run.duration_s)["total_throughput"]

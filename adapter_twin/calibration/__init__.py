@@ -1,9 +1,0 @@
-"""Measured tables -> `Calibration`: the laws of one model on one GPU and engine version."""
-
-from adapter_twin.calibration.calibration import (
-    Calibration,
-    list_calibrations,
-    load_calibration,
-)
-
-__all__ = ["Calibration", "list_calibrations", "load_calibration"]

@@ -1,0 +1,247 @@
+"""Step times of a replica against its number of running requests.
+
+A running request gets a token per step, so among ``B`` of them prompts join at random, ``B / output
+tokens`` per step. The mean of the step-time law over what joins is evaluated on a few numbers
+running, evenly spaced in their logarithm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from adapter_twin.capacity.traffic_mix import Mix
+from adapter_twin.laws import Calibration
+from adapter_twin.laws.step_time import TILE, StepTimeLaw
+from adapter_twin.workload.scenario import EngineConfig
+
+Floats = NDArray[np.float64]
+
+NODES = 40
+"""Numbers of running requests at which the step time is evaluated."""
+
+FEWEST_RUNNING = 0.01
+
+NEGLIGIBLE = 1e-15
+"""Probability below which a number of prompts is left out."""
+
+OVERLAP = 0.2
+"""Share of a burst that runs at the same time; chosen by the twin's latencies of half a sample."""
+
+WIDEST_SWING = 0.9
+"""Of the running requests around their mean, relatively."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """Step times of n engines over their ranges of running requests.
+
+    Attributes
+    ----------
+    running, step_s, adapters : float64, shape (n, NODES)
+        Step times are weighted by tokens, so they are mean inter-token latencies.
+    slots, kv_cache_tokens : float64, shape (n,)
+    bound : shape (n,)
+        What limits the number of running requests.
+    """
+
+    running: Floats
+    step_s: Floats
+    adapters: Floats
+    slots: Floats
+    kv_cache_tokens: Floats
+    bound: NDArray[np.str_]
+
+    @classmethod
+    def of(cls, engines: Sequence[EngineConfig], mix: Mix, calibration: Calibration) -> Batches:
+        """Evaluate a calibration's laws."""
+        slots = np.array([engine.max_loras for engine in engines], float)
+        ranks = np.array([engine.max_lora_rank for engine in engines], float)
+        kv_cache_tokens = calibration.memory.kv_cache_tokens(slots, ranks)
+        block_rest = np.array([engine.block_size / 2 for engine in engines])
+        budget = np.array([engine.max_num_batched_tokens for engine in engines], float)
+        limits = np.array(
+            [
+                np.maximum(kv_cache_tokens / (mix.kv_tokens + block_rest), 1),
+                [engine.max_num_seqs for engine in engines],
+                budget / (1 + mix.input_tokens / mix.output_tokens),
+            ]
+        )
+        fewest = np.full(len(engines), FEWEST_RUNNING)
+        running = np.ascontiguousarray(np.geomspace(fewest, limits.min(axis=0), NODES, axis=1))
+        scheduling = calibration.scheduling
+        step_ms, adapters = _token_weighted_step_ms(
+            running,
+            slots,
+            mix.rates / mix.request_rate[:, None],
+            mix.adapters,
+            mix.output_tokens,
+            mix.kv_tokens,
+            mix.prompts,
+            np.array(calibration.step_time.token_breaks_, float),
+            _coefficients(calibration.step_time, slots, ranks),
+            float(TILE),
+            float(scheduling.base_ms_),
+            float(scheduling.per_running_ms_),
+        )
+        return cls(
+            running=running,
+            step_s=step_ms / 1e3,
+            adapters=adapters,
+            slots=slots,
+            kv_cache_tokens=kv_cache_tokens,
+            bound=np.array(["kv", "requests", "compute"])[limits.argmin(axis=0)],
+        )
+
+    def burst_s(self, running: Floats, burst: Floats) -> Floats:
+        """Return what bursts add to the mean step: they swing the batch between two points.
+
+        Parameters
+        ----------
+        running : float64, shape (n,)
+            Mean number of running requests.
+        burst : float64, shape (n,)
+            See `adapter_twin.capacity.slot_sharing.Visits`.
+        """
+        swing = np.minimum(np.sqrt(OVERLAP * burst / running), WIDEST_SWING)
+        factors = np.stack([1 - swing, 1 + swing, np.ones_like(swing)], axis=-1)
+        spacing = np.log(self.running[:, -1] / self.running[:, 0])[:, None] / (NODES - 1)
+        place = np.log(factors * (running / self.running[:, 0])[:, None]) / spacing
+        place = np.clip(place, 0, NODES - 1)
+        low = np.minimum(place.astype(np.int64), NODES - 2)
+        below, above = (np.take_along_axis(self.step_s, low + i, axis=1) for i in (0, 1))
+        step_s = below + (place - low) * (above - below)
+        return np.asarray((factors * step_s)[:, :2].mean(axis=1) - step_s[:, 2])
+
+
+def _coefficients(law: StepTimeLaw, slots: Floats, ranks: Floats) -> Floats:
+    """Return the law's coefficients in ms for n engines, shape (n, regimes, features).
+
+    They are bilinear in slots and rank, so four engines tell those of all.
+    """
+    slots, ranks = slots[:, None, None], ranks[:, None, None]
+    launch, per_slot, per_rank = (law.for_engine(*engine) for engine in ((0, 0), (1, 0), (0, 1)))
+    per_both = law.for_engine(1, 1) - per_slot - per_rank + launch
+    return np.asarray(
+        launch
+        + slots * (per_slot - launch)
+        + ranks * (per_rank - launch)
+        + slots * ranks * per_both
+    )
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _token_weighted_step_ms(
+    running: Floats,
+    slots: Floats,
+    shares: Floats,
+    adapters: Floats,
+    output_tokens: Floats,
+    kv_tokens: Floats,
+    prompts: Floats,
+    token_breaks: Floats,
+    coefficients: Floats,
+    tile: float,
+    base_ms: float,
+    per_running_ms: float,
+) -> tuple[Floats, Floats]:
+    """Return step times in ms and distinct adapters in a batch, both of shape (n, nodes).
+
+    Parameters
+    ----------
+    running : float64, shape (n, nodes)
+    shares, adapters : float64, shape (n, g)
+        Share of the requests that go to one adapter of a group, and adapters in it.
+    coefficients : float64, shape (n, regimes, features)
+    base_ms, per_running_ms : float
+        Scheduling.
+    """
+    n, nodes = running.shape
+    step_ms, distinct = np.empty((n, nodes)), np.empty((n, nodes))
+    for i in range(n):
+        for node in range(nodes):
+            mean = running[i, node]
+            distinct[i, node] = _distinct_adapters(mean, slots[i], shares[i], adapters[i])
+            # The number running fluctuates as in M/G/infinity: two points have its mean and
+            # variance.
+            tokens = tokens_ms = 0.0
+            for side in (-1.0, 1.0):
+                around = max(mean + side * np.sqrt(mean), FEWEST_RUNNING)
+                model_ms = _mean_model_ms(
+                    around,
+                    around / output_tokens[i],
+                    around * kv_tokens[i],
+                    _distinct_adapters(around, slots[i], shares[i], adapters[i]),
+                    prompts[i],
+                    token_breaks,
+                    coefficients[i],
+                    tile,
+                )
+                tokens += around
+                tokens_ms += around * (model_ms + base_ms + per_running_ms * around)
+            step_ms[i, node] = tokens_ms / tokens
+    return step_ms, distinct
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _distinct_adapters(running: float, slots: float, shares: Floats, adapters: Floats) -> float:
+    """Return the adapters in a batch: as in M/G/infinity, at most the slots."""
+    distinct = 0.0
+    for group in range(len(shares)):
+        if adapters[group] > 0:
+            distinct -= adapters[group] * np.expm1(-running * shares[group])
+    return min(distinct, slots)
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _mean_model_ms(
+    decodes: float,
+    joining: float,
+    kv_tokens: float,
+    adapters: float,
+    prompts: Floats,
+    token_breaks: Floats,
+    coefficients: Floats,
+    tile: float,
+) -> float:
+    """Return the model's mean time in ms for a step that a Poisson number of prompts joins.
+
+    `joining` is their mean, `kv_tokens` those of the decodes; `prompts` as in
+    `adapter_twin.capacity.traffic_mix.Moments`.
+    """
+    most, points = len(prompts) - 1, prompts.shape[1]
+    probability = np.exp(-joining)
+    left, joining_left = 1.0, joining
+    total_ms = 0.0
+    for count in range(most + 1):
+        scale = 1.0
+        if count == most:  # these and more: together they bring the rest of the mean
+            probability = max(left, 0.0)
+            scale = joining_left / max(probability, 1e-12) / most
+        for point in range(points if probability > NEGLIGIBLE else 0):
+            prompt_tokens = prompts[count, point] * scale
+            tokens = decodes + prompt_tokens
+            regime = 0
+            while regime < len(token_breaks) and tokens > token_breaks[regime]:
+                regime += 1
+            c = coefficients[regime]  # in the order of `step_time.FEATURES`
+            tiles = np.ceil(tokens / tile)
+            model_ms = (
+                c[0]
+                + c[1] * tokens
+                + c[2] * decodes
+                + c[3] * (kv_tokens + prompt_tokens)
+                + (c[4] + c[5] * tiles) * adapters
+                + c[6] * tiles
+            )
+            if adapters > 0:
+                model_ms += c[7] + c[8] * tokens
+            total_ms += probability * model_ms
+        left -= probability
+        joining_left -= count * probability
+        probability *= joining / (count + 1)
+    return float(total_ms / points)

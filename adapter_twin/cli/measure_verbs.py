@@ -1,0 +1,205 @@
+"""Verbs that measure: calibrate, profile, data, doctor."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adapter_twin.cli.options import JOBS, JSON
+from adapter_twin.cli.report import (
+    check_target,
+    print_each,
+    print_json,
+    print_table,
+    print_text,
+    progress,
+    working,
+)
+from adapter_twin.workload.strict import require
+
+verbs = typer.Typer()
+
+
+RESUMED = Annotated[
+    Path, typer.Option(metavar="DIR", help="Folder for the tables; run again to go on in it.")
+]
+"""The output of what is measured in pieces."""
+
+
+class Engine(StrEnum):
+    """Builds of vLLM."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@verbs.command(
+    epilog="Example: adapter-twin calibrate data/external/agullo2025 --out calibration.json "
+    "--model llama-3.1-8b-instruct"
+)
+def calibrate(
+    tables: Annotated[Path, typer.Argument(metavar="TABLES", help="Folder of measured tables.")],
+    out: Annotated[Path, typer.Option(metavar="CAL.json", help="Where the calibration goes.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model to calibrate, where the tables hold several.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Device of the measurements, for the name.")
+    ] = None,
+    engine_version: Annotated[
+        str | None, typer.Option(help="vLLM of the measurements, where they do not tell.")
+    ] = None,
+    jobs: JOBS = -1,
+) -> None:
+    """Fit the laws of one model to measured tables."""
+    from adapter_twin.calibrate.from_tables import calibrate_tables
+    from adapter_twin.tables import datasets
+
+    check_target(out, ".json")
+    require(tables.is_dir(), f"{tables}: no such folder; give the folder of the measured tables")
+    with working("calibrating"):
+        fitted = calibrate_tables(tables, model, gpu=gpu, engine_version=engine_version, jobs=jobs)
+    with datasets.replacing(out) as temporary:
+        temporary.write_text(fitted.to_json())
+    print(f"{out}: {fitted.name}")
+
+
+@verbs.command(epilog="Example: adapter-twin profile experiments/campaigns/smoke.yaml --out smoke")
+def profile(
+    campaign: Annotated[
+        Path, typer.Argument(metavar="CAMPAIGN.yaml", help="What to measure, and in what time.")
+    ],
+    out: RESUMED,
+    as_json: JSON = False,
+) -> None:
+    """Measure a real vLLM on this machine."""
+    from dataclasses import asdict
+
+    from adapter_twin.measure.run_campaign import run_campaign
+
+    check_target(out)
+    with progress() as tell:
+        summary = run_campaign(campaign, out, tell)
+    if as_json:
+        print_json({"out": str(out), **asdict(summary)})
+        return
+    for piece, reason in summary.failed.items():
+        print(f"{piece} failed: {reason}")
+    if summary.stopped is not None:
+        print(summary.stopped)
+    rows = ", ".join(f"{name} {count}" for name, count in summary.rows.items())
+    print(f"{out}: {summary.complete} of {summary.pieces} pieces; rows: {rows or 'none'}")
+
+
+@verbs.command(
+    epilog="Example: adapter-twin prove experiments/studies/smoke.yaml --engine cpu --out proof"
+)
+def prove(
+    workload: Annotated[
+        Path, typer.Argument(metavar="WORKLOAD.yaml", help="A workload, or a study of several.")
+    ],
+    engine: Annotated[Engine, typer.Option(help="The build of vLLM on this machine.")],
+    out: RESUMED,
+    as_json: JSON = False,
+) -> None:
+    """Run what is recommended, and its rivals, on a real vLLM, and tell how each did."""
+    from dataclasses import asdict
+
+    from adapter_twin.prove import comparison
+    from adapter_twin.prove.outcome import read_outcome, service
+    from adapter_twin.prove.rivals import PLAN
+    from adapter_twin.prove.run_study import run_study
+
+    check_target(out)
+    with progress() as tell:
+        summary = run_study(workload, engine.value, out, tell)
+    if "runs" not in summary.rows or not (out / PLAN).is_file():
+        print_text(summary.stopped or "nothing is measured yet")
+        return
+    measured = read_outcome(out)
+    runs = service(measured)
+    chosen = comparison.choices(runs, measured.picks)
+    methods = comparison.methods(chosen, len(measured.demands))
+    verdicts = comparison.verdicts(runs, measured.picks)
+    if as_json:
+        tables = {"methods": methods, "choices": chosen, "verdicts": verdicts, "runs": runs}
+        content = {name: table.to_dict("records") for name, table in tables.items()}
+        print_json({"out": str(out), **asdict(summary), **content})
+        return
+    print_each(chosen[CHOICE], "workload", "Choices, as measured")
+    print_table(methods, "Methods, over all workloads")
+    print_text(
+        f"verdicts: {int(verdicts.right.sum())} of {len(verdicts)} runs bear out what was said; "
+        "regret is throughput lost against the best configuration run, in percent (95 %)"
+    )
+    if summary.stopped is not None:
+        print_text(summary.stopped)
+    print(f"{out}: {summary.complete} of {summary.pieces} runs")
+
+
+CHOICE = ["workload", "method", "adapter_slots", "serves", "regret", "low", "high", "mean_ttft_ms"]
+"""What fits on a terminal."""
+
+
+@verbs.command(epilog="Example: adapter-twin data --import ~/GPULLMAdapterOptimization")
+def data(
+    repository: Annotated[
+        Path | None,
+        typer.Option(
+            "--import", metavar="REPO_FOLDER", help="Import a clone of the authors' repository."
+        ),
+    ] = None,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Fetch that repository with git, then import it.")
+    ] = False,
+    as_json: JSON = False,
+) -> None:
+    """List the measured data, or import it."""
+    from adapter_twin.tables import datasets
+    from adapter_twin.tables.importer import import_repository
+
+    if repository is not None or fetch:
+        require(repository is None or not fetch, "fetch: give --import FOLDER or --fetch, not both")
+        require(
+            repository is None or repository.is_dir(),
+            f"import: {repository} is no folder; give a clone of the repository",
+        )
+        with working("importing the repository"):
+            import_repository(repository)
+    tables = datasets.inventory()
+    if as_json:
+        print_json({"roots": list(map(str, datasets.roots())), "tables": tables.to_dict("records")})
+        return
+    places = tables["file"].map(lambda file: str(Path(file).parents[1]) if file else "")
+    sizes = tables.pop("size_bytes").map(lambda size: f"{size / 1e3:,.0f} kB" if size else "")
+    shown = tables.drop(columns="file").assign(size=sizes, found_in=places)
+    print_table(shown, f"Measured data: {datasets.DATASET}")
+    if (tables["checksum"] == "absent").any():
+        print("absent tables are looked for in:", *datasets.roots(), sep="\n  ")
+        print_text(
+            "get runs and series with `adapter-twin data --fetch`, or from a clone with "
+            "`adapter-twin data --import REPO_FOLDER`; put the others into one of these places"
+        )
+
+
+@verbs.command(epilog="Example: adapter-twin doctor --json")
+def doctor(as_json: JSON = False) -> None:
+    """Check the installation and say what is missing."""
+    from dataclasses import asdict
+
+    from adapter_twin.cli.doctor import examine, works
+
+    checks = examine()
+    ok = works(checks)
+    if as_json:
+        print_json({"works": ok, "checks": [asdict(check) for check in checks]})
+    else:
+        marks = {(True, True): "ok", (True, False): "ok", (False, True): "MISSING"}
+        for check in checks:
+            mark = marks.get((check.found, check.needed), "absent")
+            print(f"{mark:8} {check.name}: {check.detail}")
+        print("the core works" if ok else "the core does not work; install what is MISSING")
+    raise typer.Exit(0 if ok else 1)

@@ -1,0 +1,271 @@
+"""Verbs that plan: optimum, recommend, place, sweep, train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adapter_twin.cli.options import CALIBRATION, JOBS, JSON, SEED
+from adapter_twin.cli.report import (
+    check_target,
+    print_each,
+    print_json,
+    print_mapping,
+    print_table,
+    print_text,
+    progress,
+    working,
+)
+
+verbs = typer.Typer()
+
+
+@verbs.command(
+    epilog="Example: adapter-twin optimum --model llama-3.1-8b-instruct --rates 0.4-0.1-0.05 "
+    "--ranks 8-16 --json"
+)
+def optimum(
+    model: Annotated[str, typer.Option(help="Model with a calibration.")],
+    rates: Annotated[
+        str, typer.Option(metavar="R-R-...", help="Requests/s, dealt over the adapters.")
+    ],
+    ranks: Annotated[str, typer.Option(metavar="R-R-...", help="Ranks, dealt alike.")],
+    calibration: CALIBRATION = "auto",
+    served_grid: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Served adapters to choose from.")
+    ] = None,
+    slots_grid: Annotated[
+        str | None, typer.Option(metavar="G,G,...", help="Adapter slots to choose from.")
+    ] = None,
+    slo: Annotated[
+        Path | None,
+        typer.Option(metavar="CONFIG.yaml", help="File with ttft_ms, itl_ms, percentile."),
+    ] = None,
+    margin: Annotated[
+        float | None, typer.Option(help="Safety margin on the served share of the load.")
+    ] = None,
+    mean_input_tokens: Annotated[
+        float | None, typer.Option(help="Mean prompt length; left out, the reference study's.")
+    ] = None,
+    mean_output_tokens: Annotated[
+        float | None, typer.Option(help="Mean output length, likewise.")
+    ] = None,
+    seed: SEED = 0,
+    jobs: JOBS = -1,
+    as_json: JSON = False,
+) -> None:
+    """Find how many adapters a GPU can serve, with how many slots, at the highest throughput."""
+    import pandas as pd
+
+    from adapter_twin.plan.criterion import MARGIN, Criterion
+    from adapter_twin.plan.grid import GRID
+    from adapter_twin.plan.optimum import find_optimum
+    from adapter_twin.workload.files import load_slo, parse_grid, parse_rates
+
+    parse_rates(rates, "rates")  # an error names the option, not the workload's key
+    workload = {
+        "model": model,
+        "rates_per_adapter": rates,
+        "ranks": ranks,
+        "mean_input_tokens": mean_input_tokens,
+        "mean_requested_output_tokens": mean_output_tokens,
+    }
+    found = find_optimum(
+        workload,
+        calibration,
+        served_grid=GRID if served_grid is None else parse_grid("served_grid", served_grid),
+        slots_grid=GRID if slots_grid is None else parse_grid("slots_grid", slots_grid),
+        criterion=Criterion(
+            margin=MARGIN if margin is None else margin, slo=None if slo is None else load_slo(slo)
+        ),
+        seed=seed,
+        jobs=jobs,
+    )
+    if as_json:
+        print_json(found)
+        return
+    alternatives = pd.DataFrame(found.pop("alternatives"))
+    print_mapping(found, f"{model}, {rates} requests/s, ranks {ranks}")
+    print_table(alternatives, "Alternatives")
+
+
+@verbs.command(epilog="Example: adapter-twin recommend examples/recommend.yaml --json")
+def recommend(
+    workload: Annotated[
+        Path, typer.Argument(metavar="WORKLOAD.yaml", help="Adapters, traffic and SLO.")
+    ],
+    as_json: JSON = False,
+) -> None:
+    """Choose slots and flags for a set of adapters, and tell the service to expect."""
+    import pandas as pd
+
+    from adapter_twin.plan.demand import load_demand
+    from adapter_twin.plan.recommend import recommend
+
+    with working("simulating"):
+        answer = recommend(load_demand(workload))
+    if as_json:
+        print_json(answer)
+        return
+    reason, vllm, sglang = (answer.pop(key) for key in ("reason", "vllm_args", "sglang_args"))
+    what_if = pd.DataFrame(answer.pop("what_if"))
+    expected = pd.DataFrame(answer.pop("expected")).T.rename_axis("figure").reset_index()
+    worst = answer.pop("worst_served")
+    print_mapping(answer, str(workload))
+    print_table(expected, "Expected service, with 95 % intervals")
+    if worst is not None:
+        print_mapping(worst, "Worst-served adapter")
+    print_table(what_if, "What if")
+    print_text(reason)
+    print("vllm serve MODEL", *vllm)
+    print("python -m sglang.launch_server --model-path MODEL", *sglang)
+
+
+@verbs.command(
+    epilog="Example: adapter-twin place examples/place.yaml --manifests k8s --picture packing.png"
+)
+def place(
+    workload: Annotated[
+        Path, typer.Argument(metavar="WORKLOAD.yaml", help="Adapters, traffic and SLO.")
+    ],
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Use so many GPUs, for the shortest waits.")
+    ] = None,
+    replicate_above: Annotated[
+        float, typer.Option(help="Share of a GPU above which an adapter is on several.")
+    ] = 1.0,
+    margin: Annotated[
+        float | None, typer.Option(help="Safety margin on the served share of the load.")
+    ] = None,
+    manifests: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write Kubernetes manifests there.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Also draw the packing.")
+    ] = None,
+    jobs: JOBS = -1,
+    as_json: JSON = False,
+) -> None:
+    """Place all adapters on as few GPUs as possible, or on a given number, and check them."""
+    import pandas as pd
+
+    from adapter_twin.fleet.manifests import write_manifests
+    from adapter_twin.fleet.place import place as place_adapters
+    from adapter_twin.laws import load_calibration
+    from adapter_twin.plan.criterion import MARGIN
+    from adapter_twin.plan.demand import load_demand
+
+    if manifests is not None:
+        check_target(manifests)
+    if picture is not None:
+        check_target(picture, ".png", ".svg", ".pdf")
+    demand = load_demand(workload)
+    with progress() as tell:
+        answer, placement = place_adapters(
+            demand,
+            gpus=gpus,
+            replicate_above=replicate_above,
+            margin=MARGIN if margin is None else margin,
+            jobs=jobs,
+            tell=tell,
+        )
+    if manifests is not None:
+        laws = load_calibration(demand.calibration, demand.model)
+        write_manifests(manifests, demand, placement, laws)
+    if picture is not None:
+        from adapter_twin.fleet.picture import packing
+        from adapter_twin.tables.datasets import replacing
+
+        with replacing(picture) as temporary:
+            packing(demand, placement).savefig(temporary, format=picture.suffix[1:], dpi=150)
+    if as_json:
+        print_json(answer)
+        return
+    replicas, advice = answer.pop("replicas"), answer.pop("advice")
+    print_mapping(answer, str(workload))
+    table = pd.DataFrame(replicas).assign(adapters=[len(row["adapters"]) for row in replicas])
+    # What 80 columns do not hold is in the JSON.
+    left_out = ["shares", "vllm_args", "kv_cache_tokens", "offered_tokens_per_s"]
+    print_table(table.drop(columns=left_out).rename_axis("gpu").reset_index(), "GPUs")
+    for number, row in enumerate(replicas):
+        print(f"GPU {number}: vllm serve MODEL", *row["vllm_args"])
+    if advice is not None:
+        print_text(advice)
+
+
+@verbs.command(
+    epilog="Example: adapter-twin sweep experiments/designs/quick.yaml --out data/external/quick"
+)
+def sweep(
+    design: Annotated[Path, typer.Argument(metavar="DESIGN.yaml", help="What to predict.")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for the parts; run again to go on in it.")
+    ],
+    calibration: CALIBRATION = "auto",
+    jobs: JOBS = -1,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(metavar="tcp://HOST:PORT", help="Dask scheduler whose workers do the work."),
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(metavar="TABLE.parquet", help="Also write all of it as one compact table."),
+    ] = None,
+    as_json: JSON = False,
+) -> None:
+    """Predict the workloads of a design on a grid of configurations."""
+    from adapter_twin.learn.sweep import compact, read_sweep, run_sweep
+    from adapter_twin.tables import datasets
+
+    check_target(out)
+    if table is not None:
+        check_target(table, ".parquet")
+    with progress() as tell:
+        done = run_sweep(
+            design, out, calibration=calibration, jobs=jobs, scheduler=scheduler, tell=tell
+        )
+    runs = read_sweep(out)
+    if table is not None:
+        datasets.write_table(compact(runs), table)
+    content = {
+        "out": str(out),
+        "workloads": int(runs["workload_id"].nunique()),
+        "workloads_now": done,
+        "runs": len(runs),
+        "simulated": int(runs["simulated"].sum()),
+    }
+    if as_json:
+        print_json(content)
+    else:
+        print_mapping(content, str(design))
+
+
+@verbs.command(epilog="Example: adapter-twin train data/sweeps/paper.parquet --out models")
+def train(
+    sweep_table: Annotated[
+        Path, typer.Argument(metavar="SWEEP", help="Folder of a sweep, or a compact table.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the models.")],
+    margin: Annotated[
+        float | None, typer.Option(help="Safety margin on the served share of the load.")
+    ] = None,
+    jobs: JOBS = -1,
+    as_json: JSON = False,
+) -> None:
+    """Fit interpretable models to the optima of a sweep."""
+    from adapter_twin.learn.surrogates import chosen
+    from adapter_twin.learn.sweep import read_sweep
+    from adapter_twin.learn.training import train as fit_models
+    from adapter_twin.plan.criterion import MARGIN, Criterion
+
+    check_target(out)
+    criterion = Criterion(margin=MARGIN if margin is None else margin)
+    with progress() as tell:
+        comparison, _ = fit_models(read_sweep(sweep_table), out, criterion, jobs=jobs, tell=tell)
+    best = chosen(comparison)
+    if as_json:
+        print_json({"out": str(out), "chosen": best.to_dict("records")})
+    else:
+        print_each(best, "language_model", f"Chosen by cross-validation, in {out}")

@@ -1,0 +1,148 @@
+"""Verbs that predict runs: predict, validate, simulate."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adapter_twin.cli.options import CALIBRATION, JOBS, JSON, RUNS, SEED
+from adapter_twin.cli.report import (
+    check_target,
+    print_each,
+    print_json,
+    print_mapping,
+    print_table,
+)
+
+verbs = typer.Typer()
+
+
+class Observer(StrEnum):
+    """Whether to include what the reference measurement did to itself."""
+
+    none = "none"
+    recorded = "recorded"
+
+
+@verbs.command(
+    epilog="Example: adapter-twin predict runs.parquet --calibration auto --out predictions.parquet"
+)
+def predict(
+    runs: RUNS,
+    out: Annotated[Path, typer.Option(metavar="PRED.parquet", help="Where predictions go.")],
+    calibration: CALIBRATION = "auto",
+    seed: SEED = 0,
+    jobs: JOBS = -1,
+    observer: Annotated[
+        Observer, typer.Option(help="The measurement's own effect: left out, or as recorded.")
+    ] = Observer.recorded,
+) -> None:
+    """Predict a table of runs from its configuration columns alone."""
+    from adapter_twin.service.predict import predict_runs
+    from adapter_twin.tables import datasets
+
+    check_target(out, ".parquet", ".csv")
+    predictions = predict_runs(
+        datasets.read_runs(runs),
+        calibration,
+        seed=seed,
+        jobs=jobs,
+        observer=observer is Observer.recorded,
+        progress=sys.stderr.isatty(),
+    )
+    datasets.write_table(predictions, out)
+    feasible = predictions["feasible_start"]
+    starved = int((predictions["starved"] & feasible).sum())
+    print(
+        f"{out}: {len(predictions)} runs, {starved} starved, {int((~feasible).sum())} refused to "
+        f"start, {predictions['wall_s'].sum():.1f} s of computing"
+    )
+
+
+@verbs.command(
+    epilog="Example: adapter-twin validate runs.parquet --calibration auto --out validation"
+)
+def validate(
+    runs: RUNS,
+    calibration: CALIBRATION = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for the predictions and the error tables."),
+    ] = None,
+    seed: SEED = 0,
+    jobs: JOBS = -1,
+    as_json: JSON = False,
+) -> None:
+    """Predict measured runs, and compare."""
+    from adapter_twin.service.predict import predict_runs, predict_starts
+    from adapter_twin.service.validate import summary, validate_runs, write_validation
+    from adapter_twin.tables import datasets
+
+    if out is not None:
+        check_target(out)
+    measured = datasets.read_measured_runs(runs)
+    predictions = predict_runs(
+        measured, calibration, seed=seed, jobs=jobs, progress=sys.stderr.isatty()
+    )
+    starts = authors = None
+    if datasets.find("memory") is not None:
+        memory = datasets.load("memory")
+        memory = memory[memory["model"].isin(measured["model"])]
+        starts = predict_starts(memory, calibration) if len(memory) else None
+    if datasets.find("authors_twin") is not None:
+        authors = datasets.load("authors_twin")
+        authors = authors if authors["run_id"].isin(measured["run_id"]).any() else None
+    result = validate_runs(measured, predictions, starts=starts, authors=authors)
+    content = summary(result, predictions)
+    if out is not None:
+        write_validation(result, predictions, out)
+    if as_json:
+        print_json(content)
+        return
+    print(", ".join(f"{name.replace('_', ' ')} {n}" for name, n in result.counts.items()))
+    print_each(result.bars, "model", "Bars")
+    is_split = (result.errors["regime"] != "all") & (result.errors["runs"] == "all")
+    regimes = result.errors[is_split].pivot_table(
+        index=["model", "regime", "figure", "n_runs"], columns="measure", values="value"
+    )
+    print_each(regimes.reset_index(), "model", "Errors by regime, in percent")
+    worst = result.worst.groupby(["model", "figure"]).head(1)
+    print_table(worst[["figure", "run_id", "regime", "measured", "predicted", "error"]], "Worst")
+
+
+@verbs.command(epilog="Example: adapter-twin simulate examples/simulate.yaml --trace trace.json")
+def simulate(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to simulate.")],
+    trace: Annotated[
+        Path | None, typer.Option(metavar="OUT.json", help="Write a Perfetto trace.")
+    ] = None,
+    records: Annotated[
+        Path | None, typer.Option(metavar="OUT.parquet", help="Write one row per request.")
+    ] = None,
+    as_json: JSON = False,
+) -> None:
+    """Simulate one configuration and summarise the service it gives."""
+    from adapter_twin.service.perfetto import write_trace
+    from adapter_twin.service.predict import predict_scenario
+    from adapter_twin.tables import datasets
+    from adapter_twin.workload.files import load_scenario
+
+    if trace is not None:
+        check_target(trace, ".json")
+    if records is not None:
+        check_target(records, ".parquet", ".csv")
+    run, content = predict_scenario(load_scenario(config))
+    if records is not None:
+        frame = run.records.to_frame()
+        frame.attrs.update(run.provenance)
+        datasets.write_table(frame, records)
+    if trace is not None:
+        write_trace(run, trace)
+    if as_json:
+        print_json(content)
+    else:
+        print_mapping(content, str(config))

@@ -1,0 +1,161 @@
+"""How the command line talks: tables for people, strict JSON for programs, checks on targets."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapter_twin.workload.strict import require
+
+# rich is imported late: `--help` does not need its tables.
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+    from rich.table import Table
+
+
+def check_target(path: Path, *suffixes: str) -> None:
+    """Refuse a place that cannot be written to before the work begins.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        A file to be written; without `suffixes`, a folder to be made or filled.
+    suffixes : str
+
+    Raises
+    ------
+    AdapterTwinError
+    """
+    parent = path.absolute().parent
+    require(parent.is_dir(), f"{path}: the folder {path.parent} does not exist; create it first")
+    target = path if path.exists() else parent
+    require(os.access(target, os.W_OK), f"{path}: cannot be written to; choose another place")
+    if suffixes:
+        require(path.suffix in suffixes, f"{path}: name the file {' or '.join(suffixes)}")
+        require(not path.is_dir(), f"{path}: is a folder; name a file in it")
+    else:
+        require(not path.is_file(), f"{path}: is a file; name a folder")
+
+
+def working(text: str) -> AbstractContextManager[Any]:
+    """Show that something is going on, where stderr is a terminal."""
+    if not sys.stderr.isatty():
+        return nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[int, int, str], None]]:
+    """Give a function that shows how much is done, of how much, and what is going on.
+
+    A bar where stderr is a terminal, a line each elsewhere.
+    """
+    if not sys.stderr.isatty():
+        yield lambda done, total, text: print(f"{done}/{total} {text}", file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        *(MofNCompleteColumn(), BarColumn(bar_width=20), TimeElapsedColumn()),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda done, total, text: bars.update(
+            task, completed=done, total=total, description=escape(text)
+        )
+
+
+def print_json(content: Any) -> None:
+    """Print strict JSON: what is not finite is null."""
+    print(json.dumps(_plain(content), indent=2, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    value = value.item() if hasattr(value, "item") else value
+    is_finite = not isinstance(value, float) or abs(value) < float("inf")
+    return value if is_finite else None
+
+
+def print_table(table: pd.DataFrame, title: str) -> None:
+    """Print a table for people."""
+    console = _console()
+    shown = _make_table(table, title)
+    if console.measure(shown, options=console.options.update(width=1000)).maximum > console.width:
+        # Names break after their underscores, in place of anywhere.
+        table = table.rename(columns=lambda name: name.replace("_", "_\n"))
+        shown = _make_table(table, title)
+    console.print(shown, "")
+
+
+def print_each(table: pd.DataFrame, column: str, title: str) -> None:
+    """Print a table for each value of a column."""
+    for value, part in table.groupby(column, sort=False, observed=True):
+        print_table(part.drop(columns=column), f"{title}: {value}")
+
+
+def print_mapping(content: Mapping[str, Any], title: str) -> None:
+    """Print names and values for people."""
+    import pandas as pd
+
+    shown = _make_table(pd.DataFrame(list(content.items()), columns=["name", "value"]), title)
+    shown.show_header = False
+    _console().print(shown, "")
+
+
+def print_text(text: str) -> None:
+    """Print a sentence for people, wrapped where a terminal ends."""
+    _console().print(text, markup=False, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # a pipe has no width; fold nothing that a file can hold
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+
+
+def _make_table(table: pd.DataFrame, title: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    shown = Table(
+        title=escape(title),
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for name, kind in table.dtypes.items():
+        side: Any = "right" if kind.kind in "iuf" else "left"
+        shown.add_column(str(name), justify=side, overflow="fold")
+    for row in table.itertuples(index=False):
+        shown.add_row(*(escape(_cell(value)) for value in row))
+    return shown
+
+
+def _cell(value: Any) -> str:
+    """Return a value with four digits, and whole where it has more before the point."""
+    if not isinstance(value, float):
+        return f"{value:,}" if type(value) is int else str(value)
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

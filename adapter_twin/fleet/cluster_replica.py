@@ -1,0 +1,131 @@
+"""One server of a cluster: it serves what it is given, may fail, and comes back empty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import numpy as np
+import simpy
+
+from adapter_twin.laws import Calibration
+from adapter_twin.twin.feed import Feed
+from adapter_twin.workload.scenario import EngineConfig
+from adapter_twin.workload.trace import BASE_MODEL
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """What a server did between two starts.
+
+    Attributes
+    ----------
+    feed : Feed
+    requests : list of int
+        Numbers in the cluster's trace, in the order in which the server was given them.
+    """
+
+    feed: Feed
+    requests: list[int]
+
+
+class Replica:
+    """A server in a SimPy environment.
+
+    Parameters
+    ----------
+    env : simpy.Environment
+    index : int
+    engine : EngineConfig
+    calibration : Calibration
+    adapters : frozenset of int
+        Those that requests are routed here for; the base model is served everywhere.
+    feed : Feed
+        Of the first life.
+
+    Attributes
+    ----------
+    up : bool
+    outstanding : int
+        Requests given and not complete.
+    lives : list of Life
+        The last one is going on.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        index: int,
+        engine: EngineConfig,
+        calibration: Calibration,
+        adapters: frozenset[int],
+        feed: Feed,
+    ) -> None:
+        self.env = env
+        self.index = index
+        self.engine = engine
+        self.calibration = calibration
+        self.adapters = adapters
+        self.lives: list[Life] = []
+        self.up = False
+        self.outstanding = 0
+        self._idle: simpy.Event | None = None
+        self.start(feed)
+
+    @property
+    def feed(self) -> Feed:
+        """The present life's."""
+        return self.lives[-1].feed
+
+    def serves(self, adapter: int) -> bool:
+        """Return whether requests for an adapter may come here now."""
+        return self.up and (adapter == BASE_MODEL or adapter in self.adapters)
+
+    def holds(self, adapter: int) -> bool:
+        """Return whether an adapter is in one of the slots."""
+        return self.feed.holds(adapter)
+
+    def start(self, feed: Feed) -> None:
+        """Begin a new life, with nothing loaded."""
+        self.lives.append(Life(feed, []))
+        self.up, self._idle, self.outstanding = True, None, 0
+        self._process = self.env.process(self._turn_engine_loop(feed))
+
+    def give(
+        self, request: int, arrival_s: float, adapter: int, prompt_tokens: int, output_tokens: int
+    ) -> Life:
+        """Hand over a request that arrives now; return the life that has it."""
+        self.feed.push(arrival_s, adapter, prompt_tokens, output_tokens)
+        self.lives[-1].requests.append(request)
+        self.outstanding += 1
+        if self._idle is not None and not self._idle.triggered:
+            self._idle.succeed(arrival_s)
+        return self.lives[-1]
+
+    def fail(self) -> list[int]:
+        """Stop at once; return the requests that were not complete."""
+        self.up = False
+        if self._process.is_alive:
+            self._process.interrupt()
+        life = self.lives[-1]
+        end_s = life.feed.session.requests.end_s[: life.feed.pushed]
+        return [life.requests[place] for place in np.flatnonzero(np.isnan(end_s))]
+
+    def _turn_engine_loop(self, feed: Feed) -> Generator[simpy.Event, float, None]:
+        session, end_s = feed.session, feed.session.front_end.duration_s
+        try:
+            while True:
+                event_s = session.turn()
+                self.outstanding = feed.outstanding
+                if event_s == math.inf:
+                    self._idle = self.env.event()
+                    event_s = yield self._idle
+                elif event_s > end_s:
+                    return
+                else:
+                    # SimPy adds delays and so rounds; the session's clock holds the exact time.
+                    yield self.env.timeout(max(event_s - self.env.now, 0.0))
+                session.clock["now_s"] = event_s
+        except simpy.Interrupt:
+            return

@@ -1,0 +1,347 @@
+"""The oracle: whether one GPU serves a set of adapters, and with how many slots.
+
+It asks the analytic model (`adapter_twin.capacity.analytic.analyse_each`) about all numbers of
+slots at once. A number of slots serves a set when
+
+- vLLM starts, and the throughput is at least the share of the offered load at which starvation
+  begins, plus the safety margin of `adapter_twin.plan.criterion`;
+- the load is below the capacity by that margin, or a queue would grow for as long as it lasts: the
+  starvation criterion alone accepts that within an hour;
+- no adapter waits for a slot for more than what may be lost of the window, so that a rare adapter
+  does not starve where the sum over all hides it. The share that is left of an adapter's requests
+  is thus above the threshold for each of them;
+- with an SLO on ITL, `Spread.itl` times the mean ITL is within the limit;
+- with an SLO on TTFT, a step and the wait for a slot are within the limit, also while more adapters
+  than the mean have requests: the SLO's percentile of their number, as if normally distributed with
+  `Spread.active` times its deviation. Those without a slot wait for as many visits to end. The
+  model knows neither waits for KV blocks and prompts ahead, nor the front end's time;
+- with any SLO, the load is at most `SLO_UTILISATION` of the capacity, to keep these waits short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import norm
+
+from adapter_twin.capacity.analytic import Traffic, analyse_each
+from adapter_twin.capacity.traffic_mix import group_rates
+from adapter_twin.fleet.engines import Engines
+from adapter_twin.fleet.parts import split_adapters
+from adapter_twin.fleet.placement import Placement, ReplicaPlan
+from adapter_twin.laws import Calibration, load_calibration
+from adapter_twin.plan.candidates import HOUR_S
+from adapter_twin.plan.criterion import MARGIN, TIE, Criterion
+from adapter_twin.plan.demand import Demand
+from adapter_twin.plan.steady_state import warmed_up
+from adapter_twin.service.metrics import STARVATION_THRESHOLD
+from adapter_twin.workload.scenario import EngineConfig
+from adapter_twin.workload.strict import require
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Floats = NDArray[np.float64]
+
+SLO_UTILISATION = 0.9
+"""Above that, with an SLO, waits that the model does not know are no longer short."""
+
+TRACE = 1e-6
+"""Requests/s of an adapter with next to no load."""
+
+RESOLUTION = 1.005
+"""Ratio to which the most requests/s of one adapter alone are found."""
+
+HOPELESS = 1.02
+"""No mix of adapters can have more than that times the load that one adapter alone can have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How the best number of slots serves a set of adapters.
+
+    Attributes
+    ----------
+    slots, max_lora_rank : int
+    utilisation : float
+        Offered load by capacity.
+    served : float
+        Share of the offered tokens.
+    mean_ttft_ms, mean_itl_ms, slot_wait_s : float
+        As the analytic model knows them.
+    """
+
+    slots: int
+    max_lora_rank: int
+    utilisation: float
+    served: float
+    mean_ttft_ms: float
+    mean_itl_ms: float
+    slot_wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """What an SLO's percentile is by what the model knows; the twin tells, see `repair`.
+
+    Attributes
+    ----------
+    itl : float
+        Percentile of the requests' mean ITL by its mean over all.
+    active : float
+        Deviation of the number of adapters with requests, by that of independent ones.
+    """
+
+    itl: float = 1.0
+    active: float = 1.0
+
+
+class Oracle:
+    """Verdicts on sets of adapters on one GPU.
+
+    Parameters
+    ----------
+    demand : Demand
+    calibration : Calibration, optional
+        Left out, the demand's, of a server on which every adapter has been used.
+    margin : float
+        See `adapter_twin.plan.criterion.Criterion`.
+    spread : Spread
+        Counts with an SLO only.
+    split : bool
+        Whether an adapter that is too much for one GPU may be split over several.
+    replicate_above : float
+        An adapter that takes more than this share of a GPU is on several, by default one that is
+        too much for one. Its parts are on GPUs of their own.
+
+    Attributes
+    ----------
+    parts : Parts
+        What there is to place; members of a set are indices into it.
+    engines : Engines
+    calls : int
+        Sets that the model was asked about.
+
+    Raises
+    ------
+    AdapterTwinError
+        No GPU can serve one of the adapters, or the demand asks for the base model.
+    """
+
+    def __init__(
+        self,
+        demand: Demand,
+        calibration: Calibration | None = None,
+        *,
+        margin: float = MARGIN,
+        spread: Spread = Spread(),
+        split: bool = True,
+        replicate_above: float = 1.0,
+    ) -> None:
+        require(
+            0 < replicate_above <= 1,
+            f"replicate_above: got {replicate_above}; give a share of a GPU, above 0 and at most 1",
+        )
+        require(
+            demand.base_model_request_rate == 0,
+            "base_model_request_rate: only adapters are placed; serve the base model on GPUs of "
+            "its own and leave it out",
+        )
+        self.demand = demand
+        self.calibration = calibration or warmed_up(
+            load_calibration(demand.calibration, demand.model)
+        )
+        self.criterion = Criterion(margin=margin)
+        self.spread = spread
+        self.threshold = STARVATION_THRESHOLD + margin
+        self.calls = 0
+        self._known: dict[tuple[int, bytes], Verdict | None] = {}
+        self.engines = Engines(demand, self.calibration)
+        self._most_alone: dict[int, float] = {}
+        self.replicate_above = replicate_above
+        self.parts = split_adapters(
+            demand,
+            self.engines.most_slots,
+            self.most_alone,
+            allowed=split,
+            replicate_above=replicate_above,
+        )
+
+    def serve(self, members: Sequence[int] | NDArray[np.int64]) -> Verdict | None:
+        """Return how one GPU serves some of the parts, or None where it cannot."""
+        chosen = np.asarray(members, np.int64)
+        rates, rank = self.parts.rate[chosen], int(self.parts.rank[chosen].max())
+        twice = len(np.unique(self.parts.adapter[chosen])) < len(chosen)
+        if twice or rates.sum() > HOPELESS * self.most_alone(rank):
+            return None
+        return self._serve(rates, rank)
+
+    def serve_alike(self, count: int, rate: float, rank: int) -> Verdict | None:
+        """Return how one GPU serves so many adapters of one rate in requests/s, and one rank."""
+        return self._serve(np.full(count, rate), rank)
+
+    def serve_plan(self, plan: ReplicaPlan) -> Verdict | None:
+        """Return how a planned GPU serves, with the slots of its plan; None where it does not."""
+        rates = [self.demand.adapters[i].request_rate for i in plan.adapters]
+        return self._best(np.array(rates) * np.array(plan.shares), [plan.engine])
+
+    def place(self, groups: Iterable[Sequence[int]]) -> Placement:
+        """Return groups of parts as a checked placement, each with its best number of slots."""
+        placement = Placement(tuple(self._plan(group) for group in groups))
+        placement.check(self.demand)
+        return placement
+
+    def may_serve(
+        self, rates: Floats, counts: NDArray[np.int64], rank: int, patience: float
+    ) -> NDArray[np.bool_]:
+        """Return for each rate whether so many adapters may be among those that one GPU serves.
+
+        Parameters
+        ----------
+        rates : float64, shape (n,)
+            Requests/s of one adapter.
+        counts : int64, shape (n,)
+        rank : int
+            Of the slots.
+        patience : float
+            Times by which the SLO's limit on ITL may be exceeded.
+        """
+        tried = [
+            (i, engine, self._traffic([rate], [count]))
+            for i, (rate, count) in enumerate(zip(rates.tolist(), counts.tolist(), strict=True))
+            for engine in self.engines.candidates(count, rank)
+        ]
+        accepted = np.zeros(len(rates), bool)
+        if tried:
+            table = analyse_each([(engine, of) for _, engine, of in tried], self.calibration)
+            np.logical_or.at(accepted, [i for i, *_ in tried], self._may_be_good(table, patience))
+        return accepted
+
+    def alike(self, loads: ArrayLike, counts: ArrayLike, rank: int) -> pd.DataFrame:
+        """Return what the analytic model says of equal adapters that have a slot each.
+
+        Parameters
+        ----------
+        loads : array_like of float
+            Requests/s of all adapters together.
+        counts : array_like of int
+        rank : int
+            Of the slots.
+        """
+        pairs = [
+            (self.engines.make(count, rank, count), self._traffic([load / count], [count]))
+            for load, count in zip(np.ravel(loads).tolist(), np.ravel(counts).tolist(), strict=True)
+        ]
+        return analyse_each(pairs, self.calibration)
+
+    def table(self, rates: ArrayLike, engines: Sequence[EngineConfig]) -> pd.DataFrame:
+        """Return what the analytic model says of adapters with these requests/s."""
+        traffic = self._traffic(rates)
+        return analyse_each([(engine, traffic) for engine in engines], self.calibration)
+
+    def _traffic(self, rates: ArrayLike, counts: ArrayLike | None = None) -> Traffic:
+        if counts is None:
+            rates, counts = np.unique(np.asarray(rates), return_counts=True)
+        return Traffic(*group_rates(rates, counts), 0.0, self.demand.lengths, HOUR_S)
+
+    def _serve(self, rates: Floats, rank: int) -> Verdict | None:
+        rates = np.sort(rates)
+        key = rank, rates.tobytes()
+        if key not in self._known:
+            self._known[key] = self._best(rates, self.engines.candidates(len(rates), rank))
+        return self._known[key]
+
+    def _best(self, rates: Floats, engines: Sequence[EngineConfig]) -> Verdict | None:
+        if not engines:
+            return None
+        self.calls += 1
+        table = self.table(rates, engines)
+        good = np.flatnonzero(self._good(table, len(rates), engines))
+        if not len(good):
+            return None
+        throughput, ttft_ms = table.total_throughput.to_numpy(), table.mean_ttft_ms.to_numpy()
+        # as `Criterion.ranked`, without what sorting a table costs
+        tied = good[throughput[good] >= (1 - TIE) * throughput[good].max()]
+        best = tied[ttft_ms[tied].argmin()]
+        return Verdict(
+            slots=engines[best].max_loras,
+            max_lora_rank=engines[best].max_lora_rank,
+            utilisation=float(table.utilisation[best]),
+            served=float(throughput[best] / table.offered_tokens_per_s[best]),
+            mean_ttft_ms=float(ttft_ms[best]),
+            mean_itl_ms=float(table.mean_itl_ms[best]),
+            slot_wait_s=float(table.slot_wait_s[best]),
+        )
+
+    @property
+    def longest_wait_s(self) -> float:
+        """Longest wait for a slot that any adapter may have."""
+        lost_s, slo = (1 - self.threshold) * HOUR_S, self.demand.slo
+        return lost_s if slo is None or slo.ttft_ms is None else min(lost_s, slo.ttft_ms / 1e3)
+
+    @property
+    def most_utilisation(self) -> float:
+        """Highest load that a GPU may have, by its capacity."""
+        return 1 - self.criterion.margin if self.demand.slo is None else SLO_UTILISATION
+
+    @property
+    def itl_limit_ms(self) -> float:
+        """Longest mean ITL."""
+        slo = self.demand.slo
+        return np.inf if slo is None or slo.itl_ms is None else slo.itl_ms / self.spread.itl
+
+    def _may_be_good(self, table: pd.DataFrame, patience: float = 1.0) -> pd.Series[bool]:
+        return (
+            self.criterion.feasible(table)
+            & (table.utilisation <= self.most_utilisation)
+            & (table.slot_wait_s <= self.longest_wait_s)
+            & (table.mean_itl_ms <= patience * self.itl_limit_ms)
+        )
+
+    def _good(
+        self, table: pd.DataFrame, adapters: int, engines: Sequence[EngineConfig]
+    ) -> pd.Series[bool]:
+        good, slo = self._may_be_good(table), self.demand.slo
+        if slo is None or slo.ttft_ms is None:
+            return good
+        deviations = self.spread.active * norm.ppf(slo.percentile / 100)
+        wanted = table.active_adapters + deviations * np.sqrt(table.active_variance)
+        lacking = np.minimum(wanted, adapters) - [engine.max_loras for engine in engines]
+        wait_s = table.slot_wait_s + np.maximum(lacking, 0) / table.visits_per_s
+        in_time: pd.Series[bool] = table.mean_itl_ms + 1e3 * wait_s <= slo.ttft_ms
+        return good & in_time
+
+    def _plan(self, group: Sequence[int]) -> ReplicaPlan:
+        parts, chosen = self.parts, np.array(group)
+        chosen = chosen[np.argsort(parts.adapter[chosen])]
+        verdict = self.serve(chosen)
+        require(verdict is not None, "placement: one GPU would starve adapters; move some away")
+        assert verdict is not None
+        engine = self.engines.make(verdict.slots, verdict.max_lora_rank, len(chosen))
+        adapters, shares = parts.adapter[chosen], parts.share[chosen]
+        return ReplicaPlan(engine, tuple(adapters.tolist()), tuple(shares.tolist()))
+
+    def most_alone(self, rank: int) -> float:
+        """Return the most requests/s of one adapter that a GPU serves, 0 where it serves none."""
+
+        def fits(rate: float) -> bool:
+            return self.serve_alike(1, rate, rank) is not None
+
+        if rank not in self._most_alone:
+            self._most_alone[rank] = _highest(fits) if fits(TRACE) else 0.0
+        return self._most_alone[rank]
+
+
+def _highest(fits: Callable[[float], bool]) -> float:
+    """Return the highest rate in requests/s that fits, to within `RESOLUTION`."""
+    low, high = TRACE, 1.0
+    while fits(high):
+        low, high = high, 2 * high
+    while high > RESOLUTION * low:
+        middle = float(np.sqrt(low * high))
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,185 @@
+"""How few GPUs there can be: a lower bound, proven for the oracle by a price on every adapter.
+
+**The certificate.** Every adapter gets a price such that no set that the oracle accepts on one GPU
+costs more than 1. Then a placement needs as many GPUs as the prices sum to. A *level* is a rank of
+slots and a range ``[low, high]`` of a GPU's load in requests/s. At each level several *measures* of
+an adapter are known of which a set that the oracle accepts there has at most 1 in sum; a mean of
+them, with weights of the level's own, has that, too. An adapter's price is the lowest of these
+means over the levels of its rank and above. A linear program chooses the weights. Prices are summed
+over the very adapters, so neither its rounding nor its tolerance can spoil the proof.
+
+**The measures**, and why an accepted set has at most 1 of them:
+
+1. *Load* by ``high``.
+2. *Active share* by the most active adapters. None waits longer for a slot than
+   `Oracle.longest_wait_s`. With that wait an adapter holds a slot for at least a share of the time
+   that the polling queue (`adapter_twin.capacity.slot_sharing`) tells from its rate and from how
+   long a request runs; these shares sum to the slots at most. Of the steps that decide the
+   capacity it is in the batch as often as M/G/infinity says, or as it holds a slot. These sum to
+   the distinct adapters in a batch at most, which are limited: the more there are, the lower the
+   capacity, and it has to be above ``low`` by `Oracle.most_utilisation`. The capacity is asked for
+   equal adapters that each have a slot, for all numbers of both; it is convex in the number of
+   adapters, so chords lie above it. Requests run the longer the more adapters are active, so ranges
+   of their number are told apart.
+3. *Dual feasible functions* of the load (Fekete and Schepers, 2001): where
+   ``x`` sums to 1 at most, so does ``ceil((k + 1) x - 1) / k``.
+4. The *number* of adapters with at least some rate, by the most that a GPU serves
+   of adapters with just that rate (`adapter_twin.fleet.proof.counting`).
+
+They hold for placements that do not split the oracle's parts any further: an adapter with so many
+requests that it never leaves its slot may take less in parts.
+
+**What it rests on.** It is proven for the model, not for GPUs, and takes for granted what the
+calibrations' laws do: another adapter in the batch, a wait, a load into a slot or a queue never
+make a step faster; what serves adapters serves fewer of them, or with fewer requests. Where laws
+of the step change with its tokens, ITL may fall as load grows; that is measured and allowed for
+(`adapter_twin.fleet.proof.envelope`). Tests try random sets.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import linprog
+from scipy.sparse import coo_array, vstack
+
+from adapter_twin.fleet.oracle import Oracle
+from adapter_twin.fleet.proof.envelope import levels_of
+from adapter_twin.fleet.proof.levels import Levels
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+SIMILAR = 0.03
+"""Rates that differ by less are one type in the linear program, at the highest of them."""
+
+ROUNDING = 1e-6
+"""Of GPUs, taken off before a sum of prices is rounded up."""
+
+IMPOSSIBLE = 10
+"""Of a GPU: what an adapter costs where no GPU can have it."""
+
+STEPS = (1, 2, 3, 4, 5)
+"""Dual feasible functions of the load: with the first, two adapters of above half a GPU's load are
+two GPUs', and so on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """Prices of which a set of adapters that one GPU serves has at most 1.
+
+    Attributes
+    ----------
+    levels : Levels
+    weights : float64, shape (measures, n)
+        How much each of `measures` counts, level by level; they sum to 1.
+    """
+
+    levels: Levels
+    weights: Floats
+
+    def prices(self, rates: ArrayLike, ranks: ArrayLike) -> Floats:
+        """Return the prices in GPUs of adapters with these requests/s and ranks of slots."""
+        rate, rank = np.asarray(rates, float), np.asarray(ranks, np.int64)
+        different, places = np.unique(rate, return_inverse=True)
+        measured = measures(self.levels, different)
+        by_level = (self.weights[:, :, None] * measured).sum(axis=0)
+        priced = np.full(len(rate), np.inf)
+        for width in np.unique(rank):
+            cheapest = by_level[self.levels.rank >= width].min(axis=0)
+            own = rank == width
+            priced[own] = cheapest[places[own]]
+        return priced
+
+
+def measures(levels: Levels, rates: Floats) -> Floats:
+    """Return what of a GPU adapters take, in several measures: each sums to 1 at most.
+
+    They are the load, the active share, the `STEPS` of the load, and the numbers above thresholds.
+
+    Returns
+    -------
+    float64, shape (measures, levels, m)
+    """
+    load = rates / levels.high[:, None]
+    active = levels.active(rates)
+    stepped = [np.maximum(np.ceil((k + 1) * load) - 1, 0) / k for k in STEPS]
+    most = np.where(levels.most > 0, levels.most, 1 / IMPOSSIBLE)
+    counted = (rates >= levels.thresholds[:, None, None]) / most.T[:, :, None]
+    return np.concatenate([np.stack([load, active, *stepped]), counted])
+
+
+def certificate(oracle: Oracle, levels: Levels) -> Certificate:
+    """Choose the prices that prove most for the oracle's demand."""
+    parts = oracle.parts
+    rates, ranks, counts = _types(parts.rate, parts.rank, SIMILAR / levels.finer)
+    measured = measures(levels, rates)
+    level, kind = np.nonzero(levels.rank[:, None] >= ranks)
+    # maximise counts @ price with price[kind] <= sum of weight[level] measured[level, kind]
+    taken = measured[:, level, kind]
+    row = np.arange(len(level))
+    columns = [kind, *(len(rates) + i * len(levels.high) + level for i in range(len(measured)))]
+    matrix = coo_array(
+        (
+            np.concatenate([np.ones(len(row)), -taken.ravel()]),
+            (np.tile(row, len(columns)), np.concatenate(columns)),
+        ),
+        shape=(len(row), len(rates) + len(measured) * len(levels.high)),
+    )
+    every = np.arange(len(levels.high))
+    one = coo_array(
+        (
+            np.ones(len(measured) * len(every)),
+            (
+                np.tile(every, len(measured)),
+                np.arange(len(measured) * len(every)) + len(rates),
+            ),
+        ),
+        shape=(len(every), matrix.shape[1]),
+    )
+    solution = linprog(
+        np.concatenate([-counts, np.zeros(one.shape[1] - len(counts))]),
+        A_ub=vstack([matrix, one]).tocsr(),
+        b_ub=np.concatenate([np.zeros(len(row)), np.ones(len(every))]),
+        method="highs-ipm",  # any weights prove something, so its tolerance does no harm
+    )
+    weights = np.zeros(measured.shape[:2])
+    weights[0] = 1  # any weights prove something
+    if solution.x is not None:
+        weights = np.maximum(solution.x[len(rates) :].reshape(weights.shape), 0)
+    return Certificate(levels, weights / np.maximum(weights.sum(axis=0), 1))
+
+
+def prices_of(oracle: Oracle, finer: int = 1) -> Floats:
+    """Return the prices in GPUs that prove most, of the oracle's parts.
+
+    Parameters
+    ----------
+    oracle : Oracle
+    finer : int
+        See `adapter_twin.fleet.proof.envelope.levels_of`.
+    """
+    proven = certificate(oracle, levels_of(oracle, finer))
+    return proven.prices(oracle.parts.rate, oracle.parts.rank)
+
+
+def lower_bound(oracle: Oracle, finer: int = 1) -> int:
+    """Return a number of GPUs below which the oracle accepts no placement of its parts."""
+    return gpus_for(prices_of(oracle, finer))
+
+
+def gpus_for(prices: Floats) -> int:
+    """Return the GPUs that adapters of these prices need at least."""
+    return max(math.ceil(float(prices.sum()) - ROUNDING), 1)
+
+
+def _types(rates: Floats, ranks: Ints, similar: float) -> tuple[Floats, Ints, Floats]:
+    """Return the rates, ranks and numbers of adapters that are alike: the highest rate of each."""
+    group = np.floor(np.log(rates) / similar)
+    kinds, kind = np.unique(np.stack([ranks, group]), axis=1, return_inverse=True)
+    highest = np.zeros(kinds.shape[1])
+    np.maximum.at(highest, kind, rates)
+    return highest, kinds[0].astype(np.int64), np.bincount(kind).astype(float)

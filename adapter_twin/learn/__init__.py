@@ -1,0 +1,1 @@
+"""Interpretable models of the optimum, learnt from sweeps of the twin."""

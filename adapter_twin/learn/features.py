@@ -1,0 +1,133 @@
+"""What the interpretable models see of a traffic mix, and of a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from adapter_twin.laws.memory import slots_gib
+from adapter_twin.workload.files import parse_ranks, parse_rates
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PAPER = [
+    *(f"{statistic}_rate" for statistic in ("max", "min", "mean", "std")),
+    *(f"{statistic}_rank" for statistic in ("max", "min", "mean", "std")),
+]
+"""The reference study's features: of rates in requests/s and of ranks, over the adapters."""
+
+TRAFFIC = [
+    "adapter_load",
+    "top_share",
+    "rank_load",
+    "slot_mib",
+    "output_share",
+    "request_tokens",
+    "zipf_exponent",
+    "arrival_cv",
+]
+"""Ours: what decides capacity (see `traffic_features`)."""
+
+CONFIGURATION = ["served_adapters", "adapter_slots", "slots_per_adapter", "offered", "slots_gib"]
+"""Besides `TRAFFIC`, of a configuration (see `configuration_features`)."""
+
+MIB_PER_GIB = 1024
+
+MANY_SLOTS = 64
+"""Memory comes in segments: what a slot takes is told by many of them."""
+
+
+def paper_features(workloads: pd.DataFrame) -> pd.DataFrame:
+    """Return `PAPER` for workloads whose rates and ranks are dealt, one row each."""
+    import pandas as pd
+
+    pairs = zip(workloads.rates_per_adapter, workloads.ranks, strict=True)
+    rows = [
+        _statistics(parse_rates(rates)) + _statistics(parse_ranks(ranks)) for rates, ranks in pairs
+    ]
+    return pd.DataFrame(np.array(rows), columns=PAPER, index=workloads.index)
+
+
+def _statistics(values: Sequence[float]) -> tuple[float, ...]:
+    return max(values), min(values), float(np.mean(values)), float(np.std(values))
+
+
+def traffic_features(workloads: pd.DataFrame) -> pd.DataFrame:
+    """Return `TRAFFIC` for workloads, one row each.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``adapter_load``: offered tokens/s of the mean adapter; ``top_share``: part of the load that
+        comes at the highest rate; ``rank_load``: mean rank, weighted by load; ``slot_mib``: what a
+        slot takes, which follows from the model and the largest rank; ``output_share``: part of the
+        tokens that are output; ``request_tokens``: mean tokens of a request; ``zipf_exponent``;
+        ``arrival_cv``.
+    """
+    import pandas as pd
+
+    rows = zip(*(workloads[name].tolist() for name in _DESCRIBED), strict=True)
+    return pd.DataFrame(
+        np.array([_traffic(*row) for row in rows]), columns=TRAFFIC, index=workloads.index
+    )
+
+
+_DESCRIBED = (
+    "model",
+    "rates_per_adapter",
+    "ranks",
+    "max_lora_rank",
+    "mean_input_tokens",
+    "mean_requested_output_tokens",
+    "zipf_exponent",
+    "arrival_cv",
+)
+
+
+def _traffic(
+    model: str,
+    rates: str,
+    ranks: str,
+    slot_rank: int,
+    input_tokens: float,
+    output_tokens: float,
+    zipf_exponent: float,
+    arrival_cv: float,
+) -> tuple[float, ...]:
+    """Return `TRAFFIC` of one workload, its columns in the order of `_DESCRIBED`."""
+    dealt_rates, dealt_ranks = np.array(parse_rates(rates)), np.array(parse_ranks(ranks))
+    period = np.lcm(len(dealt_rates), len(dealt_ranks))
+    load = np.resize(dealt_rates, period)
+    tokens = input_tokens + output_tokens
+    return (
+        dealt_rates.mean() * tokens,
+        dealt_rates[dealt_rates == dealt_rates.max()].sum() / dealt_rates.sum(),
+        np.resize(dealt_ranks, period) @ load / load.sum(),
+        MIB_PER_GIB * slots_gib(model, MANY_SLOTS, slot_rank) / MANY_SLOTS,
+        output_tokens / tokens,
+        tokens,
+        zipf_exponent,
+        arrival_cv,
+    )
+
+
+def configuration_features(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return `TRAFFIC` and `CONFIGURATION` for runs, one row each.
+
+    ``offered``: load in tokens/s; ``slots_gib``: memory that the slots take.
+    """
+    mixes = runs.drop_duplicates("workload_id")
+    traffic = traffic_features(mixes).assign(workload_id=mixes.workload_id)
+    joined = runs[["workload_id"]].merge(traffic, on="workload_id", how="left")
+    joined.index = runs.index
+    slots = runs.adapter_slots
+    return joined[TRAFFIC].assign(
+        served_adapters=runs.served_adapters,
+        adapter_slots=slots,
+        slots_per_adapter=slots / runs.served_adapters,
+        offered=runs.offered_tokens_per_s,
+        slots_gib=joined.slot_mib * slots / MIB_PER_GIB,
+    )[TRAFFIC + CONFIGURATION]

@@ -1,0 +1,134 @@
+"""Trained models on disk, without pickle: loading runs no code but that of the types named here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapter_twin import __version__
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.learn.surrogates import feature_array
+from adapter_twin.tables.datasets import replacing
+from adapter_twin.workload.strict import require
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TRUSTED = (
+    "adapter_twin.learn.surrogates.logarithms",
+    "interpret.glassbox._ebm._ebm.ExplainableBoostingClassifier",
+    "interpret.glassbox._ebm._ebm.ExplainableBoostingRegressor",
+    "scipy._lib.array_api_compat.numpy._aliases.asarray",
+    "scipy.interpolate._bsplines.BSpline",
+    "sklearn.tree._tree.Tree",
+)
+"""Types beyond skops' own list that our models are made of."""
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a stored model predicts, and how well.
+
+    Attributes
+    ----------
+    target : str
+        One of `adapter_twin.learn.surrogates.TARGETS`.
+    model, features : str
+        See `adapter_twin.learn.surrogates`.
+    interval_factor : float
+        The true value lies within prediction / factor and prediction x factor, 9 times of 10.
+    coverage : float
+        Share of unseen workloads for which it did.
+    """
+
+    target: str
+    model: str
+    features: str
+    interval_factor: float
+    coverage: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A model of one figure of the optimum.
+
+    Attributes
+    ----------
+    about : About
+    estimator : estimator
+    """
+
+    about: About
+    estimator: Any
+
+    def predict(self, workloads: pd.DataFrame) -> tuple[Any, Any, Any]:
+        """Return predictions, and the ends of their intervals, for rows of a table of workloads."""
+        value = self.estimator.predict(feature_array(self.about.features, workloads))
+        factor = self.about.interval_factor
+        return value, value / factor, value * factor
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def store(trained: Trained, folder: Path) -> None:
+    """Write ``<target>.skops``, and ``<target>.json`` about it."""
+    target = trained.about.target
+    store_estimator(trained.estimator, folder / f"{target}.skops")
+    facts = asdict(trained.about) | {"version": __version__}
+    write_text(folder / f"{target}.json", json.dumps(facts, indent=1) + "\n")
+
+
+def load_trained(folder: Path, target: str) -> Trained:
+    """Load the model of one target.
+
+    Raises
+    ------
+    AdapterTwinError
+        There is none, or it is made of types that none of our models is made of.
+    """
+    estimator = load_estimator(folder / f"{target}.skops")
+    path = folder / f"{target}.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return Trained(
+            About(**{field.name: facts[field.name] for field in fields(About)}), estimator
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise AdapterTwinError(
+            f"{path}: does not tell about the model ({error!r}); run adapter-twin train again"
+        ) from None
+
+
+def store_estimator(estimator: Any, path: Path) -> None:
+    """Write one estimator."""
+    import skops.io
+
+    with replacing(path) as temporary:
+        skops.io.dump(estimator, temporary)
+
+
+def load_estimator(path: Path) -> Any:
+    """Load one estimator.
+
+    Raises
+    ------
+    AdapterTwinError
+        There is none, or it is made of types that none of our models is made of.
+    """
+    import skops.io
+
+    require(path.is_file(), f"{path}: no such model; run adapter-twin train first")
+    try:
+        foreign = sorted(set(skops.io.get_untrusted_types(file=path)) - set(TRUSTED))
+        estimator = None if foreign else skops.io.load(path, trusted=list(TRUSTED))
+    except Exception as error:  # whatever a file that is no model makes skops raise
+        raise AdapterTwinError(f"{path}: is no stored model ({error})") from None
+    if foreign:
+        raise AdapterTwinError(f"{path}: holds {foreign[0]}, which is no part of our models")
+    return estimator

@@ -1,0 +1,296 @@
+"""A campaign: what is to be measured on this machine, read from strict YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.laws.memory import slots_bytes
+from adapter_twin.measure.engine_flags import GIB, EngineFlags
+from adapter_twin.measure.micro_plan import MicroPlan
+from adapter_twin.measure.model_folder import check_model
+from adapter_twin.workload.files import read_yaml
+from adapter_twin.workload.models import MODEL_CONFIGS, model_shape
+from adapter_twin.workload.scenario import Lengths, Workload, deal_adapters
+from adapter_twin.workload.strict import build, require, require_positive, suggestion
+from adapter_twin.workload.trace import Trace, generate, generators
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Micro:
+    """Micro-profiles: one designed experiment on several engines.
+
+    Attributes
+    ----------
+    engines : tuple of EngineFlags
+        In the file, what differs from the campaign's `engine`.
+    plan : MicroPlan
+    """
+
+    engines: tuple[EngineFlags, ...]
+    plan: MicroPlan
+
+    def __post_init__(self) -> None:
+        require(bool(self.engines), "engines: must not be empty; give at least one")
+
+    def adapter_ranks(self) -> tuple[int, ...]:
+        """Return the rank of every synthetic adapter that the plan needs.
+
+        One more than there are slots, of the lowest rank: the design makes requests wait for it.
+        """
+        counts = dict.fromkeys(self.plan.ranks, max(self.plan.adapters))
+        lowest = min(counts)
+        most_slots = max(flags.max_loras for flags in self.engines)
+        counts[lowest] = max(counts[lowest], most_slots + 1)
+        return tuple(rank for rank, count in counts.items() for _ in range(count))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingRun:
+    """One serving run: adapters, their traffic and the slots they share.
+
+    Attributes
+    ----------
+    served_adapters, adapter_slots : int
+    rates : tuple of float
+        Requests/s, dealt round-robin to the adapters.
+    ranks : tuple of int
+        Ranks, dealt likewise.
+    max_lora_rank : int
+    held_out : bool
+        Kept from fitting; decided here, before anything is fitted.
+    repeats : int
+        Times that the very same traffic is served.
+    """
+
+    served_adapters: int
+    adapter_slots: int
+    rates: tuple[float, ...]
+    ranks: tuple[int, ...]
+    max_lora_rank: int
+    held_out: bool = False
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        require_positive(self, "adapter_slots", "repeats")
+        deal_adapters(self.served_adapters, self.rates, self.ranks)
+        require(
+            self.adapter_slots <= self.served_adapters,
+            f"adapter_slots: {self.adapter_slots} exceed served_adapters = {self.served_adapters}; "
+            "lower the slots or serve more adapters",
+        )
+        require(
+            max(self.ranks) <= self.max_lora_rank,
+            f"ranks: {max(self.ranks)} exceeds max_lora_rank = {self.max_lora_rank}; raise it or "
+            "leave the rank out",
+        )
+
+    def flags(self, engine: EngineFlags) -> EngineFlags:
+        """Return the flags of the server: the campaign's, with this run's adapters and slots."""
+        return replace(
+            engine,
+            max_loras=self.adapter_slots,
+            max_lora_rank=self.max_lora_rank,
+            max_cpu_loras=self.served_adapters,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """Serving runs with one window and one distribution of lengths.
+
+    Attributes
+    ----------
+    duration_s : float
+    lengths : Lengths
+    runs : tuple of ServingRun
+    """
+
+    duration_s: float
+    lengths: Lengths
+    runs: tuple[ServingRun, ...]
+
+    def __post_init__(self) -> None:
+        require_positive(self, "duration_s")
+        require(bool(self.runs), "runs: must not be empty; give at least one")
+
+    def workload(self, run: ServingRun) -> Workload:
+        """Return a run's adapters and their traffic."""
+        return Workload(
+            adapters=deal_adapters(run.served_adapters, run.rates, run.ranks),
+            duration_s=self.duration_s,
+            lengths=self.lengths,
+        )
+
+
+def draw_trace(workload: Workload, seed: int) -> Trace:
+    """Draw the requests that a client sends: those that the twin draws from the same seed."""
+    marginals = None
+    if workload.lengths.distribution == "sharegpt":
+        from adapter_twin.tables.datasets import sharegpt_lengths
+
+        marginals = sharegpt_lengths()
+    return generate(workload, generators(seed)[0], marginals)
+
+
+def check_trace(workload: Workload, seed: int, max_model_len: int) -> None:
+    """Raise `AdapterTwinError` if a run would send no request, or one that is too long."""
+    trace = draw_trace(workload, seed)
+    require(len(trace) > 0, "rates: not one request falls into the window; raise the rates")
+    longest = int((trace.prompt_tokens + trace.output_tokens).max())
+    require(
+        longest <= max_model_len,
+        f"rates: a request of {longest} tokens exceeds engine.max_model_len = {max_model_len}; "
+        "raise it or lower the lengths",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Campaign:
+    """The content of a campaign file.
+
+    Attributes
+    ----------
+    name : str
+    model : str
+        A key of `adapter_twin.workload.models.MODEL_CONFIGS`, or the path of a model folder.
+    engine : EngineFlags
+        What all engines share; in the file, without adapter slots and ranks.
+    budget_s : float
+        Time for one call of `adapter-twin profile`; the next one goes on where it stopped.
+    adapters : str, optional
+        Folder of PEFT adapters, one a subfolder; left out, synthetic ones are written.
+    cpu_memory_gib : float, optional
+        Memory that adapter slots and KV cache share on a CPU, as they do on a GPU; it takes the
+        place of `engine.cpu_kv_cache_gib`.
+    seed : int
+    micro : Micro, optional
+    serving : Serving, optional
+    """
+
+    name: str
+    model: str
+    engine: EngineFlags
+    budget_s: float
+    adapters: str | None = None
+    cpu_memory_gib: float | None = None
+    seed: int = 0
+    micro: Micro | None = None
+    serving: Serving | None = None
+
+    def __post_init__(self) -> None:
+        require(bool(self.name), "name: must not be empty")
+        require(self.seed >= 0, f"seed: must be zero or more, got {self.seed}")
+        require_positive(self, "budget_s")
+        has_pieces = self.micro is not None or self.serving is not None
+        require(has_pieces, "micro: nothing to measure; give micro, serving or both")
+        for index, engine in enumerate(self.micro.engines if self.micro else ()):
+            try:
+                self.sized(engine)
+            except AdapterTwinError as error:
+                raise AdapterTwinError(f"micro.engines[{index}].{error}") from None
+        for index in range(len(self.serving.runs) if self.serving else 0):
+            try:
+                self.flags(index)
+                self._check_lengths(index)
+            except AdapterTwinError as error:
+                raise AdapterTwinError(f"serving.runs[{index}].{error}") from None
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in the tables."""
+        return self.model if self.model in MODEL_CONFIGS else Path(self.model).name
+
+    def sized(self, flags: EngineFlags) -> EngineFlags:
+        """Return an engine's flags with the KV cache that its slots leave of `cpu_memory_gib`."""
+        if self.cpu_memory_gib is None:
+            return flags
+        require(
+            self.model in MODEL_CONFIGS,
+            f"cpu_memory_gib: only for the shapes {', '.join(MODEL_CONFIGS)}; leave it out",
+        )
+        slots = slots_bytes(model_shape(self.model), flags.max_loras, flags.max_lora_rank) / GIB
+        require(
+            slots < self.cpu_memory_gib,
+            f"max_loras: {flags.max_loras} slots of rank {flags.max_lora_rank} take {slots:.3g} of "
+            f"cpu_memory_gib = {self.cpu_memory_gib}; give fewer or raise it",
+        )
+        return replace(flags, cpu_kv_cache_gib=self.cpu_memory_gib - slots)
+
+    def flags(self, index: int) -> EngineFlags:
+        """Return the flags of a serving run's server."""
+        assert self.serving is not None
+        return self.sized(self.serving.runs[index].flags(self.engine))
+
+    def workload(self, index: int) -> Workload:
+        """Return a serving run's adapters and their traffic."""
+        assert self.serving is not None
+        return self.serving.workload(self.serving.runs[index])
+
+    def run_seed(self, index: int) -> int:
+        """Return the seed of a serving run's traffic; repeats of it serve the same requests."""
+        return self.seed + index
+
+    def _check_lengths(self, index: int) -> None:
+        check_trace(self.workload(index), self.run_seed(index), self.engine.max_model_len)
+
+
+_SLOTLESS = {"max_loras": 0, "max_lora_rank": 8, "max_cpu_loras": 0}
+
+
+def load_campaign(path: str | Path) -> Campaign:
+    """Read a campaign; paths in it are relative to its file.
+
+    Raises
+    ------
+    AdapterTwinError
+        The file cannot be read, or has an unknown, missing or wrong key, which the message names.
+    """
+    file = Path(path)
+    content = read_yaml(file)
+    if not isinstance(content, dict):
+        return build(Campaign, content, "")
+    content = dict(content)
+    model = content.get("model")
+    if isinstance(model, str) and model not in MODEL_CONFIGS:
+        content["model"] = _model_folder(model, file.parent)
+    if isinstance(content.get("adapters"), str):
+        folder = file.parent / content["adapters"]
+        require(folder.is_dir(), f"adapters: {folder} is no folder; give a folder of PEFT adapters")
+        content["adapters"] = str(folder)
+    engine = content.get("engine", {})
+    if isinstance(engine, dict):
+        for name in _SLOTLESS:
+            require(name not in engine, f"engine.{name}: give it per engine or run, not for all")
+        if model not in MODEL_CONFIGS:  # a real model has weights to read
+            engine = {"load_format": "auto", **engine}
+        content["engine"] = {**_SLOTLESS, **engine}
+        build(EngineFlags, content["engine"], "engine")
+        _share(engine, content.get("micro"))
+    return build(Campaign, content, "")
+
+
+def _model_folder(model: str, parent: Path) -> str:
+    folder = parent / model
+    if not folder.is_dir():
+        raise AdapterTwinError(
+            f"model: {model!r} is neither a folder nor a shape{suggestion(model, MODEL_CONFIGS)}"
+        )
+    check_model(folder)
+    return str(folder)
+
+
+def _share(engine: Mapping[str, Any], micro: Any) -> None:
+    """Complete the engines of the micro-profiles with the flags that all engines share."""
+    if not isinstance(micro, dict) or not isinstance(micro.get("engines"), list):
+        return
+    micro["engines"] = [
+        # As many in host memory as in slots, at least: the runner raises it to all there are.
+        {**engine, **own} | {"max_cpu_loras": own.get("max_cpu_loras", own.get("max_loras"))}
+        if isinstance(own, dict)
+        else own
+        for own in micro["engines"]
+    ]

@@ -1,0 +1,160 @@
+"""Micro-profiles: single steps, adapter loads and the start of a real engine.
+
+Every engine runs in a child process of its own (`adapter_twin.measure.micro_engine`): its memory
+is given back when it ends, and a refused start or a crash is a row with its reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from adapter_twin.measure.engine_flags import EngineFlags, environment
+from adapter_twin.measure.machine import require_engine
+from adapter_twin.measure.micro_plan import MicroPlan, check_plan
+from adapter_twin.measure.model_folder import adapter_rank, check_model
+from adapter_twin.measure.vllm_cli import PARENT
+from adapter_twin.measure.vllm_server import telling_line
+
+STEP_COLUMNS = [
+    *["adapter_slots", "max_lora_rank", "rank", "repeat", "point", "step"],
+    *["batched_tokens", "decodes", "prompts", "prefill_tokens", "context_tokens"],
+    *["distinct_adapters", "running", "waiting", "loads", "step_ms", "schedule_ms", "output_ms"],
+]
+LOAD_COLUMNS = ["rank", "max_lora_rank", "source", "index", "load_ms"]
+_MEASURED_AT_START = (
+    *("kv_cache_tokens", "block_size", "weights_gib", "slots_gib", "startup_s", "capture_s"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineProfile:
+    """What one engine showed.
+
+    Attributes
+    ----------
+    start : dict
+        One row of the table ``engine_starts``; its ``server_failure`` is None where all went well.
+    steps, loads : pandas.DataFrame
+        Rows of ``micro_steps`` and ``adapter_loads``: none where the start was refused, and those
+        measured until then where the engine died.
+    """
+
+    start: dict[str, Any]
+    steps: pd.DataFrame
+    loads: pd.DataFrame
+
+
+def profile_engine(
+    model_folder: Path,
+    adapters: Sequence[Path],
+    flags: EngineFlags,
+    plan: MicroPlan,
+    seed: int,
+) -> EngineProfile:
+    """Start an engine in a child process and measure its steps and adapter loads.
+
+    Parameters
+    ----------
+    model_folder : pathlib.Path
+    adapters : sequence of pathlib.Path
+        PEFT adapters; those whose rank exceeds ``max_lora_rank`` are left out.
+    flags : EngineFlags
+    plan : MicroPlan
+    seed : int
+        Decides the order of the points and the prompts.
+
+    Raises
+    ------
+    AdapterTwinError
+        The model folder or one of the adapters is none, the plan asks for adapters that are not
+        there, or no vLLM is installed.
+    """
+    check_model(model_folder)
+    ranks = {str(folder.resolve()): adapter_rank(folder) for folder in adapters}
+    check_plan(plan, flags, Counter(ranks.values()))
+    require_engine()
+    spec = {
+        "model": str(model_folder.resolve()),
+        "adapters": {path: rank for path, rank in ranks.items() if rank <= flags.max_lora_rank},
+        "flags": asdict(flags),
+        "plan": asdict(plan),
+        "seed": seed,
+    }
+    with tempfile.TemporaryDirectory(prefix="adapter-twin-") as name:
+        results = Path(name)
+        (results / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+        failure = run_child(
+            [sys.executable, "-m", "adapter_twin.measure.micro_engine", name],
+            environment(flags),
+            results / "log.txt",
+        )
+        return _collect(results, flags, failure)
+
+
+def run_child(command: Sequence[str], variables: dict[str, str], log: Path) -> str | None:
+    """Run a command to its end in a session of its own, and return why it failed, if it did.
+
+    The command and what it started are gone when this returns, also after an exception.
+    """
+    surroundings = os.environ | variables | {PARENT: str(os.getpid())}
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=surroundings,
+            start_new_session=True,
+        )
+        try:
+            status = child.wait()
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+    if status == 0:
+        return None
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    return telling_line(log)
+
+
+def _collect(results: Path, flags: EngineFlags, failure: str | None) -> EngineProfile:
+    started = results / "start.json"
+    measured = json.loads(started.read_text(encoding="utf-8")) if started.is_file() else {}
+    start = {
+        "adapter_slots": flags.max_loras,
+        "max_lora_rank": flags.max_lora_rank,
+        **dict.fromkeys(_MEASURED_AT_START),
+        "server_failure": failure,
+        "gpu_memory_utilization": flags.gpu_memory_utilization,
+        "cpu_kv_cache_gib": flags.cpu_kv_cache_gib,
+        "max_num_batched_tokens": flags.max_num_batched_tokens,
+        "max_num_seqs": flags.max_num_seqs,
+        "max_model_len": flags.max_model_len,
+        **measured,
+    }
+    engine = {"adapter_slots": flags.max_loras, "max_lora_rank": flags.max_lora_rank}
+    steps = _read_rows(results / "steps.jsonl").assign(**engine)
+    loads = _read_rows(results / "loads.jsonl").assign(**engine)
+    return EngineProfile(
+        start, steps.reindex(columns=STEP_COLUMNS), loads.reindex(columns=LOAD_COLUMNS)
+    )
+
+
+def _read_rows(path: Path) -> pd.DataFrame:
+    """Read rows written one a line; a kill may have cut the last one short."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    return pd.DataFrame([json.loads(line) for line in lines])

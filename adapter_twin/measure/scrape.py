@@ -1,0 +1,131 @@
+"""Samples of a vLLM server's metrics, as rows of the table ``series``."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.workload.strict import require
+
+if TYPE_CHECKING:
+    import aiohttp
+    import pandas as pd
+
+METRICS = {
+    "running": "vllm:num_requests_running",
+    "waiting": "vllm:num_requests_waiting",
+    "kv_usage": "vllm:kv_cache_usage_perc",
+    "preempted_total": "vllm:num_preemptions_total",
+    "prompt_tokens_total": "vllm:prompt_tokens_total",
+    "generated_tokens_total": "vllm:generation_tokens_total",
+}
+"""Column of ``series`` -> metric of vLLM."""
+
+COUNTERS = [column for column, metric in METRICS.items() if metric.endswith("_total")]
+IDLE_WITHIN_S = 60.0
+
+# Only these: the whole page takes the server's event loop, which also hands out the tokens, twenty
+# times longer, and grows with every new combination of adapters in a batch. The slash matters:
+# without it another handler answers, which knows no name[].
+_QUERY = [("name[]", metric) for metric in METRICS.values()]
+_PATH = "/metrics/"
+
+
+def parse_metrics(text: str) -> dict[str, float]:
+    """Return a sample by column of ``series``; several engines of one server are added up.
+
+    Raises
+    ------
+    AdapterTwinError
+        A metric is missing.
+    """
+    from prometheus_client.parser import text_string_to_metric_families
+
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            values[sample.name] = values.get(sample.name, 0.0) + sample.value
+    for metric in METRICS.values():
+        require(metric in values, f"metrics: {metric} is missing; profiling needs vLLM 0.32's")
+    return {column: values[metric] for column, metric in METRICS.items()}
+
+
+async def sample(session: aiohttp.ClientSession, base_url: str) -> dict[str, float]:
+    """Read the metrics once."""
+    async with session.get(base_url + _PATH, params=_QUERY) as response:
+        response.raise_for_status()
+        return parse_metrics(await response.text())
+
+
+async def wait_until_idle(base_url: str) -> dict[str, float]:
+    """Wait until the server holds no request, and return that sample.
+
+    Raises
+    ------
+    AdapterTwinError
+        Somebody else uses the server, or it does not answer.
+    """
+    import aiohttp
+
+    try:
+        async with aiohttp.ClientSession() as session, asyncio.timeout(IDLE_WITHIN_S):
+            while True:
+                seen = await sample(session, base_url)
+                if seen["running"] + seen["waiting"] == 0:
+                    return seen
+                await asyncio.sleep(0.5)
+    except TimeoutError:
+        reason = f"still busy after {IDLE_WITHIN_S:.0f} s; let nobody else use it"
+    except aiohttp.ClientError as error:
+        reason = f"no metrics ({error}); is it vLLM 0.32?"
+    raise AdapterTwinError(f"{base_url}: {reason}")
+
+
+async def record_series(
+    base_url: str,
+    baseline: dict[str, float],
+    now_s: Callable[[], float],
+    period_s: float,
+    duration_s: float,
+) -> pd.DataFrame:
+    """Sample the metrics every `period_s` until the end of the window.
+
+    Parameters
+    ----------
+    base_url : str
+    baseline : dict
+        A sample from before the window: counters are counted from there.
+    now_s : callable
+        Time since the window's start, in s.
+    period_s, duration_s : float
+
+    Returns
+    -------
+    pandas.DataFrame
+        The columns of ``series`` but for the ``run_id``. Samples that the server did not answer are
+        left out, and there are none after it died.
+    """
+    import aiohttp
+    import pandas as pd
+
+    rows: list[dict[str, float]] = []
+    timeout = aiohttp.ClientTimeout(total=max(10 * period_s, 10.0))
+    # A session of its own: a full connection pool of the load must not silence the samples.
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        due_s = 0.0
+        while due_s <= duration_s:
+            await asyncio.sleep(due_s - now_s())
+            try:
+                seen = await sample(session, base_url)
+                rows.append({"t_s": now_s()} | seen)
+            except aiohttp.ClientConnectorError:
+                break  # the server is gone
+            except (aiohttp.ClientError, TimeoutError):
+                pass
+            due_s = period_s * max(round(due_s / period_s) + 1, math.ceil(now_s() / period_s))
+    series = pd.DataFrame(rows, columns=["t_s", *METRICS])
+    series[COUNTERS] -= [baseline[column] for column in COUNTERS]
+    return series

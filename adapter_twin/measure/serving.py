@@ -1,0 +1,153 @@
+"""One serving run: a trace sent to a running server, and what client and server saw of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.measure.client import Replay, ScheduleError, replay, settled_memory
+from adapter_twin.measure.scrape import record_series, wait_until_idle
+from adapter_twin.service.client_records import to_gaps, to_records
+from adapter_twin.service.metrics import summarize
+from adapter_twin.tables.run_folder import summarize_series
+from adapter_twin.workload.strict import require
+from adapter_twin.workload.trace import BASE_MODEL, Trace
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_LEAD_S = 0.5
+_WARM_UP_WITHIN_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServedRun:
+    """What a serving run measured.
+
+    Attributes
+    ----------
+    row : dict
+        The measured columns of the table ``runs``. Where the server died, ``duration_s`` is the
+        time until then and ``status`` is ``failed:server_died``.
+    requests : pandas.DataFrame
+        As `adapter_twin.measure.client.Replay.requests`.
+    series : pandas.DataFrame
+        As `adapter_twin.measure.scrape.record_series`; counters start at 0 with the window.
+    schedule : ScheduleError
+        Look at its `warning` before trusting the figures.
+    failure : str or None
+        Why the run ended early; `adapter_twin.measure.vllm_server.Server.failure` may tell more.
+    """
+
+    row: dict[str, Any]
+    requests: pd.DataFrame
+    series: pd.DataFrame
+    schedule: ScheduleError
+    failure: str | None
+
+
+def measure_run(
+    base_url: str,
+    model_name: str,
+    trace: Trace,
+    duration_s: float,
+    adapter_names: Sequence[str],
+    vocabulary: int,
+    seed: int,
+    period_s: float = 1.0,
+) -> ServedRun:
+    """Send a trace to a running server and measure what becomes of it.
+
+    The server must be idle. It is warmed up by one request to the base model and one to the first
+    adapter, as ``vllm bench serve`` sends a test request first.
+
+    Parameters
+    ----------
+    base_url : str
+    model_name : str
+        Of the base model.
+    trace : Trace
+    duration_s : float
+        Requests unfinished by then are dropped.
+    adapter_names : sequence of str
+        By the trace's index.
+    vocabulary : int
+        Prompts are random token ids below it.
+    seed : int
+        Of the prompts.
+    period_s : float
+        Time between samples of the server's metrics.
+
+    Raises
+    ------
+    AdapterTwinError
+        The server does not answer, is in use, or refuses the warm-up.
+    """
+    highest = int(trace.adapter.max(initial=BASE_MODEL))
+    require(
+        highest < len(adapter_names),
+        f"trace: asks for adapter {highest}, but {len(adapter_names)} are served; count from 0",
+    )
+    names = [*adapter_names, model_name]
+    with settled_memory():
+        replayed, series = asyncio.run(
+            _measure(base_url, names, trace, duration_s, vocabulary, seed, period_s)
+        )
+    row = _summary(replayed, series, trace)
+    return ServedRun(row, replayed.requests, series, replayed.schedule, replayed.failure)
+
+
+async def _measure(
+    base_url: str,
+    names: Sequence[str],
+    trace: Trace,
+    duration_s: float,
+    vocabulary: int,
+    seed: int,
+    period_s: float,
+) -> tuple[Replay, pd.DataFrame]:
+    await _warm_up(base_url, names, vocabulary)
+    baseline = await wait_until_idle(base_url)
+    clock_s = asyncio.get_running_loop().time
+    start_s = clock_s() + _LEAD_S
+    return await asyncio.gather(
+        replay(base_url, names, trace, duration_s, vocabulary, seed, start_s),
+        record_series(base_url, baseline, lambda: clock_s() - start_s, period_s, duration_s),
+    )
+
+
+async def _warm_up(base_url: str, names: Sequence[str], vocabulary: int) -> None:
+    used = [BASE_MODEL, 0] if len(names) > 1 else [BASE_MODEL]
+    length = np.full(len(used), 8, np.int32)
+    trace = Trace(np.zeros(len(used)), np.array(used, np.int32), length, length)
+    seen = await replay(base_url, names, trace, _WARM_UP_WITHIN_S, vocabulary, seed=0)
+    done = np.isfinite(seen.requests["end_s"])
+    if not done.all():
+        first = seen.requests[~done].iloc[0]
+        reason = first["error"] or f"no answer within {_WARM_UP_WITHIN_S:.0f} s"
+        raise AdapterTwinError(f"{names[first['adapter']]}: the server did not answer ({reason})")
+
+
+def _summary(replayed: Replay, series: pd.DataFrame, trace: Trace) -> dict[str, Any]:
+    records = to_records(replayed.requests)
+    done = np.isfinite(records.end_s)
+    return {
+        "status": "ok" if replayed.failure is None else "failed:server_died",
+        "duration_s": replayed.ended_s,
+        "mean_input_tokens": trace.prompt_tokens.mean(),
+        "mean_requested_output_tokens": trace.output_tokens.mean(),
+        "sent_requests": int(replayed.requests["sent_s"].notna().sum()),
+        "sent_is_exact": True,
+        "client_collapsed": False,
+        "input_tokens": int(records.prompt_tokens[done].sum()),
+        "output_tokens": int(records.output_tokens[done].sum()),
+        **summarize(records, to_gaps(replayed.requests), replayed.ended_s),
+        **summarize_series(series),
+        "failed_requests": int(replayed.requests["error"].notna().sum()),
+        "schedule_error_p99_ms": replayed.schedule.p99_ms,
+    }

@@ -1,0 +1,123 @@
+"""What a campaign has measured so far: a folder per piece, there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.tables.campaign_schemas import CAMPAIGN_TABLES
+from adapter_twin.tables.datasets import replacing, write_table
+from adapter_twin.tables.schemas import validate
+from adapter_twin.workload.files import read_yaml
+from adapter_twin.workload.strict import require
+
+COPY = "campaign.yaml"
+MACHINE = "machine.json"
+_FACTS = "facts.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """The folder of a campaign.
+
+    Attributes
+    ----------
+    out : pathlib.Path
+        The tables lie here, and each piece's in ``pieces/<piece_id>/``.
+    """
+
+    out: Path
+
+    def open(self, asked: str, machine: Mapping[str, Any], file: Path) -> None:
+        """Make the folder ready for a campaign, or refuse to mix two campaigns in it.
+
+        Parameters
+        ----------
+        asked : str
+            What is to be measured, as YAML; kept as ``campaign.yaml``.
+        machine : mapping
+            See `adapter_twin.measure.machine.describe_machine`.
+        file : pathlib.Path
+            Where `asked` comes from, for messages.
+
+        Raises
+        ------
+        AdapterTwinError
+            The folder holds another campaign, or one that another machine or engine measured.
+        """
+        copy, described = self.out / COPY, self.out / MACHINE
+        (self.out / "pieces").mkdir(parents=True, exist_ok=True)
+        for left in (self.out / "pieces").glob(".*.tmp"):  # by a kill
+            shutil.rmtree(left)
+        if copy.is_file():
+            require(
+                _measures(read_yaml(copy)) == _measures(yaml.safe_load(asked)),
+                f"{self.out}: holds another campaign than {file}; give another folder",
+            )
+        if described.is_file():
+            before = json.loads(described.read_text(encoding="utf-8"))
+            for part in ("device", "vllm"):
+                require(
+                    before.get(part) == machine.get(part),
+                    f"{self.out}: was measured with {part} {before.get(part)}, this is "
+                    f"{machine.get(part)}; give another folder",
+                )
+        with replacing(copy) as temporary:
+            temporary.write_text(asked, encoding="utf-8")
+        with replacing(described) as temporary:
+            temporary.write_text(json.dumps(machine, indent=2) + "\n", encoding="utf-8")
+
+    def complete(self) -> dict[str, dict[str, Any]]:
+        """Return the facts of each complete piece by its id."""
+        found = sorted((self.out / "pieces").glob(f"*/{_FACTS}"))
+        return {path.parent.name: json.loads(path.read_text("utf-8")) for path in found}
+
+    def store(
+        self, piece_id: str, tables: Mapping[str, pd.DataFrame], facts: Mapping[str, Any]
+    ) -> None:
+        """Keep a piece's tables and facts."""
+        folder = self.out / "pieces" / piece_id
+        partial = folder.with_name(f".{piece_id}.tmp")
+        try:
+            partial.mkdir()
+            for name, table in tables.items():
+                write_table(table, partial / f"{name}.parquet")
+            (partial / _FACTS).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+            partial.rename(folder)
+        except OSError as error:
+            raise AdapterTwinError(f"{folder}: cannot be written ({error.strerror})") from None
+
+    def assemble(self) -> dict[str, int]:
+        """Join the pieces' tables, write them, and return the number of rows of each.
+
+        Raises
+        ------
+        AdapterTwinError
+            A table breaks its schema.
+        """
+        rows = {}
+        for name, schema in CAMPAIGN_TABLES.items():
+            target = self.out / f"{name}.parquet"
+            paths = sorted((self.out / "pieces").glob(f"*/{name}.parquet"))
+            frames = [frame for frame in map(pd.read_parquet, paths) if len(frame)]
+            if frames:
+                table = validate(pd.concat(frames, ignore_index=True), schema, target)
+                others = [column for column in table if column not in schema.columns]
+                table = table[[*schema.columns, *others]]
+                write_table(table, target)
+                rows[name] = len(table)
+        return rows
+
+
+def _measures(campaign: Any) -> str:
+    """Return what a campaign file measures as text: all but its time budget."""
+    known = {key: value for key, value in campaign.items() if key != "budget_s"}
+    return yaml.safe_dump(known)

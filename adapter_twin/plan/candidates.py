@@ -1,0 +1,223 @@
+"""One replica's service as slots and load vary: the analytic model proposes, the twin decides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from adapter_twin.capacity.analytic import analyse
+from adapter_twin.laws import load_calibration
+from adapter_twin.laws.calibration import Calibration
+from adapter_twin.plan.criterion import MARGIN, Criterion
+from adapter_twin.plan.demand import Demand
+from adapter_twin.plan.grid import HOPELESS
+from adapter_twin.plan.steady_state import (
+    FIGURES,
+    Service,
+    Window,
+    draw_traffic,
+    mean_figures,
+    serve,
+    warmed_up,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+REPLICATIONS = 5
+"""Windows, each with traffic of its own, by which a choice is confirmed and predicted."""
+
+UNPROMISING = 0.75
+"""Where the analytic throughput is below that share of the load, the twin is not asked."""
+
+FAR_BEHIND = 20.0
+"""Nor where adapters wait so long for a slot that the mean TTFT is that many times the best one's,
+and no more is served."""
+
+CERTAIN_GROWTH = 1.2
+"""No more than that times the analytic capacity can be served."""
+
+GROWTH_STEP = 1.1
+"""Resolution, as a ratio, of the highest load that can be served."""
+
+MOST_GROWTH = 10.0
+"""Where more can be served, that is enough to know."""
+
+ALIKE = 1.1
+RESERVE = 1.25
+"""Mean TTFTs within the ratio `ALIKE` differ by less than the twin errs by; of such candidates the
+one with the lowest mean TTFT at `RESERVE` times the load is taken."""
+
+HOUR_S = 3600.0
+
+
+class Choice(NamedTuple):
+    """A number of slots that serves a demand."""
+
+    row: pd.Series[Any]  # of the table that it was chosen from
+    services: list[Service]
+
+
+def candidate_slots(demand: Demand) -> list[int]:
+    """Return the numbers of slots to try: all adapters, powers of two, and midway between them."""
+    count = len(demand.adapters)
+    if demand.slots is not None:
+        return sorted(slots for slots in demand.slots if slots <= count)
+    powers = [2**k for k in range(count.bit_length())]
+    return sorted({n for power in powers for n in (power, 3 * power // 2) if n <= count} | {count})
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """One GPU with a demand on it.
+
+    Attributes
+    ----------
+    demand : Demand
+    calibration : Calibration
+        Of a server on which every adapter has been used.
+    criterion : Criterion
+        When a configuration serves well enough, and which one is best.
+    traffic : Window
+        Requests that configurations are compared on.
+    """
+
+    demand: Demand
+    calibration: Calibration
+    criterion: Criterion
+    traffic: Window
+    _known: dict[tuple[int, float], dict[str, float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, demand: Demand) -> Self:
+        """Draw the requests and load the calibration; raises where there is none."""
+        calibration = warmed_up(load_calibration(demand.calibration, demand.model))
+        traffic = draw_traffic(demand, calibration, seed=demand.seed)
+        return cls(demand, calibration, Criterion(margin=MARGIN, slo=demand.slo), traffic)
+
+    def bounds(self) -> pd.DataFrame:
+        """Return what the analytic model says of all candidates.
+
+        Returns
+        -------
+        pandas.DataFrame
+            ``adapter_slots``; the columns of `adapter_twin.capacity.analytic.analyse`, with the
+            prefix ``analytic_`` where the twin has the figure, too; ``promising``: worth
+            simulating, at least one where a start is possible and the load not hopeless.
+        """
+        slots = candidate_slots(self.demand)
+        engines = [self.demand.engine(size) for size in slots]
+        table = analyse(self.demand.workload(HOUR_S), engines, self.calibration)
+        possible = table.feasible_start & (table.utilisation < HOPELESS)
+        share = table.total_throughput / table.offered_tokens_per_s
+        promising = possible & (share >= min(UNPROMISING, share[possible].max()))
+        sure = table[promising & table.holds]
+        for best in sure.sort_values("mean_ttft_ms").head(1).itertuples():
+            behind = table.holds & (table.mean_ttft_ms > FAR_BEHIND * best.mean_ttft_ms)
+            promising &= ~behind | (table.total_throughput > best.total_throughput)
+        names = {name: f"analytic_{name}" for name in FIGURES}
+        return table.rename(columns=names).assign(adapter_slots=slots, promising=promising)
+
+    def table(self) -> pd.DataFrame:
+        """Return `bounds` with the twin's figures for promising candidates, and ``serves``."""
+        import pandas as pd
+
+        bounds = self.bounds()
+        promising = bounds.index[bounds.promising]
+        figures = [self.figures(int(slots)) for slots in bounds.adapter_slots[promising]]
+        served = pd.DataFrame(figures, index=promising, columns=self.columns, dtype=float)
+        table = bounds.join(served)
+        return table.assign(serves=self.criterion.feasible(table))
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the figures."""
+        return [*FIGURES, *([] if self.demand.slo is None else ["slo_attainment"])]
+
+    def figures(self, slots: int, load: float = 1.0) -> dict[str, float]:
+        """Simulate one number of slots, all rates multiplied by `load`, unless it is known."""
+        if (slots, load) not in self._known:
+            traffic = self.traffic if load == 1 else self._draw(self.demand.seed, load)
+            service = serve(traffic, self.demand.engine(slots), self.calibration)
+            self._known[slots, load] = service.figures
+        return self._known[slots, load]
+
+    def _draw(self, seed: int, load: float = 1.0) -> Window:
+        return draw_traffic(self.demand, self.calibration, seed=seed, load=load)
+
+    def is_served(self, figures: Mapping[str, float]) -> bool:
+        """Return whether figures satisfy the criterion."""
+        import pandas as pd
+
+        row = pd.DataFrame([{"feasible_start": True, **figures}])
+        return bool(self.criterion.feasible(row).iloc[0])
+
+    def can_serve(self) -> bool:
+        """Return whether some number of slots serves the demand, without comparing them."""
+        bounds = self.bounds()
+        # many slots, while they leave enough memory, are the likeliest to do
+        likely = ["starved", "adapter_slots"]
+        rows = bounds[bounds.promising].sort_values(likely, ascending=[True, False])
+        return any(self.is_served(self.figures(int(slots))) for slots in rows.adapter_slots)
+
+    def choose(self, table: pd.DataFrame) -> Choice | None:
+        """Return the best candidate that satisfies the criterion on further requests too."""
+        ranked = self._ranked(table)
+        others = range(self.demand.seed + 1, self.demand.seed + REPLICATIONS)
+        traffics = [self.traffic, *map(self._draw, others)] if len(ranked) else []
+        for _, row in ranked.iterrows():
+            engine = self.demand.engine(int(row.adapter_slots))
+            services = [serve(traffic, engine, self.calibration) for traffic in traffics]
+            if self.is_served(mean_figures(services)):
+                return Choice(row, services)
+        return None
+
+    def _ranked(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Return what the criterion ranks; of those `ALIKE` at the top, the sturdiest first."""
+        import pandas as pd
+
+        ranked: pd.DataFrame = self.criterion.ranked(table)
+        alike = ranked[ranked.tied & (ranked.mean_ttft_ms <= ALIKE * ranked.mean_ttft_ms.min())]
+        if len(alike) <= 1:
+            return ranked
+        # too few slots show in TTFT as soon as the load grows
+        slots = alike.adapter_slots.to_list()
+        sturdiest = min(slots, key=lambda size: self.figures(size, RESERVE)["mean_ttft_ms"])
+        first = ranked.adapter_slots.isin([sturdiest])
+        return pd.concat([ranked[first], ranked[~first]])
+
+    def at_loads(
+        self, slots: int, utilisation: float, loads: Sequence[float]
+    ) -> list[dict[str, Any]]:
+        """Return one row per load that is not hopeless: ``load``, figures, and ``serves``."""
+        rows = []
+        for load in loads:
+            if load * utilisation < HOPELESS:
+                figures = self.figures(slots, load)
+                rows.append({"load": load, **figures, "serves": self.is_served(figures)})
+        return rows
+
+    def growth(self, slots: int, utilisation: float, rows: Sequence[Mapping[str, Any]]) -> float:
+        """Return the highest factor on all rates that is served, to `GROWTH_STEP`, if not more.
+
+        Parameters
+        ----------
+        slots : int
+        utilisation : float
+            Offered load by analytic capacity, which bounds the search.
+        rows : sequence of mapping
+            What `at_loads` returned, which narrows it.
+        """
+        low, high = 1.0, min(max(CERTAIN_GROWTH / utilisation, GROWTH_STEP), MOST_GROWTH)
+        for row in rows:
+            if row["load"] > 1 and not row["serves"]:
+                high = min(high, row["load"])
+        served = [row["load"] for row in rows if row["serves"] and low < row["load"] < high]
+        low = max([low, *served])
+        while high > GROWTH_STEP * low:
+            middle = math.sqrt(low * high)
+            fits = self.is_served(self.figures(slots, middle))
+            low, high = (middle, high) if fits else (low, middle)
+        return low

@@ -1,0 +1,110 @@
+"""The rule that picks a configuration from a table of runs: the one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from adapter_twin.service.metrics import STARVATION_THRESHOLD
+from adapter_twin.workload.scenario import Slo
+from adapter_twin.workload.strict import require
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TIE = 0.01
+"""Throughputs this close to the best one, relatively, are as good."""
+
+
+MARGIN = 0.02
+"""Safety margin of a pick: it costs little throughput, and keeps picks from starving."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Criterion:
+    """When a configuration serves well enough, and which one is best.
+
+    Attributes
+    ----------
+    margin : float
+        Added to the share of the offered load at which starvation begins: a prediction that close
+        to the edge may starve in truth.
+    slo : Slo, optional
+        Must be met, too.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> runs = pd.DataFrame(
+    ...     {
+    ...         "adapter_slots": [8, 16, 32],
+    ...         "feasible_start": True,
+    ...         "offered_tokens_per_s": 1000.0,
+    ...         "total_throughput": [850.0, 999.0, 995.0],
+    ...         "mean_ttft_ms": [9000.0, 90.0, 70.0],
+    ...     }
+    ... )
+    >>> Criterion().ranked(runs)[["adapter_slots", "mean_ttft_ms", "tied"]]
+       adapter_slots  mean_ttft_ms  tied
+    2             32          70.0  True
+    1             16          90.0  True
+    """
+
+    margin: float = 0.0
+    slo: Slo | None = None
+
+    def __post_init__(self) -> None:
+        highest = 1 - STARVATION_THRESHOLD
+        require(0 <= self.margin < highest, f"margin: got {self.margin}, give 0 to {highest:.2g}")
+
+    def feasible(self, runs: pd.DataFrame) -> pd.Series[bool]:
+        """Return which runs start, do not starve, and meet the SLO.
+
+        Parameters
+        ----------
+        runs : pandas.DataFrame
+            ``feasible_start``, ``total_throughput``, ``offered_tokens_per_s`` (tokens/s) and, with
+            an SLO, ``slo_attainment``. A run without figures is not feasible.
+        """
+        threshold = (STARVATION_THRESHOLD + self.margin) * runs.offered_tokens_per_s
+        feasible = runs.feasible_start & (runs.total_throughput >= threshold)
+        if self.slo is not None:
+            feasible &= runs.slo_attainment >= self.slo.percentile / 100
+        return feasible
+
+    def ranked(self, runs: pd.DataFrame, within: Sequence[str] = ()) -> pd.DataFrame:
+        """Return the feasible runs, the best first.
+
+        Highest throughput first; those within `TIE` of the best are ranked by mean TTFT, and marked
+        in the column ``tied``. Empty if no run is feasible: there is no second-best rule.
+
+        Parameters
+        ----------
+        runs : pandas.DataFrame
+            As for `feasible`, and ``mean_ttft_ms``.
+        within : sequence of str
+            Columns that tell apart the workloads of which each gets its own ranking.
+        """
+        served = runs[self.feasible(runs)]
+        throughput = served.total_throughput
+        highest: Any = throughput.max()
+        if within:
+            groups = served.groupby(list(within), observed=True, sort=False)
+            highest = groups.total_throughput.transform("max")
+        tied = throughput >= (1 - TIE) * highest
+        return (
+            served.assign(tied=tied, by=served.mean_ttft_ms.where(tied, -throughput))
+            .sort_values([*within, "tied", "by"], ascending=[*[True] * len(within), False, True])
+            .drop(columns="by")
+        )
+
+    def __str__(self) -> str:
+        share = 100 * (STARVATION_THRESHOLD + self.margin)
+        slo = (
+            "" if self.slo is None else f" and an SLO met by {self.slo.percentile:g} % of requests"
+        )
+        return (
+            f"highest throughput with {share:g} % of the offered load served{slo}; ties within "
+            f"{100 * TIE:g} % by mean TTFT"
+        )

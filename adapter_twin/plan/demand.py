@@ -1,0 +1,272 @@
+"""What is to be served: concrete adapters with their traffic, from a YAML file or a request log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.plan.grid import MAX_NUM_SEQS, check_grid, slot_rank
+from adapter_twin.tables.datasets import read_frame
+from adapter_twin.workload.files import (
+    DEFAULT_BATCHED_TOKENS,
+    DEFAULT_BLOCK_TOKENS,
+    expand_adapters,
+    read_yaml,
+)
+from adapter_twin.workload.scenario import (
+    Adapter,
+    Arrivals,
+    EngineConfig,
+    Lengths,
+    Slo,
+    Workload,
+)
+from adapter_twin.workload.strict import build, require, suggestion
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LOG_COLUMNS = ("adapter", "arrival_s", "prompt_tokens", "output_tokens")
+"""Of a request log; an empty adapter is the base model."""
+
+LEAST_CV = 0.01
+"""Lengths that vary less than that are as good as constant."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """Adapters to be served, their traffic, and the service they shall get.
+
+    Attributes
+    ----------
+    model : str
+    adapters : tuple of Adapter
+    lengths : Lengths
+    arrivals : Arrivals
+        Poisson or gamma.
+    base_model_request_rate : float
+        Requests/s to the base model, without an adapter.
+    slo : Slo, optional
+    calibration : str
+        Name of a calibration, or ``auto``: the one of the model.
+    seed : int
+    max_num_seqs, max_num_batched_tokens, block_size : int
+        As in `adapter_twin.workload.scenario.EngineConfig`.
+    slots : tuple of int, optional
+        Numbers of adapter slots to choose from; left out, all sizes are tried.
+    """
+
+    model: str
+    adapters: tuple[Adapter, ...]
+    lengths: Lengths
+    arrivals: Arrivals = field(default_factory=Arrivals)
+    base_model_request_rate: float = 0.0
+    slo: Slo | None = None
+    calibration: str = "auto"
+    seed: int = 0
+    max_num_seqs: int = MAX_NUM_SEQS
+    max_num_batched_tokens: int = DEFAULT_BATCHED_TOKENS
+    block_size: int = DEFAULT_BLOCK_TOKENS
+    slots: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        require(bool(self.adapters), "adapters: give at least one")
+        for adapter in self.adapters:
+            require(
+                not adapter.pinned,
+                f"adapters: {adapter.name!r} is pinned, which only `simulate` knows; leave "
+                "`pinned` out",
+            )
+        require(self.seed >= 0, f"seed: must be zero or more, got {self.seed}")
+        require(
+            self.arrivals.process in ("poisson", "gamma"),
+            f"arrivals.process: {self.arrivals.process} cannot be planned with; use poisson or "
+            "gamma, or give a request_log",
+        )
+        if self.slots is not None:
+            check_grid("slots", self.slots)
+            require(
+                min(self.slots) <= len(self.adapters),
+                f"slots: all are above the number of adapters, {len(self.adapters)}",
+            )
+        require(self.workload(1.0).offered_request_rate > 0, "adapters: none of them has requests")
+        self.engine(1)  # complains of its flags
+
+    @property
+    def max_lora_rank(self) -> int:
+        """The rank at which vLLM has to reserve every slot."""
+        return slot_rank([adapter.rank for adapter in self.adapters])
+
+    def workload(self, duration_s: float, load: float = 1.0) -> Workload:
+        """Return the traffic of a window, all rates multiplied by `load`."""
+        adapters = self.adapters
+        if load != 1:
+            adapters = tuple(
+                Adapter(name=a.name, rank=a.rank, request_rate=load * a.request_rate)
+                for a in adapters
+            )
+        return Workload(
+            adapters=adapters,
+            duration_s=duration_s,
+            lengths=self.lengths,
+            arrivals=self.arrivals,
+            base_model_request_rate=load * self.base_model_request_rate,
+        )
+
+    def engine(self, slots: int) -> EngineConfig:
+        """Return the engine that keeps all adapters in host memory and `slots` on the GPU."""
+        return EngineConfig(
+            model=self.model,
+            max_loras=slots,
+            max_cpu_loras=len(self.adapters),
+            max_lora_rank=self.max_lora_rank,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            block_size=self.block_size,
+        )
+
+    def subset(self, count: int) -> Demand:
+        """Return the demand of so many adapters, spread evenly over all rates and ranks."""
+        ordered = sorted(self.adapters, key=lambda adapter: (adapter.request_rate, adapter.rank))
+        chosen = ((np.arange(count) + 0.5) * len(ordered) / count).astype(int)
+        return replace(
+            self,
+            adapters=tuple(ordered[i] for i in chosen),
+            base_model_request_rate=self.base_model_request_rate * count / len(ordered),
+            slots=None if self.slots is None else _up_to(self.slots, count),
+        )
+
+
+def _up_to(slots: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Return the sizes that so many adapters can fill, at least one."""
+    return tuple(size for size in slots if size <= count) or (count,)
+
+
+def load_demand(path: str | Path) -> Demand:
+    """Read a ``WORKLOAD.yaml``: the keys of `Demand`.
+
+    Adapters are listed or in one of the short forms of
+    `adapter_twin.workload.files.load_scenario`. In place of rates and `lengths` there may be a
+    ``request_log``, the path of a table relative to the
+    file with the columns `LOG_COLUMNS`: adapters then have a name and a rank only.
+
+    Raises
+    ------
+    AdapterTwinError
+        The file or the log cannot be read, a key or a column is unknown, missing or wrong, or an
+        adapter has no rate.
+    """
+    file = Path(path)
+    content = read_yaml(file)
+    if not isinstance(content, dict):
+        return build(Demand, content, "")
+    expand_adapters(content, "adapters")
+    log = content.pop("request_log", None)
+    if log is None:
+        _require_rates(content.get("adapters"))
+    else:
+        require(isinstance(log, str), f"request_log: expected the path of a table, got {log!r}")
+        for name in ("lengths", "arrivals", "base_model_request_rate"):
+            require(name not in content, f"{name}: the request_log tells; leave it out")
+        content |= measure(read_log(file.parent / log), content.get("adapters"))
+    return build(Demand, content, "")
+
+
+def _require_rates(adapters: object) -> None:
+    """Refuse adapters without traffic by their names."""
+    for i, adapter in enumerate(adapters if isinstance(adapters, list) else []):
+        if isinstance(adapter, dict) and not adapter.get("request_rate"):
+            name = adapter.get("name", i)
+            raise AdapterTwinError(
+                f"adapters[{i}].request_rate: adapter {name!r} has no rate; give its requests/s, "
+                "or a request_log for all"
+            )
+
+
+def read_log(path: Path) -> pd.DataFrame:
+    """Read a request log, one row per request.
+
+    Raises
+    ------
+    AdapterTwinError
+        It cannot be read, has an unknown column or lacks one, or holds a value no request can have.
+    """
+    log = read_frame(path)
+    for name in log.columns:
+        known = name in LOG_COLUMNS
+        require(known, f"{path}: unknown column {name!r}{suggestion(name, LOG_COLUMNS)}")
+    for name in LOG_COLUMNS:
+        require(name in log, f"{path}: the column {name} is missing; add it")
+    for name, least in {"arrival_s": -np.inf, "prompt_tokens": 1, "output_tokens": 1}.items():
+        try:
+            values = log[name].to_numpy(np.float64, na_value=np.nan)
+        except (TypeError, ValueError):
+            raise AdapterTwinError(f"{path}: {name} holds text; give numbers") from None
+        fits = np.isfinite(values) & (values >= least)
+        at_least = "a number" if least < 1 else f"at least {least}"
+        require(bool(fits.all()), f"{path}: {name} must be {at_least} in every row")
+    return log
+
+
+def measure(log: pd.DataFrame, adapters: object) -> dict[str, Any]:
+    """Return the keys of `Demand` that a request log tells.
+
+    Parameters
+    ----------
+    log : pandas.DataFrame
+        Columns `LOG_COLUMNS`.
+    adapters : object
+        What the YAML file lists: names and ranks.
+
+    Returns
+    -------
+    dict
+        ``adapters`` with their rates, 0 for those without a request; ``base_model_request_rate``;
+        ``lengths``: log-normal with the log's means, the mean of its two coefficients of variation,
+        and its rank correlation.
+    """
+    first, last = log.arrival_s.min(), log.arrival_s.max()
+    require(len(log) > 1 and last > first, "request_log: give requests at two different times")
+    # n arrivals span n - 1 gaps
+    span_s = float(last - first) * len(log) / (len(log) - 1)
+    names = log.adapter.convert_dtypes().astype("string").fillna("")  # 7, not 7.0
+    counts = names.value_counts()
+    listed = adapters if isinstance(adapters, list) else []
+    known = [str(adapter.get("name")) for adapter in listed if isinstance(adapter, Mapping)]
+    for name in counts.index.difference(["", *known]):
+        raise AdapterTwinError(
+            f"request_log: adapter {name!r} is not among the adapters{suggestion(name, known)}"
+        )
+    rates = counts / span_s
+    return {
+        "adapters": [_with_rate(adapter, i, rates) for i, adapter in enumerate(listed)],
+        "base_model_request_rate": float((names == "").sum() / span_s),
+        "lengths": _lengths(log),
+    }
+
+
+def _with_rate(adapter: object, i: int, rates: pd.Series[float]) -> object:
+    if not isinstance(adapter, Mapping):
+        return adapter
+    told = "request_rate" in adapter
+    require(not told, f"adapters[{i}].request_rate: the request_log tells; leave it out")
+    return {**adapter, "request_rate": float(rates.get(str(adapter.get("name")), 0.0))}
+
+
+def _lengths(log: pd.DataFrame) -> dict[str, Any]:
+    columns = log[["prompt_tokens", "output_tokens"]].astype(float)
+    mean, deviation = columns.mean(), columns.std(ddof=0)
+    constant = bool((deviation == 0).any())
+    correlation = 0.0 if constant else columns.corr("spearman").to_numpy()[0, 1]
+    return {
+        "distribution": "lognormal",
+        "mean_input_tokens": float(mean.prompt_tokens),
+        "mean_output_tokens": float(mean.output_tokens),
+        "cv": max(float((deviation / mean).mean()), LEAST_CV),
+        "rank_correlation": float(correlation),
+    }

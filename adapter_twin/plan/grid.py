@@ -1,0 +1,180 @@
+"""The service of one traffic mix over a grid of served adapters N and adapter slots G."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby, product
+from typing import TYPE_CHECKING, Any
+
+import joblib
+
+from adapter_twin.capacity.analytic import predict_analytic
+from adapter_twin.laws import Calibration
+from adapter_twin.service.metrics import slo_attainment, summarize
+from adapter_twin.twin.records import Simulation
+from adapter_twin.twin.simulate import draw_requests, simulate
+from adapter_twin.workload.files import parse_ranks, records, run_to_workload
+from adapter_twin.workload.scenario import LORA_RANKS, EngineConfig, Slo, Workload
+from adapter_twin.workload.strict import require
+from adapter_twin.workload.trace import Trace
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+GRID = (16, 32, 64, 96, 128, 160, 192, 256, 320, 384)
+"""Served adapters, and adapter slots, of the reference study's grids."""
+
+MAX_NUM_SEQS = 2048
+"""Of the reference study's engines."""
+
+FIGURES = (
+    "total_throughput",
+    "mean_ttft_ms",
+    "median_ttft_ms",
+    "p99_ttft_ms",
+    "mean_itl_ms",
+    "p99_itl_ms",
+)
+"""What is kept of a run's summary (`adapter_twin.service.metrics.summarize`)."""
+
+HOPELESS = 1.6
+"""Offered load by what the analytic model can serve, past which a run starves for certain."""
+
+
+def check_grid(name: str, grid: Sequence[int]) -> None:
+    """Raise `AdapterTwinError` unless a grid holds different numbers of at least one."""
+    require(len(grid) > 0, f"{name}: give at least one number")
+    require(min(grid) >= 1, f"{name}: must be at least 1, got {min(grid)}")
+    require(len(set(grid)) == len(grid), f"{name}: a number is there twice")
+
+
+def slot_rank(ranks: Sequence[int]) -> int:
+    """Return the rank at which vLLM reserves slots for a mix of ranks."""
+    fitting = [rank for rank in LORA_RANKS if rank >= max(ranks)]
+    require(
+        bool(fitting), f"ranks: {max(ranks)} is above {max(LORA_RANKS)}, the most that vLLM takes"
+    )
+    return fitting[0]
+
+
+def grid_runs(
+    workload: Mapping[str, Any], served: Sequence[int], slots: Sequence[int], duration_s: float
+) -> pd.DataFrame:
+    """Return the runs of one traffic mix over a grid of (N, G).
+
+    Parameters
+    ----------
+    workload : mapping
+        ``model``, ``rates_per_adapter``, ``ranks`` and lengths, as in a runs table; its
+        ``max_num_seqs`` is `MAX_NUM_SEQS` where it is not told.
+    served, slots : sequence of int
+        Pairs with more slots than served adapters are left out.
+    duration_s : float
+    """
+    import pandas as pd
+
+    pairs = [(n, g) for n, g in product(sorted(served), sorted(slots)) if g <= n]
+    return pd.DataFrame(
+        {
+            "run_id": [f"N={n} G={g}" for n, g in pairs],
+            "max_num_seqs": MAX_NUM_SEQS,
+            **workload,
+            "served_adapters": [n for n, _ in pairs],
+            "adapter_slots": [g for _, g in pairs],
+            "max_lora_rank": slot_rank(parse_ranks(workload["ranks"])),
+            "duration_s": duration_s,
+        }
+    )
+
+
+def evaluate(
+    runs: pd.DataFrame,
+    calibration: Calibration,
+    *,
+    seed: int = 0,
+    slo: Slo | Mapping[str, Slo] | None = None,
+    jobs: int = 1,
+) -> pd.DataFrame:
+    """Predict the service of the runs of one traffic mix, without any measurement's effect.
+
+    Runs that the GPU refuses to start, and those whose offered load is `HOPELESS`, are not
+    simulated. Runs of the same number of served adapters meet the very same requests.
+
+    Parameters
+    ----------
+    runs : pandas.DataFrame
+        See `grid_runs`.
+    calibration : Calibration
+    seed : int
+    slo : Slo or mapping of str to Slo, optional
+        One, or several by the columns that they get in place of ``slo_attainment``.
+    jobs : int
+        Processes; -1 is one per core.
+
+    Returns
+    -------
+    pandas.DataFrame
+        `runs` with ``feasible_start``, ``simulated``, ``kv_cache_tokens``,
+        ``offered_tokens_per_s``, `FIGURES` and ``slo_attainment``; no figures where a run was not
+        simulated.
+    """
+    import pandas as pd
+
+    slos = slo if isinstance(slo, Mapping) else {"slo_attainment": slo}
+    bounds = predict_analytic(runs, calibration)
+    simulated = bounds.feasible_start & (bounds.utilisation < HOPELESS)
+    rows = records(runs[simulated])
+    same_traffic = [list(group) for _, group in groupby(rows, lambda row: row["served_adapters"])]
+    tasks = (joblib.delayed(_serve)(group, calibration, seed, slos) for group in same_traffic)
+    figures = [row for group in joblib.Parallel(n_jobs=jobs)(tasks) for row in group]
+    service = pd.DataFrame(
+        figures, index=runs.index[simulated], columns=[*FIGURES, *slos], dtype=float
+    )
+    known = bounds[["feasible_start", "kv_cache_tokens", "offered_tokens_per_s"]]
+    return runs.join(known).assign(simulated=simulated).join(service)
+
+
+def _serve(
+    rows: list[dict[str, Any]], calibration: Calibration, seed: int, slos: Mapping[str, Slo | None]
+) -> list[dict[str, float]]:
+    """Simulate runs of the same traffic."""
+    return list(_serve_each(rows, calibration, seed, slos))
+
+
+def _serve_each(
+    rows: list[dict[str, Any]], calibration: Calibration, seed: int, slos: Mapping[str, Slo | None]
+) -> Iterator[dict[str, float]]:
+    trace = None
+    for row in rows:
+        if trace is None:
+            trace = draw_requests(run_to_workload(row)[1], calibration, seed=seed)
+        run = simulate_row(row, calibration, seed, trace)
+        service = summarize(run.records, run.gaps, run.duration_s)
+        attained = {
+            name: slo_attainment(run.records, slo, run.duration_s)
+            for name, slo in slos.items()
+            if slo is not None
+        }
+        yield {name: service[name] for name in FIGURES} | attained
+
+
+def simulate_row(
+    row: Mapping[str, Any], calibration: Calibration, seed: int, trace: Trace | None = None
+) -> Simulation:
+    """Simulate one of `grid_runs`; `trace` spares drawing its requests again."""
+    engine, workload = run_to_workload(row)
+    return simulate_quietly(workload, engine, calibration, seed, trace)
+
+
+def simulate_quietly(
+    workload: Workload,
+    engine: EngineConfig,
+    calibration: Calibration,
+    seed: int,
+    trace: Trace | None = None,
+) -> Simulation:
+    """Simulate without a warning of extrapolations: the caller warns, once for many runs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return simulate(workload, engine, calibration, seed=seed, trace=trace)

@@ -1,0 +1,120 @@
+"""How many adapters can this GPU serve, with how many slots: a search with the twin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.laws import load_calibration
+from adapter_twin.plan.criterion import MARGIN, Criterion
+from adapter_twin.plan.grid import GRID, check_grid, evaluate, grid_runs
+from adapter_twin.workload.files import parse_rates, records, run_to_workload
+from adapter_twin.workload.strict import require
+
+CONFIGURATION = ("served_adapters", "adapter_slots")
+SERVICE = ("total_throughput", "mean_ttft_ms", "p99_ttft_ms")
+
+ALTERNATIVES = 10
+"""So many of the next best configurations are shown beside those that tie."""
+
+
+def find_optimum(
+    workload: Mapping[str, Any],
+    calibration: str = "auto",
+    *,
+    served_grid: Sequence[int] = GRID,
+    slots_grid: Sequence[int] = GRID,
+    criterion: Criterion | None = None,
+    duration_s: float = 3600.0,
+    seed: int = 0,
+    jobs: int = -1,
+) -> dict[str, Any]:
+    """Find the configuration with the highest throughput that starves no request.
+
+    Parameters
+    ----------
+    workload : mapping
+        ``model``, ``rates_per_adapter`` and ``ranks``, dealt over however many adapters are served,
+        ``mean_input_tokens`` and ``mean_requested_output_tokens``, as in a runs table.
+    calibration : str
+    served_grid, slots_grid : sequence of int
+        Numbers of served adapters and of slots to choose from.
+    criterion : Criterion, optional
+        The paper's rule with a safety margin of `MARGIN` if left out.
+    duration_s : float
+        Window of each simulated run.
+    seed : int
+    jobs : int
+        Processes; -1 is one per core.
+
+    Returns
+    -------
+    dict
+        ``served_adapters``, ``adapter_slots``; ``total_throughput`` in tokens/s, ``mean_ttft_ms``
+        and ``p99_ttft_ms`` predicted for it; ``starved``; ``criterion`` in words; ``at_edge``: the
+        grid ends at the chosen number of adapters, more might be served; ``alternatives``: the
+        configurations that tie, then the next best ones.
+
+    Raises
+    ------
+    AdapterTwinError
+        Bad input, or no configuration of the grid satisfies the criterion.
+
+    Examples
+    --------
+    >>> workload = {
+    ...     "model": "llama-3.1-8b-instruct",
+    ...     "rates_per_adapter": "0.4",
+    ...     "ranks": "16",
+    ...     "mean_input_tokens": 223,
+    ...     "mean_requested_output_tokens": 198,
+    ... }
+    >>> grids = {"served_grid": [16, 32, 128], "slots_grid": [8, 16, 32]}
+    >>> found = find_optimum(workload, **grids, duration_s=300, jobs=1)
+    >>> found["served_adapters"], found["adapter_slots"]
+    (32, 32)
+    """
+    check_grid("served_grid", served_grid)
+    check_grid("slots_grid", slots_grid)
+    highest = max(parse_rates(workload["rates_per_adapter"]))
+    require(highest > 0, "rates: all are zero; give at least one above zero")
+    criterion = criterion or Criterion(margin=MARGIN)
+    runs = grid_runs(workload, served_grid, slots_grid, duration_s)
+    if runs.empty:
+        raise AdapterTwinError("slots_grid: all are above served_grid; lower the slots")
+    fitted = load_calibration(calibration, workload["model"])
+    table = evaluate(runs, fitted, seed=seed, slo=criterion.slo, jobs=jobs)
+    ranked = criterion.ranked(table)
+    if ranked.empty:
+        raise AdapterTwinError(_why_none(table, criterion))
+    best = records(ranked)[0]
+    fitted.warn_outside_range(*run_to_workload(best))
+    shown = ranked.iloc[1 : int(ranked.tied.sum()) + ALTERNATIVES]
+    return {
+        **{name: best[name] for name in CONFIGURATION + SERVICE},
+        "starved": False,
+        "criterion": str(criterion),
+        "at_edge": best["served_adapters"] == max(served_grid),
+        "calibration": fitted.name,
+        "alternatives": shown[[*CONFIGURATION, *SERVICE, "tied"]].to_dict("records"),
+    }
+
+
+def _why_none(table: Any, criterion: Criterion) -> str:
+    """Say what stands in the way of every configuration."""
+    if not table.feasible_start.any():
+        return (
+            f"slots_grid: the GPU starts with none of these slots at rank "
+            f"{table.max_lora_rank.iloc[0]}; give fewer slots"
+        )
+    if criterion.slo is not None and Criterion(margin=criterion.margin).feasible(table).any():
+        best = table.slo_attainment.max()
+        return (
+            f"slo: no configuration of the grid meets it; the best one does for {best:.1%} of the "
+            f"requests, {criterion.slo.percentile:g} % are asked: relax it or serve fewer adapters"
+        )
+    return (
+        "served_grid: every configuration starves; give fewer served adapters (the least now is "
+        f"{table.served_adapters.min()}) or lower rates"
+    )

@@ -1,0 +1,211 @@
+"""How every method's choices did, and what was predicted of them: the verdicts on a study."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.special import stdtrit
+
+from adapter_twin.prove.outcome import RUN
+from adapter_twin.prove.rivals import TWIN
+from adapter_twin.service.validate import error_measures
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCORED = ("total_throughput", "median_ttft_ms", "mean_itl_ms")
+"""Predictions that are scored on runs that do not starve."""
+
+RESAMPLES = 2000
+
+
+def choices(runs: pd.DataFrame, picks: pd.DataFrame) -> pd.DataFrame:
+    """Return how every method's choice did, beside the best configuration that was run.
+
+    Parameters
+    ----------
+    runs : pandas.DataFrame
+        What `service` returned.
+    picks : pandas.DataFrame
+        Of `Outcome`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per workload and method: ``adapter_slots``; ``starts``; ``serves``, in most of the
+        repeats; ``total_throughput``, ``mean_ttft_ms``, ``slo_attainment``; ``regret``:
+        throughput lost against the configuration with the highest mean throughput, in percent,
+        with ``low`` and ``high`` (95 %); ``ttft_ratio``: mean TTFT by the lowest one of a
+        configuration that serves. Choices that do not start lose everything; a method that names
+        no configuration has no row.
+    """
+    import pandas as pd
+
+    tables = [_arms(own).assign(workload=name) for name, own in runs.groupby("workload")]
+    arms = pd.concat(tables, ignore_index=True)
+    named = picks.dropna(subset=["adapter_slots"]).astype({"adapter_slots": int})
+    return named.merge(arms, on=["workload", "adapter_slots"], how="inner")
+
+
+def _arms(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per configuration of a workload, means over its repeats."""
+    groups = runs.groupby("adapter_slots")
+    measured = ["total_throughput", "mean_ttft_ms", "slo_attainment"]
+    arms = groups[measured].mean().assign(starts=groups.starts.all())
+    # Runs of a repeat serve the same requests: compared in pairs, chance in the traffic cancels.
+    served = runs.assign(total_throughput=runs.total_throughput.where(runs.starts, 0.0))
+    table = served.pivot(index="repeat", columns="adapter_slots", values="total_throughput")
+    best = table.mean().idxmax()
+    regret = 100 * (1 - table.div(table[best], axis="index"))
+    arms["regret"] = regret.mean()
+    others = arms.starts & (arms.index != best)
+    half = others * _half_width(regret.loc[:, others])
+    arms["low"], arms["high"] = arms.regret - half, arms.regret + half
+    arms["serves"] = groups.serves.mean() > 0.5
+    lowest = arms.mean_ttft_ms.where(arms.serves).min()
+    arms["ttft_ratio"] = arms.mean_ttft_ms / lowest
+    return arms.reset_index()
+
+
+def _half_width(regret: pd.DataFrame) -> float:
+    """Return half the 95 % interval of a mean over repeats (rows), NaN for a single one.
+
+    The spread over repeats is pooled over the configurations (columns).
+    """
+    repeats = len(regret)
+    freedom = (repeats - 1) * regret.shape[1]
+    if freedom == 0:
+        return math.nan
+    spread = math.sqrt(float(regret.var(ddof=1).mean()))
+    return float(stdtrit(freedom, 0.975)) * spread / math.sqrt(repeats)
+
+
+def methods(chosen: pd.DataFrame, workloads: int, seed: int = 0) -> pd.DataFrame:
+    """Return how the methods did over all workloads.
+
+    Parameters
+    ----------
+    chosen : pandas.DataFrame
+        What `choices` returned.
+    workloads : int
+        Of the study.
+    seed : int
+        Of the bootstrap.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per method: ``named``, ``start`` and ``serve``: workloads of which it names a
+        configuration, and those of which that starts, and serves; ``regret`` of those named, mean
+        in percent, with ``low`` and ``high`` (95 %, bootstrap over workloads); ``worst_regret``;
+        ``ttft_ratio``, the geometric mean over those that start.
+    """
+    import pandas as pd
+
+    rng = np.random.default_rng(seed)
+    rows = []
+    for method, own in chosen.groupby("method", sort=False):
+        regret = own.regret.to_numpy()
+        means = rng.choice(regret, (RESAMPLES, len(regret))).mean(axis=1)
+        low, high = np.percentile(means, [2.5, 97.5])
+        ratios = own.ttft_ratio[own.starts & own.ttft_ratio.notna()]
+        rows.append(
+            {
+                "method": method,
+                "of": workloads,
+                "named": len(own),
+                "start": int(own.starts.sum()),
+                "serve": int(own.serves.sum()),
+                "regret": float(regret.mean()),
+                "low": float(low),
+                "high": float(high),
+                "worst_regret": float(regret.max()),
+                "ttft_ratio": float(np.exp(np.log(ratios).mean())),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def verdicts(runs: pd.DataFrame, picks: pd.DataFrame) -> pd.DataFrame:
+    """Return what was said of each workload and whether each run bore it out.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per run of a recommended configuration, and per run of any configuration where none
+        was recommended: `RUN`; ``said``: that it serves; ``serves``; ``right``.
+    """
+    twin = picks[picks.method == TWIN].set_index("workload").adapter_slots
+    chosen = runs.workload.map(twin).fillna(0).astype(int)
+    said = chosen > 0
+    own = runs.assign(said=said)[~said | (runs.adapter_slots == chosen)]
+    return own.assign(right=own.said == own.serves)[[*RUN, "said", "serves", "right"]]
+
+
+def pairs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return measured and predicted `SCORED` of the runs that do not starve, a row each.
+
+    Returns
+    -------
+    pandas.DataFrame
+        `RUN`, ``figure``, ``measured``, ``predicted``, ``error`` in percent.
+    """
+    import pandas as pd
+
+    scored = runs[runs.starts & runs.predicted_starts & ~runs.starved]
+    parts = [
+        scored[RUN].assign(
+            figure=figure, measured=scored[figure], predicted=scored[f"predicted_{figure}"]
+        )
+        for figure in SCORED
+    ]
+    table = pd.concat(parts, ignore_index=True)
+    return table.assign(error=100 * (table.predicted / table.measured - 1))
+
+
+def bars(runs: pd.DataFrame, chosen: pd.DataFrame, said: pd.DataFrame) -> pd.DataFrame:
+    """Return what was asked of the recommendations, and what was reached.
+
+    Parameters
+    ----------
+    runs, chosen, said : pandas.DataFrame
+        What `adapter_twin.prove.outcome.service`, `choices` and `verdicts` return.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``what``, ``asked``, ``reached`` (in percent), ``low`` and ``high``: 95 %, of a share
+        Wilson's, as if runs of a workload were independent, of the others by bootstrap over
+        workloads; ``of`` so many runs or workloads.
+    """
+    import pandas as pd
+
+    twin = methods(chosen[chosen.method == TWIN], chosen.workload.nunique()).iloc[0]
+    rows = [
+        (name, 90.0, 100 * own.right.mean(), *_wilson(int(own.right.sum()), len(own)), len(own))
+        for name, own in (
+            ("recommendation serves (at least)", said[said.said]),
+            ("every verdict right (at least)", said),
+        )
+        if len(own)
+    ]
+    rows += [
+        ("throughput regret (at most)", 3.0, twin.regret, twin.low, twin.high, twin.named),
+    ]
+    scored = pairs(runs)
+    for figure, asked in (("total_throughput", 5.0), ("median_ttft_ms", 25.0)):
+        own = scored[scored.figure == figure]
+        mape = next(row for row in error_measures(own) if row["measure"] == "mape")
+        name = f"{figure} MAPE (at most)"
+        rows.append((name, asked, mape["value"], mape["low"], mape["high"], len(own)))
+    return pd.DataFrame(rows, columns=["what", "asked", "reached", "low", "high", "of"])
+
+
+def _wilson(hits: int, trials: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share, in percent."""
+    from statsmodels.stats.proportion import proportion_confint
+
+    low, high = proportion_confint(hits, trials, method="wilson")
+    return 100 * float(low), 100 * float(high)

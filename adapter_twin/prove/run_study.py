@@ -1,0 +1,224 @@
+"""Run a study: calibrate this machine, plan, and serve every choice on the real engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from joblib.externals.loky import get_reusable_executor
+
+from adapter_twin.calibrate.from_tables import calibrate_tables
+from adapter_twin.laws import load_calibration
+from adapter_twin.laws.calibration import Calibration
+from adapter_twin.learn.slots_tree import learn_slots
+from adapter_twin.learn.stored import write_text
+from adapter_twin.measure.campaign import check_trace
+from adapter_twin.measure.engine_flags import EngineFlags, is_cpu_build
+from adapter_twin.measure.machine import describe_machine, require_engine
+from adapter_twin.measure.pieces import Piece, ServingPiece
+from adapter_twin.measure.run_campaign import run_campaign
+from adapter_twin.measure.run_tables import serving_columns
+from adapter_twin.measure.store import Store
+from adapter_twin.measure.work_session import Summary, WorkSession
+from adapter_twin.parallel import Tell, quietly
+from adapter_twin.plan.demand import Demand
+from adapter_twin.prove import picks
+from adapter_twin.prove.rivals import CALIBRATION, METHODS, PLAN, TREE, Study, load_study, plain
+from adapter_twin.workload.strict import require
+
+CAMPAIGN = "campaign"
+SWEEP = "sweep"
+
+Engine = Literal["cpu", "cuda"]
+
+
+def run_study(file: Path, engine: Engine, out: Path, tell: Tell = quietly) -> Summary:
+    """Measure what a study asks and is not in `out` yet.
+
+    Parameters
+    ----------
+    file : pathlib.Path
+        A study (`adapter_twin.prove.rivals.Study`), or a workload alone.
+    engine : {"cpu", "cuda"}
+        The build of vLLM that is expected here.
+    out : pathlib.Path
+        Gets ``plan.json``, made before anything is served, and the tables ``runs``, ``requests``
+        and ``series`` of `adapter_twin.tables.campaign_schemas`; the study's campaign goes to
+        ``campaign/`` and its calibration to ``calibration.json``. A later call goes on.
+    tell : callable
+
+    Returns
+    -------
+    Summary
+        Of the serving runs; of the campaign, where the time ended within it.
+
+    Raises
+    ------
+    AdapterTwinError
+        A file is wrong, there is no such engine, the calibration is of another machine or engine,
+        or `out` holds another study.
+    """
+    study = load_study(file)
+    require_engine()
+    check_engine(engine)
+    demands = study.demands()
+    first = next(iter(demands.values()))
+    if study.campaign is not None:
+        summary = run_campaign(Path(study.campaign), out / CAMPAIGN, tell)
+        if summary.stopped is not None:
+            return summary
+    calibration = _calibration(study, first, out)
+    machine = describe_machine(engine_flags(study, first, calibration, 1))
+    check_calibration(calibration, machine)
+    store = Store(out)
+    store.open(yaml.safe_dump(study.asked(), sort_keys=False), machine, file)
+    own = out / CALIBRATION  # what was planned with lies beside what was measured
+    write_text(own, calibration.to_json())
+    demands = {name: replace(demand, calibration=str(own)) for name, demand in demands.items()}
+    planned = _plan(study, demands, out, tell)
+    session = WorkSession(
+        name=study.name,
+        model=study.model_folder or first.model,
+        adapters=study.adapters,
+        budget_s=study.budget_s,
+        store=store,
+        tell=tell,
+    )
+    return session.measure(pieces(study, demands, calibration, planned))
+
+
+def check_engine(engine: Engine) -> None:
+    """Raise `AdapterTwinError` unless the vLLM installed here is that build."""
+    here = "cpu" if is_cpu_build() else "cuda"
+    require(engine == here, f"engine: the vLLM installed here is for {here}; use --engine {here}")
+
+
+def check_calibration(calibration: Calibration, machine: Mapping[str, Any]) -> None:
+    """Raise `AdapterTwinError` if a calibration was measured with another device or vLLM."""
+    measured_on = calibration.provenance["source"].get("machine")
+    version = str(machine["vllm"]).split("+")[0]
+    for what, of_calibration, here in (
+        ("device", measured_on, machine["device"]),
+        ("vllm", calibration.engine_version, version),
+    ):
+        require(
+            of_calibration == here,
+            f"calibration: {calibration.name} is of {what} {of_calibration}, this is {here}; "
+            "measure this machine with `adapter-twin profile` and `calibrate`, or name a campaign",
+        )
+
+
+def _calibration(study: Study, demand: Demand, out: Path) -> Calibration:
+    """Return the calibration that is there, fit the campaign's, or load what a demand names."""
+    path = out / CALIBRATION
+    if path.is_file():
+        return Calibration.from_json(path)
+    if study.campaign is not None:
+        return calibrate_tables(out / CAMPAIGN, jobs=-1)
+    return load_calibration(demand.calibration, demand.model)
+
+
+def _plan(study: Study, demands: Mapping[str, Demand], out: Path, tell: Tell) -> dict[str, Any]:
+    """Return the plan that is there, or make it: what was said before is not said anew."""
+    path = out / PLAN
+    if path.is_file():
+        planned: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return planned
+    others = {}
+    if study.design is not None:
+        calibration = next(iter(demands.values())).calibration
+        others[TREE] = learn_slots(Path(study.design), out / SWEEP, calibration, tell)
+    workloads = {}
+    for done, (name, demand) in enumerate(demands.items()):
+        tell(done, len(demands), f"planning {name}")
+        workloads[name] = {
+            "demand": plain(demand),
+            **picks.plan(demand, others, study.methods or METHODS),
+        }
+    planned = {"workloads": workloads}
+    get_reusable_executor().shutdown()  # idle processes of the sweep would still wake up
+    write_text(path, json.dumps(planned, indent=1) + "\n")
+    return planned
+
+
+def pieces(
+    study: Study,
+    demands: Mapping[str, Demand],
+    calibration: Calibration,
+    planned: Mapping[str, Any],
+) -> list[list[Piece]]:
+    """Return the serving runs, each with a server of its own, repeat by repeat in random order.
+
+    A randomised complete block design: every repeat holds every configuration once, so that a
+    machine that drifts meets all of them alike, and a study that is cut short has whole repeats.
+    """
+    rng = np.random.default_rng(study.seed)
+    arms = [
+        (name, slots)
+        for name, demand in demands.items()
+        for slots in sorted({g for g in planned["workloads"][name]["picks"].values() if g})
+    ]
+    runs: list[list[Piece]] = []
+    for repeat in range(study.repeats):
+        for place in rng.permutation(len(arms)):
+            name, slots = arms[place]
+            piece = _piece(study, name, demands[name], calibration, slots, repeat)
+            runs.append([piece])
+    return runs
+
+
+def _piece(
+    study: Study, name: str, demand: Demand, calibration: Calibration, slots: int, repeat: int
+) -> ServingPiece:
+    flags = engine_flags(study, demand, calibration, slots)
+    workload = demand.workload(study.duration_s)
+    seed = study.seed + repeat
+    check_trace(workload, seed, flags.max_model_len)
+    rates = [adapter.request_rate for adapter in demand.adapters]
+    ranks = [adapter.rank for adapter in demand.adapters]
+    piece_id = f"{name}-{slots:03d}-{repeat}"
+    return ServingPiece(
+        piece_id=piece_id,
+        flags=flags,
+        workload=workload,
+        seed=seed,
+        columns={
+            "run_id": f"{study.name}/{piece_id}",
+            "campaign": study.name,
+            "model": demand.model,
+            **serving_columns(flags, workload, rates, ranks),
+            "arrival_cv": demand.arrivals.cv,
+            "held_out": True,
+            "repeat": repeat,
+            "seed": seed,
+            "source_path": name,
+        },
+    )
+
+
+def engine_flags(study: Study, demand: Demand, calibration: Calibration, slots: int) -> EngineFlags:
+    """Return the flags of a server that serves a demand as it was planned.
+
+    A CPU's KV cache gets what the calibration says that the slots leave; where that is nothing, a
+    block, so that the engine itself refuses.
+    """
+    engine, memory = demand.engine(slots), calibration.memory
+    block_gib = memory.kv_gib(engine.block_size)
+    left_gib = memory.kv_gib(float(memory.kv_cache_tokens(slots, engine.max_lora_rank)))
+    return EngineFlags(
+        max_loras=slots,
+        max_lora_rank=engine.max_lora_rank,
+        max_cpu_loras=engine.max_cpu_loras,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        max_model_len=memory.max_model_len_,
+        block_size=engine.block_size,
+        gpu_memory_utilization=engine.gpu_memory_utilization,
+        cpu_kv_cache_gib=max(left_gib, block_gib),
+        load_format="dummy" if study.model_folder is None else "auto",
+    )

@@ -1,0 +1,251 @@
+"""A table of runs -> a table of predictions, from the configuration columns alone."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import joblib
+import pandas as pd
+
+from adapter_twin import __version__
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.laws import Calibration, load_calibration
+from adapter_twin.parallel import workers
+from adapter_twin.service.metrics import (
+    adapter_loading,
+    is_starved,
+    jain_fairness,
+    per_adapter,
+    slo_attainment,
+    summarize,
+)
+from adapter_twin.tables.schemas import PREDICTIONS, RUN_CONFIGURATION, validate
+from adapter_twin.twin.records import Simulation
+from adapter_twin.twin.simulate import simulate, simulate_run
+from adapter_twin.workload.files import run_to_workload
+from adapter_twin.workload.scenario import Scenario
+from adapter_twin.workload.strict import require
+
+
+def predict_runs(
+    runs: pd.DataFrame,
+    calibration: str | Calibration = "auto",
+    *,
+    seed: int = 0,
+    jobs: int = -1,
+    observer: bool = True,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Predict every run of a table by one simulation each.
+
+    A prediction depends on its own row, the calibration and the seed; which other rows there are,
+    their order and `jobs` change nothing. All rows draw from the same seed, so that runs of one
+    workload are compared on common random numbers.
+
+    Parameters
+    ----------
+    runs : pandas.DataFrame
+        Columns of `adapter_twin.tables.schemas.RUN_CONFIGURATION`; no other column is read.
+    calibration : str or Calibration
+        A calibration, its name or path, or ``auto``: the one of each run's model.
+    seed : int
+    jobs : int
+        Processes; -1 is one per core.
+    observer : bool
+        Include the effect that the reference measurement had on itself.
+    progress : bool
+        Show a progress bar on stderr.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns of `adapter_twin.tables.schemas.PREDICTIONS`, one row per run, in the order of
+        `runs`. A run that the GPU refuses to start has no figures, serves none of its load and so
+        is starved.
+        ``attrs`` holds calibration names, seed, observer and package version, and goes into a
+        Parquet file. ``wall_s`` of a process's first run includes loading the compiled twin.
+
+    Raises
+    ------
+    AdapterTwinError
+        Bad configuration, or no calibration for a model.
+
+    Examples
+    --------
+    >>> runs = pd.DataFrame(
+    ...     {
+    ...         "run_id": ["few", "many"],
+    ...         "model": "llama-3.1-8b-instruct",
+    ...         "rates_per_adapter": "0.1-0.05",
+    ...         "ranks": "8-16",
+    ...         "served_adapters": [32, 256],
+    ...         "adapter_slots": 16,
+    ...         "max_lora_rank": 16,
+    ...         "max_num_seqs": 2048,
+    ...         "duration_s": 60.0,
+    ...         "mean_input_tokens": 223.0,
+    ...         "mean_requested_output_tokens": 198.0,
+    ...     }
+    ... )
+    >>> predict_runs(runs, jobs=1)[["run_id", "starved"]]
+      run_id  starved
+    0    few    False
+    1   many     True
+    """
+    require(seed >= 0, f"seed: must be zero or more, got {seed}")
+    require(jobs == -1 or jobs >= 1, f"jobs: must be -1 (all cores) or at least 1, got {jobs}")
+    checked = validate(runs, RUN_CONFIGURATION, "runs")
+    configurations = checked[[name for name in RUN_CONFIGURATION.columns if name in checked]]
+    calibrations = load_calibrations(calibration, configurations["model"])
+    tasks = (
+        joblib.delayed(predict_run)(row, calibrations[row["model"]], seed, observer)
+        for row in configurations.to_dict("records")
+    )
+    results = joblib.Parallel(n_jobs=jobs, return_as="generator")(tasks)
+    predicted, messages = [], dict[str, None]()
+    with workers(None):
+        for row, raised in _track(results, len(configurations)) if progress else results:
+            predicted.append(row)
+            messages.update(dict.fromkeys(raised))
+    for message in messages:
+        warnings.warn(message, stacklevel=2)
+    predictions = pd.DataFrame(predicted, columns=list(PREDICTIONS.columns))
+    predictions = validate(predictions, PREDICTIONS, "predictions")
+    predictions.attrs = {
+        "calibrations": [fitted.name for fitted in calibrations.values()],
+        "seed": seed,
+        "observer": observer,
+        "version": __version__,
+    }
+    return predictions
+
+
+def predict_scenario(scenario: Scenario) -> tuple[Simulation, dict[str, Any]]:
+    """Simulate one scenario.
+
+    Returns
+    -------
+    run : Simulation
+    service : dict
+        The figures of `adapter_twin.service.metrics.summarize` and
+        `adapter_twin.service.metrics.adapter_loading`; offered load in tokens/s, and whether it
+        starves; Jain's index over the adapters' served
+        shares; SLO attainment where there is an SLO; KV-cache tokens and start-up seconds;
+        provenance.
+
+    Raises
+    ------
+    AdapterTwinError
+        No calibration, or a start that the GPU refuses.
+    """
+    engine, workload = scenario.engine, scenario.workload
+    calibration = load_calibration(scenario.calibration, engine.model)
+    run = simulate(workload, engine, calibration, seed=scenario.seed, observer=scenario.observer)
+    service: dict[str, Any] = summarize(run.records, run.gaps, run.duration_s)
+    offered = workload.offered_tokens_per_s
+    served = per_adapter(run.records, run.duration_s)
+    share = served["total_throughput"] / served["offered_tokens_per_s"]
+    service |= {
+        "offered_tokens_per_s": offered,
+        "starved": is_starved(service["total_throughput"], offered),
+        "jain_fairness": jain_fairness(share) if len(share) else float("nan"),
+        **adapter_loading(run.steps, run.duration_s),
+    }
+    if scenario.slo is not None:
+        service["slo_attainment"] = slo_attainment(run.records, scenario.slo, run.duration_s)
+    return run, {
+        **service,
+        "kv_cache_tokens": calibration.memory.require_start(engine),
+        "startup_s": float(calibration.memory.startup_s(engine.max_loras)),
+        **run.provenance,
+    }
+
+
+def load_calibrations(name: str | Calibration, models: pd.Series[Any]) -> dict[str, Calibration]:
+    """Load the calibration of each model that occurs, or check that the given one is of it."""
+    if isinstance(name, Calibration):
+        for model in models.unique():
+            require(model == name.model, f"calibration: {name.name} is not of {model}; use auto")
+        return {name.model: name}
+    return {model: load_calibration(name, model) for model in sorted(models.unique())}
+
+
+def predict_starts(starts: pd.DataFrame, calibration: str = "auto") -> pd.DataFrame:
+    """Predict server starts from the memory laws.
+
+    Parameters
+    ----------
+    starts : pandas.DataFrame
+        Columns ``model``, ``adapter_slots`` and ``max_lora_rank``.
+    calibration : str
+
+    Returns
+    -------
+    pandas.DataFrame
+        `starts` with the columns ``predicted_kv_cache_tokens`` and ``predicted_start``.
+    """
+    calibrations = load_calibrations(calibration, starts["model"])
+    predicted = [
+        _start(calibrations[model], int(slots), int(rank))
+        for model, slots, rank in zip(
+            starts["model"], starts["adapter_slots"], starts["max_lora_rank"], strict=True
+        )
+    ]
+    return starts.assign(
+        predicted_kv_cache_tokens=[tokens for tokens, _ in predicted],
+        predicted_start=[start for _, start in predicted],
+    )
+
+
+def _start(calibration: Calibration, max_loras: int, max_lora_rank: int) -> tuple[float, bool]:
+    """Return the KV-cache tokens that the slots leave, and whether vLLM starts with them."""
+    tokens = float(calibration.memory.kv_cache_tokens(max_loras, max_lora_rank))
+    return max(tokens, 0.0), bool(calibration.memory.starts(max_loras, max_lora_rank))
+
+
+def predict_run(
+    row: Mapping[str, Any], calibration: Calibration, seed: int, observer: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Predict one run, as `predict_runs` does.
+
+    Returns
+    -------
+    prediction : dict
+        A row of `adapter_twin.tables.schemas.PREDICTIONS`; figures are missing where a start is
+        refused.
+    messages : list of str
+        The warnings, which a worker process would swallow.
+    """
+    started_s = time.perf_counter()
+    engine, workload = run_to_workload(row)
+    kv_cache_tokens, starts = _start(calibration, engine.max_loras, engine.max_lora_rank)
+    prediction = {
+        "run_id": row["run_id"],
+        "starved": True,
+        "feasible_start": starts,
+        "kv_cache_tokens": kv_cache_tokens,
+    }
+    messages: list[str] = []
+    if starts:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                run = simulate_run(row, calibration, seed=seed, observer=observer)
+            except AdapterTwinError as error:
+                raise AdapterTwinError(f"run {row['run_id']}: {error}") from None
+        messages = [str(warning.message) for warning in caught]
+        prediction |= summarize(run.records, run.gaps, run.duration_s)
+        prediction["starved"] = is_starved(
+            prediction["total_throughput"], workload.offered_tokens_per_s
+        )
+    return {**prediction, "wall_s": time.perf_counter() - started_s}, messages
+
+
+def _track(results: Iterator[Any], total: int) -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(results, "predicting runs", total, console=Console(stderr=True))

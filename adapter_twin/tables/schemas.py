@@ -1,0 +1,402 @@
+"""Schemas of every table read or written, but for our own campaigns' (`campaign_schemas`).
+
+Columns not named here pass through unchecked: upstream tables carry more than this project reads.
+Importing this module imports pandera (about a second), so the rest of the package imports it late.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from pandera.errors import SchemaErrors
+from pandera.pandas import DataFrameSchema
+
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.tables.columns import (
+    BOOL,
+    ITL,
+    OPTIONAL,
+    RANK,
+    THROUGHPUTS,
+    TPOT,
+    TTFT,
+    choice,
+    each,
+    label,
+    number,
+    positive,
+    text,
+    whole,
+)
+
+MODELS = ("llama-3.1-8b-instruct", "qwen-2.5-7b-instruct")
+"""Models of the H100 campaigns."""
+
+FAILURES = (
+    "kv_lt_max_seq_len",
+    "no_mem_cache_blocks",
+    "oom",
+    "illegal_mem_access",
+    "port_in_use",
+    "unknown",
+)
+"""Why a server did not start, most telling first."""
+
+STATUSES = ("ok", "log_truncated_series_ok", *(f"failed:{failure}" for failure in FAILURES))
+"""What became of a one-hour run."""
+
+
+RUN_CONFIGURATION = DataFrameSchema(
+    {
+        "run_id": text(unique=True),
+        "model": text(),
+        "rates_per_adapter": text(r"\d+(\.\d+)?(-\d+(\.\d+)?)*", "0.1-0.05-0.025"),
+        "ranks": text(r"\d+(-\d+)*", "8-16"),
+        **each("served_adapters adapter_slots", whole(1)),
+        "max_lora_rank": RANK,
+        "max_num_seqs": whole(1),
+        # A run that never started measured neither its duration nor its lengths.
+        "duration_s": positive(nullable=True),
+        **each("mean_input_tokens mean_requested_output_tokens", number(1, nullable=True)),
+        # What a campaign of one's own tells besides, so that its very requests can be drawn again.
+        **each("max_num_batched_tokens block_size", positive(nullable=True, required=False)),
+        "length_distribution": choice(("sharegpt", "lognormal", "fixed"), required=False),
+        "length_cv": positive(nullable=True, required=False),
+        "seed": number(0, nullable=True, required=False),
+        # What a sweep varies besides.
+        "zipf_exponent": number(0, nullable=True, required=False),
+        "arrival_cv": positive(nullable=True, required=False),
+    },
+    name="run configuration",
+)
+"""What `predict` reads, and nothing else."""
+
+PREDICTIONS = DataFrameSchema(
+    {
+        "run_id": text(unique=True),
+        **THROUGHPUTS,
+        "completed_requests": OPTIONAL,
+        **TTFT,
+        **ITL,
+        "mean_tpot_ms": OPTIONAL,
+        **each("starved feasible_start", BOOL),
+        "kv_cache_tokens": OPTIONAL,
+        "wall_s": number(0),
+    },
+    name="predictions",
+)
+"""What `predict` writes, in this order: one row per run, no figures where the start is refused."""
+
+SWEEP = DataFrameSchema(
+    {
+        **each("workload_id model rates_per_adapter ranks", label()),
+        **each("served_adapters adapter_slots", whole(1)),
+        "max_lora_rank": RANK,
+        **each("mean_input_tokens mean_requested_output_tokens duration_s", positive()),
+        "zipf_exponent": number(0),
+        "arrival_cv": positive(),
+        **each("feasible_start simulated", BOOL),
+        "offered_tokens_per_s": number(0),
+        **each("total_throughput mean_ttft_ms", OPTIONAL),
+        "slo_attainment": number(0, 1, nullable=True),
+    },
+    name="sweep",
+)
+"""What is read of a sweep: a row per run, no figures where it was not simulated."""
+
+EXPLORER = DataFrameSchema(
+    {
+        **each("model rates_per_adapter ranks", label()),
+        **each("mean_input_tokens mean_requested_output_tokens", positive()),
+        **each("served_adapters adapter_slots", whole(1)),
+        **each("feasible_start simulated", BOOL),
+        "offered_tokens_per_s": number(0),
+        **each("total_throughput mean_ttft_ms p99_ttft_ms mean_itl_ms", OPTIONAL),
+    },
+    name="explorer",
+)
+"""What the capacity explorer reads besides its shares: a row per run, as in a sweep."""
+
+RUNS = DataFrameSchema(
+    {
+        **RUN_CONFIGURATION.columns,
+        "campaign": choice(("twin_validation", "optimum_grid")),
+        "status": choice(STATUSES),
+        **each("sent_is_exact client_collapsed", BOOL),
+        **each("offered_request_rate sent_requests completed_requests", OPTIONAL),
+        **each("input_tokens output_tokens preemptions", OPTIONAL),
+        **THROUGHPUTS,
+        **TTFT,
+        **TPOT,
+        **ITL,
+        **each("running_mean running_max running_mean_2nd_half", OPTIONAL),
+        **each("waiting_mean waiting_max waiting_last", OPTIONAL),
+        "waiting_slope_2nd_half_per_s": number(nullable=True),
+        **each("kv_usage_mean kv_usage_max", number(0, 1, nullable=True)),
+        "source_path": text(),
+    },
+    name="runs",
+)
+
+SERIES = DataFrameSchema(
+    {
+        "run_id": label(),
+        "t_s": number(-600, 7200, dtype="float32"),
+        **each(
+            "running waiting preempted_total stopped_by_eos_total",
+            number(0, dtype="float32", nullable=True),
+        ),
+        "kv_usage": number(0, 1, dtype="float32", nullable=True),
+        # The upstream logger loses counters past a million.
+        **each(
+            "prompt_tokens_total generated_tokens_total",
+            number(0, 1e6, dtype="float32", nullable=True),
+        ),
+    },
+    name="series",
+)
+
+WINDOWS = DataFrameSchema(
+    {
+        "run_id": label(),
+        "model": label(*MODELS),
+        "t_s": number(0, 3600),
+        **each("n_samples adapter_slots served_adapters", whole(1)),
+        "max_lora_rank": RANK,
+        **each("dt_s running gen_tps step_ms kv_cap_tokens", positive()),
+        **each("running_sd waiting kv_tokens preempt_per_s", number(0)),
+        "kv_usage": number(0, 1),
+        "prompt_tps": OPTIONAL,
+        "expected_distinct_adapters": number(0),
+    },
+    name="windows",
+)
+
+STEPS = DataFrameSchema(
+    {
+        "run_id": label(),
+        "kind": label("overhead_initial", "overhead"),
+        "model": label(*MODELS),
+        **each("step distinct_adapters adapter_slots served_adapters rank", whole(0)),
+        **each("step_ms batched_tokens running", positive()),
+        "schedule_ms": number(0),
+        # Rebuilt from counters upstream: below zero in a few steps.
+        "kv_tokens": number(),
+    },
+    name="steps",
+)
+
+BASE_STEPS = DataFrameSchema(
+    {
+        **each("run_id kind", text()),
+        "model": choice(MODELS),
+        **each("running step_ms", positive()),
+        "kv_tokens": OPTIONAL,
+        "full": BOOL,
+    },
+    name="base_steps",
+)
+
+PROFILE_RUNS = DataFrameSchema(
+    {
+        "run_id": text(unique=True),
+        "kind": text(),
+        "model": choice(MODELS),
+        **each("slots rank completed", OPTIONAL),
+        **each("duration kv_cache_tokens model_load_gib", positive(nullable=True)),
+        "server_failure": choice(FAILURES, nullable=True),
+        **TTFT,
+        **TPOT,
+        **ITL,
+    },
+    name="profile_runs",
+)
+
+ADAPTER_LOADS = DataFrameSchema(
+    {
+        "run_id": text(),
+        "model": choice(MODELS),
+        "rank": whole(1),
+        "max_lora_rank": RANK,
+        "source": choice(("disk", "memory")),
+        "index": whole(0),
+        "load_ms": positive(),
+    },
+    name="adapter_loads",
+)
+
+MEMORY = DataFrameSchema(
+    {
+        "model": choice(MODELS),
+        "adapter_slots": whole(0),
+        "max_lora_rank": RANK,
+        **each(
+            "kv_cache_tokens model_load_gib graph_capture_gib graph_capture_s",
+            positive(nullable=True),
+        ),
+        "server_failure": choice(FAILURES, nullable=True),
+        "gpu_memory_utilization": number(0, 1),
+        "max_num_batched_tokens": whole(1),
+    },
+    name="memory",
+)
+
+SCHEDULER_RUNS = DataFrameSchema(
+    {
+        **each("gpu_loras cpu_loras rank steps", whole(1)),
+        **each("rate adapter_rates mean_itl_ms duration wall_ms_per_step", positive()),
+        **each("output_throughput completed_requests avg_batch_size", number(0)),
+        **each("avg_waiting_queue mean_loras_by_batch sched_ms_per_step", number(0)),
+        "max_lora_loads_from_memory": number(0),
+    },
+    name="scheduler_runs",
+)
+
+AUTHORS_TWIN = DataFrameSchema(
+    {
+        "run_id": text(unique=True),
+        "mode": choice(("replay", "from_scratch")),
+        **each("total_throughput penalised_mean_ttft_ms", number(0)),
+        **each("mean_itl_ms wall_s", positive()),
+        **each("completed_requests arrivals", OPTIONAL),
+    },
+    name="authors_twin",
+)
+
+AUTHORS_TWIN_SWEEP = DataFrameSchema(
+    {
+        "model": label(*MODELS),
+        **each("adapter_slots served_adapters", whole(1)),
+        **each("rates_per_adapter ranks", label()),
+        **each("total_throughput penalised_mean_ttft_ms", number(0)),
+        "mean_itl_ms": positive(),
+    },
+    name="authors_twin_sweep",
+)
+
+OVERHEAD_RUNS_VLLM050 = DataFrameSchema(
+    {
+        **each("source folder", text()),
+        "model": choice(("llama-2-7b", "llama-2-13b")),
+        **each("slots_max_loras served_max_cpu_loras max_lora_rank", number(1, nullable=True)),
+        "vllm_version": choice(("0.5.0",)),
+        "status": text(r"ok|failed:\w+", "ok or failed:oom"),
+        "total_throughput": OPTIONAL,
+        **TTFT,
+        **TPOT,
+        **ITL,
+    },
+    name="overhead_runs_vllm050",
+)
+
+SHAREGPT_LENGTHS = DataFrameSchema(
+    {
+        "kind": choice(("prompt", "output")),
+        "bin_left_tokens": number(0),
+        "bin_right_tokens": positive(),
+        "count": number(0),
+    },
+    name="sharegpt_lengths",
+)
+
+TABLES: dict[str, DataFrameSchema] = {
+    "runs": RUNS,
+    "series": SERIES,
+    "windows": WINDOWS,
+    "steps": STEPS,
+    "base_steps": BASE_STEPS,
+    "profile_runs": PROFILE_RUNS,
+    "adapter_loads": ADAPTER_LOADS,
+    "memory": MEMORY,
+    "scheduler_runs": SCHEDULER_RUNS,
+    "overhead_runs_vllm050": OVERHEAD_RUNS_VLLM050,
+    "authors_twin": AUTHORS_TWIN,
+    "authors_twin_sweep": AUTHORS_TWIN_SWEEP,
+    "sharegpt_lengths": SHAREGPT_LENGTHS,
+}
+"""Measured tables by the stem of their file name."""
+
+
+def validate(frame: pd.DataFrame, schema: DataFrameSchema, source: object) -> pd.DataFrame:
+    """Return `frame` with the schema's types, or say in one line what is wrong with it.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame
+    schema : pandera.pandas.DataFrameSchema
+        One of this module's.
+    source : object
+        Where the table came from (a path, a table's name), for the message.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns in their order, those of the schema coerced to its types.
+
+    Raises
+    ------
+    AdapterTwinError
+        No rows, a missing column, a value of the wrong type or out of range.
+    """
+    columns = {n: c for n, c in schema.columns.items() if c.required or n in frame}
+    missing = [name for name in columns if name not in frame]
+    if missing:
+        needed = [name for name, column in schema.columns.items() if column.required]
+        raise AdapterTwinError(
+            f"{source}: column{'s' if len(missing) > 1 else ''} {_some(missing)} missing; "
+            f"{schema.name} needs {_some(needed)}"
+        )
+    if frame.empty:
+        raise AdapterTwinError(f"{source}: the table has no rows; give at least one")
+    for name, column in columns.items():
+        if str(column.dtype) == "int64":
+            # A plain coercion would cut 1.5 to 1.
+            whole = pd.to_numeric(frame[name], errors="coerce") % 1 == 0
+            _reject(~whole, frame[name], source, "must be a whole number")
+    try:
+        checked = schema.validate(frame, lazy=True)
+    except SchemaErrors as error:
+        raise AdapterTwinError(f"{source}: {_first_failure(frame, error)}; {_REMEDY}") from None
+    if set(RUN_CONFIGURATION.columns) <= set(schema.columns):
+        _check_slots_and_ranks(checked, source)
+    return checked
+
+
+def _some(names: list[str]) -> str:
+    """Name as many columns as a reader takes in."""
+    left = len(names) - MOST_NAMED
+    return ", ".join([*names[:MOST_NAMED], f"{left} more"] if left > 1 else names)
+
+
+MOST_NAMED = 12
+
+_REMEDY = "correct it or remove the row"
+
+
+def _check_slots_and_ranks(runs: pd.DataFrame, source: object) -> None:
+    slots, ranks = runs["adapter_slots"], runs["ranks"]
+    _reject(slots > runs["served_adapters"], slots, source, "must not exceed served_adapters")
+    highest = ranks.map(lambda mix: max(map(int, mix.split("-"))))
+    _reject(highest > runs["max_lora_rank"], ranks, source, "a rank exceeds max_lora_rank")
+
+
+def _reject(bad: pd.Series[bool], values: pd.Series[Any], source: object, reason: str) -> None:
+    if bad.any():
+        row, value = bad[bad].index[0], values[bad].iloc[0]
+        raise AdapterTwinError(
+            f"{source}: {values.name} in row {row} is {value}: {reason}; {_REMEDY}"
+        )
+
+
+def _first_failure(frame: pd.DataFrame, error: SchemaErrors) -> str:
+    """Describe the first failure as ``COLUMN in row N is VALUE: what it must be``."""
+    first = error.failure_cases.iloc[0]
+    column, row, check = str(first["column"]), first["index"], str(first["check"])
+    dtype = error.schema.columns[column].dtype
+    if pd.isna(row):
+        return f"{column} holds {first['failure_case']} values, expected {dtype}"
+    if check.startswith("coerce_dtype"):
+        check = f"must be of type {dtype}"
+    reasons = {"not_nullable": "must not be empty", "field_uniqueness": "must be unique"}
+    return f"{column} in row {row} is {frame[column][row]}: {reasons.get(check, check)}"

@@ -1,0 +1,266 @@
+"""Configurations as they reach the twin: a YAML file, or a row of a runs table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from adapter_twin.errors import AdapterTwinError, one_line
+from adapter_twin.workload.scenario import (
+    Adapter,
+    Arrivals,
+    EngineConfig,
+    Lengths,
+    Scenario,
+    Slo,
+    Workload,
+    check_ranks,
+    deal_adapters,
+    zipf_adapters,
+)
+from adapter_twin.workload.strict import build, require
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DEFAULT_DURATION_S = 3600.0
+DEFAULT_MEAN_INPUT_TOKENS = 223.0
+DEFAULT_MEAN_OUTPUT_TOKENS = 198.0
+"""Window and mean lengths of the reference campaign, for runs that failed to start."""
+
+DEFAULT_BATCHED_TOKENS = 2048
+DEFAULT_BLOCK_TOKENS = 16
+
+
+def load_scenario(path: str | Path) -> Scenario:
+    """Read a ``CONFIG.yaml``.
+
+    Adapters are a list of ``{name, rank, request_rate}``, with ``pinned: true`` where one is, or
+    one of the short forms ``{count, request_rates, ranks}`` and ``{count, total_request_rate,
+    zipf_exponent, ranks}``. The path of a trace is relative to the file.
+
+    Raises
+    ------
+    AdapterTwinError
+        The file cannot be read, is no YAML, or has an unknown, missing or wrong key, which the
+        message names by its path.
+    """
+    file = Path(path)
+    content = read_yaml(file)
+    workload = content.get("workload") if isinstance(content, dict) else None
+    if isinstance(workload, dict):
+        expand_adapters(workload, "workload.adapters")
+        arrivals = workload.get("arrivals")
+        if isinstance(arrivals, dict) and isinstance(arrivals.get("path"), str):
+            arrivals["path"] = str(file.parent / arrivals["path"])
+    return build(Scenario, content, "")
+
+
+def read_yaml(file: Path) -> Any:
+    """Return the content of a YAML file.
+
+    Raises
+    ------
+    AdapterTwinError
+        The file cannot be read, or is no YAML.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise AdapterTwinError(f"{file}: {reason}; give a YAML file that can be read") from None
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: 2024-13-01 is no date
+        raise AdapterTwinError(f"{file}: not valid YAML ({_place(error)}); correct it") from None
+    require(content is not None, f"{file}: the file is empty; write its keys, or copy an example")
+    return content
+
+
+def _place(error: yaml.YAMLError | ValueError) -> str:
+    """Say where a file stops being YAML, and why."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return one_line(error)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', error)}"
+
+
+def expand_adapters(owner: dict[str, Any], path: str) -> None:
+    """Replace the short forms of `owner["adapters"]`, at `path`, by the list they stand for."""
+    short = owner.get("adapters")
+    if isinstance(short, dict):
+        is_zipf = "zipf_exponent" in short or "total_request_rate" in short
+        adapters = build(zipf_adapters if is_zipf else deal_adapters, short, path)
+        owner["adapters"] = [asdict(adapter) for adapter in adapters]
+
+
+def parse_rates(text: object, name: str = "rates_per_adapter") -> tuple[float, ...]:
+    """Parse a `rates_per_adapter` cell, or an option of that kind.
+
+    >>> parse_rates("0.1-0.05-0.025")
+    (0.1, 0.05, 0.025)
+    """
+    return tuple(_parse_cell(name, text, float, "0.1-0.05-0.025"))
+
+
+def parse_ranks(text: object) -> tuple[int, ...]:
+    """Parse a `ranks` cell.
+
+    >>> parse_ranks("8-16")
+    (8, 16)
+    """
+    return tuple(_parse_cell("ranks", text, int, "8-16"))
+
+
+def _parse_cell(column: str, text: object, number: type[Any], example: str) -> list[Any]:
+    try:
+        values = [number(part) for part in str(text).split("-")]
+    except ValueError:
+        raise AdapterTwinError(
+            f"{column}: expected numbers joined by '-', as in {example!r}, got {text!r}"
+        ) from None
+    require(
+        all(math.isfinite(value) for value in values),
+        f"{column}: {text!r} holds a value that is not finite",
+    )
+    return values
+
+
+def parse_grid(name: str, text: str) -> tuple[int, ...]:
+    """Parse a grid of whole numbers as options give it.
+
+    >>> parse_grid("slots_grid", "8,16,32")
+    (8, 16, 32)
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise AdapterTwinError(
+            f"{name}: expected whole numbers joined by ',', as in '8,16,32', got {text!r}"
+        ) from None
+
+
+def load_slo(path: str | Path) -> Slo:
+    """Read a YAML file with the keys of `adapter_twin.workload.scenario.Slo`."""
+    return build(Slo, read_yaml(Path(path)), "")
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows of a table, by column name."""
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
+def run_to_workload(row: Mapping[str, Any]) -> tuple[EngineConfig, Workload]:
+    """Turn the configuration columns of one run into what the twin takes.
+
+    Parameters
+    ----------
+    row : mapping
+        ``model, rates_per_adapter, ranks, served_adapters, adapter_slots, max_lora_rank,
+        max_num_seqs, duration_s, mean_input_tokens, mean_requested_output_tokens``; ``run_id`` for
+        messages. A campaign of one's own may add ``max_num_batched_tokens, block_size,
+        length_distribution, length_cv``, a sweep ``zipf_exponent, arrival_cv``. Nothing else is
+        read.
+
+    Raises
+    ------
+    AdapterTwinError
+        A missing column or a value out of range; the message names the run and the column.
+    """
+    try:
+        engine, workload = _engine(row), _workload(row)
+        check_ranks(engine, workload)
+        return engine, workload
+    except AdapterTwinError as error:
+        run = f"run {row['run_id']}: " if "run_id" in row else ""
+        raise AdapterTwinError(f"{run}{error}") from None
+
+
+def _engine(row: Mapping[str, Any]) -> EngineConfig:
+    max_num_seqs = _whole(row, "max_num_seqs")
+    return EngineConfig(
+        model=str(_cell(row, "model")),
+        max_loras=_whole(row, "adapter_slots"),
+        max_cpu_loras=_whole(row, "served_adapters"),
+        max_lora_rank=_whole(row, "max_lora_rank"),
+        max_num_seqs=max_num_seqs,
+        # where it is not told, the budget may not be smaller than max_num_seqs
+        max_num_batched_tokens=_option(
+            row, "max_num_batched_tokens", max(DEFAULT_BATCHED_TOKENS, max_num_seqs)
+        ),
+        block_size=_option(row, "block_size", DEFAULT_BLOCK_TOKENS),
+    )
+
+
+def run_seed(row: Mapping[str, Any]) -> int | None:
+    """Return the seed of a run's load generator, where its row tells one."""
+    seed = _option(row, "seed", -1)
+    return None if seed < 0 else seed
+
+
+def _workload(row: Mapping[str, Any]) -> Workload:
+    arrival_cv = _setting(row, "arrival_cv", 1.0)
+    return Workload(
+        adapters=_adapters(row),
+        duration_s=_number(row, "duration_s", DEFAULT_DURATION_S),
+        lengths=Lengths(
+            mean_input_tokens=_number(row, "mean_input_tokens", DEFAULT_MEAN_INPUT_TOKENS),
+            mean_output_tokens=_number(
+                row, "mean_requested_output_tokens", DEFAULT_MEAN_OUTPUT_TOKENS
+            ),
+            distribution=row.get("length_distribution", "sharegpt"),
+            cv=_setting(row, "length_cv", 1.0),
+        ),
+        arrivals=Arrivals() if arrival_cv == 1 else Arrivals(process="gamma", cv=arrival_cv),
+    )
+
+
+def _adapters(row: Mapping[str, Any]) -> tuple[Adapter, ...]:
+    """Deal rates and ranks; with a Zipf exponent, the one rate is the adapters' mean."""
+    count, ranks = _whole(row, "served_adapters"), parse_ranks(_cell(row, "ranks"))
+    rates = parse_rates(_cell(row, "rates_per_adapter"))
+    exponent = _setting(row, "zipf_exponent", 0.0)
+    if exponent == 0:
+        return deal_adapters(count, rates, ranks)
+    require(len(rates) == 1, "rates_per_adapter: with a zipf_exponent give one rate, the mean")
+    return zipf_adapters(count, count * rates[0], exponent, ranks)
+
+
+def _cell(row: Mapping[str, Any], column: str) -> Any:
+    require(column in row, f"{column}: the column is missing; add it to the table")
+    return row[column]
+
+
+def _number(row: Mapping[str, Any], column: str, default: float | None = None) -> float:
+    """Return a cell as a float; an empty one is `default`, or an error without one."""
+    cell = _cell(row, column)
+    try:
+        value = math.nan if cell is None else float(cell)
+    except (TypeError, ValueError):
+        raise AdapterTwinError(f"{column}: expected a number, got {cell!r}") from None
+    if math.isnan(value):
+        if default is None:
+            raise AdapterTwinError(f"{column}: is empty; give a number")
+        return default
+    return value
+
+
+def _setting(row: Mapping[str, Any], column: str, default: float) -> float:
+    """Return a number, or `default` where there is no such column or the cell is empty."""
+    return _number(row, column, default) if column in row else default
+
+
+def _option(row: Mapping[str, Any], column: str, default: int) -> int:
+    """Return a whole number, or `default` where there is no such column or the cell is empty."""
+    return default if math.isnan(_setting(row, column, math.nan)) else _whole(row, column)
+
+
+def _whole(row: Mapping[str, Any], column: str) -> int:
+    value = _number(row, column)
+    require(value.is_integer(), f"{column}: expected a whole number, got {value}")
+    return int(value)

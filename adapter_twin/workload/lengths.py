@@ -1,0 +1,135 @@
+"""Prompt and output lengths: measured histograms or laws, scaled to given means.
+
+Lengths are drawn from tables of equally likely values in increasing order: exact in the mean, and
+a look-up per request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtr, ndtri
+
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.workload.scenario import Lengths
+from adapter_twin.workload.strict import require
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int32]
+
+QUANTILES = 1 << 16
+"""Entries of a length table, as many as 16 random bits can pick."""
+
+
+@dataclass(frozen=True)
+class LengthMarginals:
+    """Histograms of prompt and output lengths.
+
+    Attributes
+    ----------
+    prompt_edges, output_edges : tuple of float
+        Bin edges in tokens, increasing, one more than counts. Lengths are uniform within a bin.
+    prompt_counts, output_counts : tuple of float
+    rank_correlation : float
+        Spearman correlation of prompt and output length.
+    """
+
+    prompt_edges: Sequence[float]
+    prompt_counts: Sequence[float]
+    output_edges: Sequence[float]
+    output_counts: Sequence[float]
+    rank_correlation: float = 0.0
+
+    def __post_init__(self) -> None:
+        for column in fields(self)[:4]:  # tuples, so that equal histograms hash alike
+            object.__setattr__(self, column.name, tuple(map(float, getattr(self, column.name))))
+        _check_histogram("prompt", self.prompt_edges, self.prompt_counts)
+        _check_histogram("output", self.output_edges, self.output_counts)
+
+
+def _check_histogram(side: str, edges: Sequence[float], counts: Sequence[float]) -> None:
+    require(len(edges) == len(counts) + 1, f"{side}_edges: give one more edge than counts")
+    increasing = edges[0] >= 0 and bool(np.all(np.diff(edges) > 0))
+    require(increasing, f"{side}_edges: must increase, from 0 or more")
+    usable = min(counts, default=0) >= 0 and sum(counts) > 0
+    require(usable, f"{side}_counts: must not be negative, nor all zero")
+
+
+def draw_lengths(
+    lengths: Lengths, size: int, rng: np.random.Generator, marginals: LengthMarginals | None
+) -> tuple[Ints, Ints]:
+    """Draw `size` prompt and output lengths, coupled by a Gaussian copula."""
+    means = lengths.mean_input_tokens, lengths.mean_output_tokens
+    if lengths.distribution == "fixed":
+        return np.full(size, means[0], np.int32), np.full(size, means[1], np.int32)
+    if lengths.distribution == "lognormal":
+        shape = (lengths.cv,)
+        prompt, output = (_length_table(_lognormal_quantiles, shape, mean) for mean in means)
+    else:
+        if marginals is None:
+            raise AdapterTwinError(
+                "distribution: sharegpt needs measured length histograms, which this calibration "
+                "lacks; use lognormal or fixed lengths"
+            )
+        prompts = marginals.prompt_edges, marginals.prompt_counts
+        outputs = marginals.output_edges, marginals.output_counts
+        prompt = _length_table(_histogram_quantiles, prompts, means[0])
+        output = _length_table(_histogram_quantiles, outputs, means[1])
+    correlation = lengths.rank_correlation
+    if correlation is None:
+        measured = marginals if lengths.distribution == "sharegpt" else None
+        correlation = measured.rank_correlation if measured else 0.0
+    rank = rng.integers(0, QUANTILES, size, dtype=np.uint16)
+    if correlation:
+        # Pearson's correlation of two normals with the given Spearman correlation
+        pearson = 2 * np.sin(np.pi * correlation / 6)
+        noise = np.sqrt(1 - pearson**2) * rng.standard_normal(size)
+        level = ndtr(pearson * _normal_quantiles()[rank] + noise)
+        return prompt[rank], output.take((QUANTILES * level).astype(np.int32), mode="clip")
+    return prompt[rank], output[rng.integers(0, QUANTILES, size, dtype=np.uint16)]
+
+
+def _levels() -> Floats:
+    return (np.arange(QUANTILES) + 0.5) / QUANTILES
+
+
+@lru_cache(maxsize=1)
+def _normal_quantiles() -> Floats:
+    return np.asarray(ndtri(_levels()))
+
+
+def _lognormal_quantiles(cv: float) -> Floats:
+    return np.asarray(np.exp(np.sqrt(np.log1p(cv**2)) * _normal_quantiles()))
+
+
+def _histogram_quantiles(edges: Sequence[float], counts: Sequence[float]) -> Floats:
+    cumulative = np.concatenate(([0.0], np.cumsum(counts))) / np.sum(counts)
+    return np.interp(_levels(), cumulative, edges)
+
+
+@lru_cache(maxsize=64)
+def _length_table(
+    quantiles: Callable[..., Floats], shape: tuple[float | Sequence[float], ...], mean: float
+) -> Ints:
+    """Scale a distribution to the given mean of its lengths in whole tokens, at least one.
+
+    Returns
+    -------
+    int32 array, shape (QUANTILES,)
+        Equally likely lengths in tokens, in increasing order.
+    """
+    lengths = quantiles(*shape)
+
+    def whole(scale: float) -> Floats:
+        return np.maximum(np.rint(scale * lengths), 1)
+
+    # rounding and the floor shift the mean a little, so the scale is found rather than divided
+    low, high = 0.0, 2 * mean / float(lengths.mean())
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if whole(middle).mean() < mean else (low, middle)
+    return whole(high).astype(np.int32)

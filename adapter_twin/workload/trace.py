@@ -1,0 +1,216 @@
+"""Traffic: a workload's arrivals, adapters and lengths, drawn as a trace of requests.
+
+Nothing here knows the engine: comparing engines at one seed, they serve the very same requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapter_twin.errors import AdapterTwinError, one_line
+from adapter_twin.workload.lengths import LengthMarginals, draw_lengths
+from adapter_twin.workload.scenario import Workload
+from adapter_twin.workload.strict import require
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int32]
+
+__all__ = ["BASE_MODEL", "LengthMarginals", "Trace", "generate", "generators", "read_trace"]
+
+BASE_MODEL = -1
+"""In `Trace.adapter`: the request goes to the base model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Requests in order of arrival; all columns have shape (requests,).
+
+    Attributes
+    ----------
+    arrival_s : float64
+        Time since the start of the window.
+    adapter : int32
+        Index into the workload's adapters, or `BASE_MODEL`.
+    prompt_tokens, output_tokens : int32
+        Prompt length and requested output length (``max_tokens``), at least 1.
+    """
+
+    arrival_s: Floats
+    adapter: Ints
+    prompt_tokens: Ints
+    output_tokens: Ints
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the trace as a table, one row per request."""
+        import pandas as pd
+
+        return pd.DataFrame({column.name: getattr(self, column.name) for column in fields(self)})
+
+    def write(self, path: str | Path) -> None:
+        """Write a parquet file, or CSV where the name ends in ``.csv``; whole or not at all."""
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.partial")
+        frame = self.to_frame()
+        try:
+            if target.suffix == ".csv":
+                frame.to_csv(partial, index=False)
+            else:
+                frame.to_parquet(partial, index=False)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def read_trace(path: str | Path) -> Trace:
+    """Read a parquet or CSV table with a trace's columns, its rows in any order.
+
+    Raises
+    ------
+    AdapterTwinError
+        The file cannot be read, is empty, lacks a column, or holds a value no request can have.
+    """
+    import pandas as pd
+
+    try:
+        frame = pd.read_csv(path) if Path(path).suffix == ".csv" else pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pandas' and Arrow's parse errors are ValueErrors
+        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
+        raise AdapterTwinError(
+            f"{path}: cannot be read as a trace ({reason}); give a .csv or .parquet of requests"
+        ) from None
+    require(len(frame) > 0, f"{path}: the trace is empty; give at least one request")
+    lowest = {"arrival_s": 0, "adapter": BASE_MODEL, "prompt_tokens": 1, "output_tokens": 1}
+    columns = {name: _column(frame, name, least, path) for name, least in lowest.items()}
+    order = np.argsort(columns["arrival_s"], kind="stable")
+    adapter, prompt, output = (columns[name][order].astype(np.int32) for name in list(lowest)[1:])
+    return Trace(columns["arrival_s"][order], adapter, prompt, output)
+
+
+def _column(frame: pd.DataFrame, name: str, lowest: int, path: str | Path) -> Floats:
+    require(name in frame, f"{path}: the column {name} is missing; add it")
+    try:
+        values = frame[name].to_numpy(np.float64, na_value=np.nan)
+    except (TypeError, ValueError):
+        raise AdapterTwinError(f"{path}: {name} holds text; give numbers") from None
+    fits = np.isfinite(values) & (values >= lowest) & (values < np.iinfo(np.int32).max)
+    if name != "arrival_s":
+        fits &= values == np.rint(values)
+    kind = "a time" if name == "arrival_s" else "a whole number"
+    require(bool(fits.all()), f"{path}: {name} must be {kind} of at least {lowest} in every row")
+    return values
+
+
+def generators(seed: int) -> tuple[np.random.Generator, np.random.Generator, np.random.Generator]:
+    """Return the random numbers of a run.
+
+    They are of its traffic, of what ends requests early, and of the order in which steps touch
+    adapters. A load generator that draws its traffic from the first one sends what the twin serves.
+    """
+    traffic, stops, order = np.random.default_rng(seed).spawn(3)
+    return traffic, stops, order
+
+
+def generate(
+    workload: Workload, rng: np.random.Generator, marginals: LengthMarginals | None = None
+) -> Trace:
+    """Draw one trace of a workload.
+
+    Arrivals are drawn before lengths: workloads that differ only in lengths share their arrivals.
+
+    Parameters
+    ----------
+    workload : Workload
+    rng : numpy.random.Generator
+    marginals : LengthMarginals, optional
+        The measured histograms; needed for ``sharegpt`` lengths only.
+    """
+    if workload.arrivals.path is not None:
+        return _replay(workload, workload.arrivals.path)
+    adapter_rates = [adapter.request_rate for adapter in workload.adapters]
+    rates = np.array([*adapter_rates, workload.base_model_request_rate])
+    # one request in 1e9 windows is none, and divisions by the rates stay finite
+    rates[rates * workload.duration_s < 1e-9] = 0
+    if workload.arrivals.process == "agullo2025":
+        from adapter_twin.workload.reference_client import reference_arrivals
+
+        arrival_s, source = reference_arrivals(rates, workload.duration_s)
+    elif workload.arrivals.process == "gamma":
+        arrival_s, source = _gamma_arrivals(rates, workload.duration_s, workload.arrivals.cv, rng)
+    else:
+        arrival_s, source = _poisson_arrivals(rates, workload.duration_s, rng)
+    source[source == len(adapter_rates)] = BASE_MODEL
+    prompt, output = draw_lengths(workload.lengths, len(arrival_s), rng, marginals)
+    return Trace(arrival_s, source, prompt, output)
+
+
+def _replay(workload: Workload, path: str) -> Trace:
+    trace = read_trace(path)
+    served = len(workload.adapters)
+    highest = int(trace.adapter.max())
+    require(
+        highest < served,
+        f"{path}: adapter {highest} is not in the workload, which has {served}; count from 0",
+    )
+    end = int(np.searchsorted(trace.arrival_s, workload.duration_s))
+    return Trace(*(getattr(trace, column.name)[:end] for column in fields(trace)))
+
+
+def _poisson_arrivals(
+    rates: Floats, duration_s: float, rng: np.random.Generator
+) -> tuple[Floats, Ints]:
+    """Superpose one Poisson process per source."""
+    counts = rng.poisson(rates * duration_s)
+    total = int(counts.sum())
+    # given their number, arrivals are uniform in time, whatever their source; sums of exponential
+    # gaps, scaled to the window, are uniform times already sorted
+    gaps = np.cumsum(rng.standard_exponential(total + 1))
+    arrival_s = gaps[:-1] * (duration_s / gaps[-1])
+    source = np.repeat(np.arange(len(rates), dtype=np.int32), counts)
+    rng.shuffle(source)
+    return arrival_s, source
+
+
+def _gamma_arrivals(
+    rates: Floats, duration_s: float, cv: float, rng: np.random.Generator
+) -> tuple[Floats, Ints]:
+    """Superpose one stationary Gamma renewal process per source.
+
+    Stationary: the window opens at a random time between two requests, so the first wait is a
+    uniform part of a length-biased gap (Gamma of shape + 1). Started at a request instead, bursty
+    sources would all burst together at 0.
+    """
+    shape = cv**-2
+    source = np.flatnonzero(rates > 0).astype(np.int32)
+    length_biased = rng.standard_gamma(shape + 1, len(source)) / (shape * rates[source])
+    last_s = rng.random(len(source)) * length_biased
+    times, sources = [last_s], [source]
+    while len(source):
+        expected = rates[source] * np.maximum(duration_s - last_s, 0)
+        batch = np.ceil(1.1 * expected).astype(np.int64) + 8  # seldom too few; then once more
+        gap_source = np.repeat(source, batch)
+        gap_s = rng.standard_gamma(shape, len(gap_source)) / (shape * rates[gap_source])
+        ends = np.cumsum(batch)
+        elapsed_s = np.cumsum(gap_s)
+        before_s = np.concatenate(([0.0], elapsed_s[ends[:-1] - 1]))
+        time_s = elapsed_s + np.repeat(last_s - before_s, batch)
+        times.append(time_s)
+        sources.append(gap_source)
+        last_s = time_s[ends - 1]
+        unfinished = last_s < duration_s
+        source, last_s = source[unfinished], last_s[unfinished]
+    arrival_s, source = np.concatenate(times), np.concatenate(sources)
+    inside = arrival_s < duration_s
+    arrival_s, source = arrival_s[inside], source[inside]
+    order = np.argsort(arrival_s, kind="stable")
+    return arrival_s[order], source[order]

@@ -1,0 +1,1 @@
+"""Figures of the book: each function draws one table and returns a closed figure."""

@@ -1,0 +1,236 @@
+"""Result tables of the study: made from measured data, or recorded where there is none.
+
+``python -m study.results``, after a full ``make reproduce``, records its results: tables to
+``data/expected/``, pictures to ``book/images/``, the accuracy table to ``README.md``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.tables import datasets
+from study.card import Watch, card
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+EXPECTED = datasets.REPOSITORY / "data" / "expected"
+IMAGES = datasets.REPOSITORY / "book" / "images"
+README = datasets.REPOSITORY / "README.md"
+BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
+
+MEASURES = {
+    "mape": "MAPE, %",
+    "median_error": "median error, %",
+    "within_25": "runs within 25 %, %",
+    "macro_f1": "macro-F1",
+    "right": "right, %",
+    "max_error": "largest error, %",
+}
+AT_LEAST = ("within_25", "macro_f1", "right")
+"""Measures that are to be reached; the others are not to be passed."""
+
+
+class Note(str):
+    """Markdown that a notebook shows as text."""
+
+    __slots__ = ()
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+
+MISSING = Note(
+    "> **Missing.** This figure consists of measured points only, and the measured tables are not "
+    "here (`adapter-twin data` says how to get them)."
+)
+
+
+class Results:
+    """The results of one run of the study.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        Where tables and pictures go, relative to the repository; a small version's go apart.
+    quick : bool
+        The small version.
+    """
+
+    def __init__(self, folder: str | Path = "results", quick: bool = False) -> None:
+        self.folder = datasets.REPOSITORY / folder / ("quick" if quick else "full")
+        self.quick = quick
+        self._tables: list[Path] = []
+        self._watch = Watch()
+
+    def has(self, *tables: str) -> bool:
+        """Return whether these measured tables are here."""
+        return all(datasets.find(table) is not None for table in tables)
+
+    def table(
+        self, name: str, make: Callable[[], pd.DataFrame], needs: tuple[str, ...]
+    ) -> pd.DataFrame:
+        """Return a result table.
+
+        Parameters
+        ----------
+        name : str
+            With a folder before it where it belongs apart (``timings/speed``).
+        make : callable
+            Computes it from measured tables; its result is written to ``<folder>/<name>.csv``.
+        needs : tuple of str
+            Those measured tables. Without them the recorded table is read instead.
+
+        Raises
+        ------
+        AdapterTwinError
+            Neither the measured tables nor a recorded one are here.
+        """
+        if not self.has(*needs):
+            return read_expected(name)
+        table = make()
+        path = self.folder / f"{name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        datasets.write_table(rounded(table), path)
+        self._tables.append(path)
+        return table
+
+    def picture(self, name: str, figure: Figure) -> Figure:
+        """Write a figure to ``<folder>/<name>.png``, and return it to be shown."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.folder / f"{name}.png", dpi=110, bbox_inches="tight")
+        return figure
+
+    def card(self, seeds: str, **parameters: object) -> Note:
+        """Return the chapter's reproduction card, see `study.card.card`."""
+        return Note(card(self._watch, {"quick": self.quick} | parameters, seeds, self._tables))
+
+    def _repr_markdown_(self) -> str:
+        """Tell the reader of a chapter what its figures were made from."""
+        if not self.has("runs"):
+            return (
+                "> **Recorded.** The measured tables are not here. What this chapter shows of them "
+                "is drawn from recorded results (`data/expected/`); measured points are missing."
+            )
+        if self.quick:
+            return "> **Quick.** The small version: fewer runs and shorter simulations."
+        return "> **Measured.** This chapter was made from the measured tables."
+
+
+def rounded(table: pd.DataFrame) -> pd.DataFrame:
+    """Keep six digits, so that a recorded table changes only where a result does."""
+    floats = {
+        name: [float(f"{value:.6g}") for value in table[name]]
+        for name in table.columns
+        if table[name].dtype.kind == "f"
+    }
+    return table.assign(**floats)
+
+
+def read_expected(name: str) -> pd.DataFrame:
+    """Read a recorded result table.
+
+    Raises
+    ------
+    AdapterTwinError
+        There is none of that name.
+    """
+    path = EXPECTED / f"{name}.csv"
+    if not path.is_file():
+        raise AdapterTwinError(
+            f"{name}: no recorded result; get the measured data (`adapter-twin data` says how)"
+        )
+    return pd.read_csv(path)
+
+
+def accuracy_table(left_out: pd.DataFrame, fitted: pd.DataFrame) -> str:
+    """Return the twin's errors as a Markdown table, two columns per model.
+
+    Parameters
+    ----------
+    left_out : DataFrame
+        `study.left_out.bars_left_out`: shown as mean and range over the seeds.
+    fitted : DataFrame
+        `adapter_twin.service.validate.Validation.bars`, of the runs that the laws were fitted to.
+    """
+    models = [model for model in sorted(fitted["model"].unique()) if model != "all"]
+    columns = [f"{model}, {kind}" for model in models for kind in ("left out", "fitted")]
+    lines = ["| figure | measure | asked | " + " | ".join(columns) + " | runs |"]
+    lines.append("|---|---|---|" + "---|" * (len(columns) + 1))
+    keys = ["figure", "measure", "model"]
+    unseen = left_out.set_index(keys)[["value", "low", "high"]].T.to_dict("list")
+    seen = fitted.set_index(keys)[["value", "n_runs"]].T.to_dict("list")
+    for (figure, measure), part in fitted.groupby(["figure", "measure"], sort=False):
+        known = [model if model in set(part["model"]) else "all" for model in models]
+        cells = []
+        for key in [(figure, measure, model) for model in known]:
+            value, low, high = unseen.get(key, (None, None, None))
+            cells.append("–" if value is None else f"**{value:.3g}** ({low:.3g}–{high:.3g})")
+            cells.append(f"{seen[key][0]:.3g}")
+        asked = ("at least" if measure in AT_LEAST else "at most") + f" {part['bar'].iloc[0]:g}"
+        runs = " / ".join(f"{seen[figure, measure, model][1]:g}" for model in dict.fromkeys(known))
+        shown = [_in_words(str(figure)), MEASURES[str(measure)], asked, *cells, runs]
+        lines.append(f"| {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def _in_words(figure: str) -> str:
+    """Return the name of a figure for people: ``mean_itl_ms`` as mean ITL."""
+    words = figure.removesuffix("_ms").replace("_", " ").split(" ")
+    return " ".join(word.upper() if word in ("itl", "ttft", "kv") else word for word in words)
+
+
+def conformance_markdown(table: pd.DataFrame) -> str:
+    """Return `study.conformance.conformance_table` as a Markdown table."""
+    lines = ["| scheduler | random cases | steps | preemptions | steps that differ |"]
+    lines.append("|---|---|---|---|---|")
+    for row in table.to_dict("records"):
+        counts = (f"{row[name]:,}" for name in ("cases", "steps", "preemptions", "differ"))
+        lines.append(f"| {row['scheduler']} | {' | '.join(counts)} |")
+    return "\n".join(lines)
+
+
+def update_readme(
+    text: str, conformance: pd.DataFrame, left_out: pd.DataFrame, fitted: pd.DataFrame
+) -> str:
+    """Return the README's text with its tables renewed, see `accuracy_table`."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    tables = (
+        "The scheduler, step by step, beside what vLLM's own decided (`data/conformance/`):\n\n"
+        f"{conformance_markdown(conformance)}\n\nThe service, beside measured one-hour runs:\n\n"
+        f"{accuracy_table(left_out, fitted)}"
+    )
+    return f"{before}{BEGIN}\n{tables}\n{END}{after}"
+
+
+def record(folder: Path) -> list[Path]:
+    """Take over the results of a full run: recorded tables, pictures and the README's table.
+
+    Raises
+    ------
+    AdapterTwinError
+        The folder does not hold the results of a full run with measured data.
+    """
+    if not (folder / "bars.csv").is_file():
+        raise AdapterTwinError(f"{folder}: holds no results; run `make reproduce` with the data")
+    written = []
+    for pattern, target in (("*.csv", EXPECTED), ("*.png", IMAGES)):
+        for path in sorted(folder.rglob(pattern)):
+            place = target / path.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            written.append(Path(shutil.copy(path, place)))
+    tables = (read_expected(name) for name in ("conformance", "bars_left_out", "bars"))
+    README.write_text(update_readme(README.read_text(), *tables))
+    return [*written, README]
+
+
+if __name__ == "__main__":
+    for path in record(Results().folder):
+        print(path.relative_to(datasets.REPOSITORY))

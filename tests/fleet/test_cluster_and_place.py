@@ -1,0 +1,337 @@
+"""Placing a fleet: the verb, repairs, balance, manifests, and traffic that drifts."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapter_twin import cli
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.fleet import picture
+from adapter_twin.fleet.balance import rebalance, spread
+from adapter_twin.fleet.check import check_placement
+from adapter_twin.fleet.hold import hold
+from adapter_twin.fleet.manifests import manifest, write_manifests
+from adapter_twin.fleet.oracle import Oracle
+from adapter_twin.fleet.place import place
+from adapter_twin.fleet.placement import Placement, ReplicaPlan
+from adapter_twin.fleet.proof.bound import lower_bound
+from adapter_twin.fleet.shortest_wait import shortest_wait
+from adapter_twin.fleet.strategies import place_and_hold
+from adapter_twin.laws import Calibration, load_calibration
+from adapter_twin.plan.demand import Demand
+from adapter_twin.plan.steady_state import warmed_up
+from adapter_twin.workload.scenario import Adapter, EngineConfig, Lengths, Slo, zipf_adapters
+from study.drift import Drift, drifting_rates, drifting_trace, place_again
+
+LLAMA = "llama-3.1-8b-instruct"
+LENGTHS = Lengths(mean_input_tokens=223, mean_output_tokens=200)
+EXAMPLE = Path(__file__).parents[2] / "examples" / "place.yaml"
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is an extrapolation")
+
+
+@pytest.fixture(scope="module")
+def laws() -> Calibration:
+    return warmed_up(load_calibration("auto", LLAMA))
+
+
+def demand(count: int = 60, rate: float = 40.0, **changes: Any) -> Demand:
+    adapters = zipf_adapters(count, rate, 0.8, [8, 16])
+    return Demand(model=LLAMA, adapters=adapters, lengths=LENGTHS, **changes)
+
+
+@pytest.fixture(scope="module")
+def placed() -> tuple[Demand, dict[str, Any], Placement]:
+    asked = demand()
+    return asked, *place(asked, jobs=1)
+
+
+def test_a_placement_serves_every_adapter_and_holds_in_the_twin(
+    placed: tuple[Demand, dict[str, Any], Placement], laws: Calibration
+) -> None:
+    asked, answer, placement = placed
+    placement.check(asked)
+    assert check_placement(asked, placement, laws, jobs=1).serves.all()
+    # other requests than the placement was checked with
+    assert check_placement(asked, placement, laws, seed=7, jobs=1).serves.all()
+    assert answer["lower_bound"] <= answer["gpus"] == len(answer["replicas"])
+    names = [name for row in answer["replicas"] for name in row["adapters"]]
+    assert sorted(names) == sorted(adapter.name for adapter in asked.adapters)
+
+
+def test_the_answer_tells_flags_service_and_hidden_waits(
+    placed: tuple[Demand, dict[str, Any], Placement],
+) -> None:
+    _, answer, placement = placed
+    for row, plan in zip(answer["replicas"], placement.replicas, strict=True):
+        flags = row["vllm_args"]
+        assert flags[flags.index("--max-loras") + 1] == str(plan.engine.max_loras)
+        assert row["kv_cache_tokens"] > 0
+        assert row["total_throughput"] >= 0.9 * row["offered_tokens_per_s"]
+    waits = max(row["mean_ttft_ms"] for row in answer["replicas"]) > 1000
+    assert (answer["advice"] is not None) == waits
+
+
+def test_an_slo_takes_more_gpus_and_is_met(laws: Calibration) -> None:
+    asked = demand(40, 25.0, slo=Slo(ttft_ms=2000, itl_ms=100))
+    answer, placement = place(asked, jobs=1)
+    assert all(row["slo_attainment"] >= 0.99 for row in answer["replicas"])
+    assert answer["gpus"] >= place(replace(asked, slo=None), jobs=1)[0]["gpus"]
+    assert check_placement(asked, placement, laws, jobs=1).serves.all()
+
+
+def test_a_gpu_that_starves_gives_adapters_away(
+    laws: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = demand(30, 80.0)
+    oracle = Oracle(asked, laws)
+    everything = [list(range(len(oracle.parts)))]
+    # an oracle that believes that one GPU serves it all
+    monkeypatch.setattr(Oracle, "place", _place_anything)
+    with pytest.raises(AdapterTwinError, match="1 of 1 GPUs do not serve in the twin"):
+        hold(oracle, everything, jobs=1)
+    heavy = np.argsort(-oracle.parts.rate)
+    first = int(np.searchsorted(np.cumsum(oracle.parts.rate[heavy]), 48.0))
+    rest = heavy[first:].tolist()
+    groups = [heavy[:first].tolist(), rest[::2], rest[1::2]]
+    placement, checked, repairs = hold(oracle, groups, jobs=1)
+    assert repairs >= 1
+    assert checked.serves.all()
+    assert len(placement.replicas) >= 3
+
+
+def _place_anything(oracle: Oracle, groups: list[list[int]]) -> Placement:
+    plans = []
+    for group in groups:
+        adapters, shares = oracle.parts.adapter[group], oracle.parts.share[group]
+        engine = EngineConfig(
+            model=LLAMA, max_loras=min(len(group), 16), max_cpu_loras=30, max_lora_rank=16
+        )
+        plans.append(ReplicaPlan(engine, tuple(adapters.tolist()), tuple(shares.tolist())))
+    return Placement(tuple(plans))
+
+
+# Balance
+
+loads = st.lists(st.floats(0.01, 100), min_size=1, max_size=60)
+
+
+@given(loads, st.integers(1, 8))
+def test_spread_keeps_every_item_and_grahams_bound(own: list[float], gpus: int) -> None:
+    groups = spread(own, gpus)
+    assert sorted(item for group in groups for item in group) == list(range(len(own)))
+    fullest = max(sum(own[item] for item in group) for group in groups)
+    assert fullest <= sum(own) / gpus + max(own) + 1e-9
+
+
+def test_hot_adapters_are_on_several_gpus_where_that_is_asked(laws: Calibration) -> None:
+    asked = demand(30, 60.0)
+    oracle = Oracle(asked, laws, replicate_above=0.2)
+    hottest = int(np.argmax([adapter.request_rate for adapter in asked.adapters]))
+    parts = np.flatnonzero(oracle.parts.adapter == hottest)
+    assert len(parts) > 1
+    assert oracle.serve(parts) is None  # each on a GPU of its own
+    placement = place_and_hold(oracle, jobs=1).placement
+    homes = [plan for plan in placement.replicas if hottest in plan.adapters]
+    assert len(homes) == len(parts)
+    with pytest.raises(AdapterTwinError, match="replicate_above: got 0"):
+        Oracle(asked, laws, replicate_above=0)
+
+
+def test_more_gpus_than_needed_shorten_the_waits(laws: Calibration) -> None:
+    oracle = Oracle(demand(), laws)
+    held = place_and_hold(oracle, jobs=1)
+    fewer, more = (
+        shortest_wait(oracle, len(held.placement.replicas) + extra, jobs=1) for extra in (0, 3)
+    )
+    assert len(more.placement.replicas) == len(held.placement.replicas) + 3
+    assert more.checked.serves.all()
+    longest = [one.checked.p99_ttft_ms.max() for one in (more, fewer, held)]
+    assert longest == sorted(longest)
+
+
+def test_a_number_of_gpus_that_cannot_serve_is_refused_with_one_that_may(laws: Calibration) -> None:
+    oracle = Oracle(demand(), laws)
+    for gpus in {0, lower_bound(oracle) - 1, len(oracle.parts) + 1}:
+        with pytest.raises(AdapterTwinError, match=r"^gpus: "):
+            shortest_wait(oracle, gpus, jobs=1)
+
+
+def test_an_slo_that_means_would_miss_is_held_after_a_look_at_the_twin(laws: Calibration) -> None:
+    asked = replace(demand(), slo=Slo(ttft_ms=5000.0, itl_ms=45.0))
+    held = place_and_hold(Oracle(asked, laws), jobs=1)
+    assert held.oracle.spread.itl > 1
+    assert held.checked.slo_attainment.min() >= 0.99
+    assert held.bound <= len(held.placement.replicas)
+
+
+@given(loads, st.integers(1, 6), st.integers(0, 9))
+def test_rebalancing_never_makes_it_worse(own: list[float], gpus: int, seed: int) -> None:
+    home = np.random.default_rng(seed).integers(0, gpus, len(own))
+    before, old = np.bincount(home, own, minlength=gpus), home.copy()
+    moved = rebalance(own, home, gpus)
+    after = np.bincount(home, own, minlength=gpus)
+    assert after.max() <= before.max() + 1e-9
+    assert (home != old).sum() <= moved
+    if before.max() - before.min() <= 0.05 * before.mean():
+        assert moved == 0
+
+
+def test_there_is_at_least_one_gpu_to_spread_over() -> None:
+    with pytest.raises(AdapterTwinError, match="gpus: must be at least 1"):
+        spread([1.0], 0)
+
+
+# Manifests
+
+
+def test_manifests_pass_the_schema_and_hold_the_flags(
+    placed: tuple[Demand, dict[str, Any], Placement], laws: Calibration, tmp_path: Path
+) -> None:
+    import kubernetes_validate
+
+    asked, answer, placement = placed
+    files = write_manifests(tmp_path / "k8s", asked, placement, laws)
+    assert len(files) == answer["gpus"]
+    for file, row in zip(files, answer["replicas"], strict=True):
+        text = file.read_text()
+        assert "&id" not in text
+        deployment, service = yaml.safe_load_all(text)
+        for document in (deployment, service):
+            kubernetes_validate.validate(document, "1.30", strict=True)
+        container = deployment["spec"]["template"]["spec"]["containers"][0]
+        assert container["image"] == "vllm/vllm-openai:v0.8.5"
+        arguments = container["args"]
+        at = arguments.index("--enable-lora")
+        assert arguments[at : at + len(row["vllm_args"])] == row["vllm_args"]
+        modules = arguments[arguments.index("--lora-modules") + 1 :]
+        assert modules == [f"{name}=/adapters/{name}" for name in row["adapters"]]
+
+
+def test_a_wrong_manifest_does_not_pass(
+    placed: tuple[Demand, dict[str, Any], Placement],
+) -> None:
+    import kubernetes_validate
+
+    asked, _, placement = placed
+    deployment, _ = manifest("replica-0", asked, placement.replicas[0], "0.8.5")
+    deployment["spec"]["replicas"] = "one"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(deployment, "1.30", strict=True)
+
+
+def test_the_packing_has_a_bar_for_each_gpu(
+    placed: tuple[Demand, dict[str, Any], Placement],
+) -> None:
+    asked, answer, placement = placed
+    axes = picture.packing(asked, placement).axes[0]
+    assert len(axes.get_yticks()) == answer["gpus"]
+    assert len(axes.patches) == len(asked.adapters)
+
+
+# Traffic that drifts
+
+
+def test_drift_trades_popularity_and_keeps_the_total() -> None:
+    rates = np.array([adapter.request_rate for adapter in demand().adapters])
+    table = drifting_rates(rates, Drift(epoch_s=300.0, churn=0.3), 3600.0, seed=0)
+    assert table.shape == (12, 60)
+    np.testing.assert_allclose(np.sort(table, axis=1), np.sort(table[:1], axis=1).repeat(12, 0))
+    np.testing.assert_array_equal(table[0], rates)
+    assert not np.array_equal(table[-1], rates)
+    swung = drifting_rates(rates, Drift(churn=0.0, swing=0.5), 3600.0, seed=0).sum(axis=1)
+    assert swung.max() > 1.4 * rates.sum()
+    assert swung.mean() == pytest.approx(rates.sum(), rel=1e-6)
+
+
+def test_drifting_requests_come_at_the_rates_of_the_table(laws: Calibration) -> None:
+    asked, drift = demand(), Drift(epoch_s=600.0, churn=0.5, burst_cv=0.5)
+    rates = np.array([adapter.request_rate for adapter in asked.adapters])
+    table = drifting_rates(rates, drift, 3600.0, seed=1)
+    trace = drifting_trace(asked, table, drift, 3600.0, laws, seed=1)
+    assert (np.diff(trace.arrival_s) >= 0).all()
+    epoch = (trace.arrival_s // 600).astype(int)
+    counts = np.zeros(table.shape)
+    np.add.at(counts, (epoch, trace.adapter), 1)
+    expected = 600 * table
+    assert (np.abs(counts - expected) <= 5 * np.sqrt(expected) + 5).all()
+
+
+def test_placing_again_moves_adapters_and_serves_as_much(laws: Calibration) -> None:
+    asked = demand(40, 30.0)
+    engine = EngineConfig(model=LLAMA, max_loras=16, max_cpu_loras=40, max_lora_rank=16)
+    drift = Drift(epoch_s=60.0, churn=0.5)
+    still, moving = (
+        place_again(asked, engine, 2, laws, drift, every_s=every_s, duration_s=600.0)
+        for every_s in (None, 60.0)
+    )
+    assert still["moved"] == 0
+    assert moving["moved"] > 0
+    assert moving["worst_served"] > 90
+
+
+# The command
+
+
+def test_place_prints_a_table_and_writes_manifests_and_picture(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ("--manifests", str(tmp_path / "k8s"), "--picture", str(tmp_path / "p.png"))
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(("place", str(EXAMPLE), "--json", "--jobs", "1", *options))
+    assert exit_.value.code == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert len(list((tmp_path / "k8s").iterdir())) == answer["gpus"]
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
+    def write(changes: dict[str, Any]) -> str:
+        content = yaml.safe_load(EXAMPLE.read_text()) | changes
+        path = tmp_path / "w.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"adapters": []}, "adapters"),
+        ({"adapters": [{"name": "huge", "rank": 1024, "request_rate": 1.0}]}, "1024"),
+        ({"base_model_request_rate": 1.0}, "base_model_request_rate"),
+        ({"slo": {"ttft_ms": 1}}, "slo"),
+        ({"gpu": 3}, "gpu"),
+    ],
+)
+def test_what_cannot_be_placed_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str],
+    write: Callable[[dict[str, Any]], str],
+    changes: dict[str, Any],
+    words: str,
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(("place", write(changes), "--jobs", "1"))
+    told = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert told.out == ""
+    error = [line for line in told.err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1
+    assert words in error[0]
+
+
+def test_an_adapter_is_named_that_no_gpu_serves(laws: Calibration) -> None:
+    busy = Adapter(name="busy", rank=8, request_rate=500.0)
+    asked = Demand(model=LLAMA, adapters=(busy,), lengths=LENGTHS)
+    with pytest.raises(AdapterTwinError, match="busy"):
+        Oracle(asked, laws, split=False)

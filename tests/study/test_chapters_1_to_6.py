@@ -1,0 +1,79 @@
+"""What chapter 6 tabulates and draws, on tables made up for the test."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from study import ch01_to_06
+from study.figures import twin_runs
+
+N = 12
+
+
+@pytest.fixture
+def runs() -> pd.DataFrame:
+    index = np.arange(N)
+    return pd.DataFrame(
+        {
+            "run_id": [f"run-{i:02d}" for i in index],
+            "model": "llama-3.1-8b-instruct",
+            "rates_per_adapter": "0.1-0.05-0.025",
+            "ranks": ch01_to_06.CURVES["llama-3.1-8b-instruct"],
+            "served_adapters": 32 * (1 + index // 2),
+            "adapter_slots": np.where(index % 2 == 0, 16, 32),
+            "status": "ok",
+            "client_collapsed": index >= N - 2,
+            "offered_request_rate": 10.0,
+            "mean_input_tokens": 200.0,
+            "mean_requested_output_tokens": 200.0,
+            "total_throughput": np.where(index < 8, 4000.0, 2000.0),
+            "mean_itl_ms": 20.0 + index,
+            "median_ttft_ms": 50.0 + index,
+        }
+    )
+
+
+def test_measured_runs_and_both_twins_are_stacked_run_by_run(runs):
+    authors = runs[["run_id", "total_throughput", "mean_itl_ms"]].assign(mode="replay")
+    stacked = ch01_to_06.beside(runs, runs.assign(total_throughput=1.0), authors)
+    assert stacked["twin"].value_counts().to_dict() == {"measured": N, "ours": N, "authors": N}
+    assert (stacked.loc[stacked["twin"] == "ours", "total_throughput"] == 1.0).all()
+    assert stacked.loc[stacked["twin"] == "authors", "median_ttft_ms"].isna().all()
+
+
+def test_starvation_is_counted_without_collapsed_clients(runs):
+    predicted = runs[["run_id"]].assign(starved=runs["total_throughput"] < 3000)
+    counts = ch01_to_06.starvation_counts(runs, predicted).set_index(["measured", "predicted"])[
+        "runs"
+    ]
+    assert counts.to_dict() == {(False, False): 8, (True, True): 2}
+
+
+def test_a_subsample_keeps_the_drawn_curve_whole(runs):
+    kept = ch01_to_06.subsample(runs, every=100, collapsed_every=100)
+    clean = runs[(runs["adapter_slots"] == 16) & ~runs["client_collapsed"]]
+    assert set(clean["run_id"]) <= set(kept["run_id"])
+    assert kept["client_collapsed"].sum() == 1
+
+
+def test_a_panel_is_drawn_for_every_figure_and_slot_count(runs):
+    authors = runs[["run_id", "total_throughput", "mean_itl_ms"]].assign(mode="replay")
+    stacked = ch01_to_06.beside(runs, runs, authors)
+    figure = twin_runs.curves(stacked, ["total_throughput", "median_ttft_ms"])
+    assert len(figure.axes) == 4
+    plt.close(figure)
+
+
+def test_errors_are_drawn_in_the_order_of_load():
+    rows = [
+        {"twin": twin, "regime": regime, "figure": "mean_itl_ms", "value": 3, "low": 2, "high": 5}
+        for twin in ("ours", "authors")
+        for regime in ("starved", "light")
+    ]
+    figure = twin_runs.errors(pd.DataFrame(rows), ["mean_itl_ms"])
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["light", "starved"]
+    plt.close(figure)

@@ -1,0 +1,297 @@
+"""Record what vLLM's own schedulers decide, into `data/conformance/`.
+
+The scheduler of the vLLM that is installed, or that of another one's wheel (0.8.5):
+
+    .venv-vllm/bin/python -m tests.twin.record_conformance
+    .venv-vllm/bin/pip download vllm==0.8.5 --no-deps --dest FOLDER
+    .venv-vllm/bin/python -m tests.twin.record_conformance FOLDER/vllm-0.8.5-*.whl
+
+No model runs and no GPU is needed: a request gets its token when its last prompt token is computed,
+as from a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import re
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, Protocol
+from unittest.mock import MagicMock
+
+from adapter_twin.measure.model_folder import write_model
+from study.conformance import FOLDER, NULL_BLOCK, Case, Step, random_cases, save
+
+SEED, CASES = 0, 132
+MAX_MODEL_LEN = 1 << 12
+
+
+class Engine(Protocol):
+    """One version of vLLM."""
+
+    def scheduler(self, case: Case) -> Any:
+        """Return vLLM's scheduler for a case, without requests."""
+
+    def request(self, name: str, adapter: int, prompt: int, output: int) -> Any:
+        """Return one of its requests."""
+
+    def output(self, tokens: dict[str, list[int]]) -> Any:
+        """Return what a model runner would, given the token of each request or none."""
+
+
+def engine_steps(engine: Engine, case: Case) -> Iterator[Step]:
+    """Run vLLM's scheduler on a case and yield what it decides in every step."""
+    scheduler = engine.scheduler(case)
+    coming = deque(enumerate(case.requests))
+    step = 0
+    while coming or scheduler.running or scheduler.waiting:
+        if not scheduler.running and not scheduler.waiting:
+            step = max(step, coming[0][1][0])
+        while coming and coming[0][1][0] <= step:
+            number, (_, *request) = coming.popleft()
+            scheduler.add_request(engine.request(str(number), *request))
+        was_running = numbers(scheduler.running)
+        tokens = scheduler.schedule()  # counts them as computed, and preempts
+        scheduled = list(scheduler.running)
+        now = Step(
+            step=step,
+            running={n: tokens.num_scheduled_tokens.get(str(n), 0) for n in numbers(scheduled)},
+            waiting=numbers(scheduler.waiting),
+            free_blocks=scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
+            adapters=len({case.requests[n][1] for n in numbers(scheduled)} - {-1}),
+            admitted=[n for n in numbers(scheduled) if n not in was_running],
+            preempted=[n for n in reversed(numbers(scheduler.waiting)) if n in was_running],
+            finished=[],
+        )
+        emitted = {r.request_id: [1] * (r.num_computed_tokens >= r.num_tokens) for r in scheduled}
+        scheduler.update_from_output(tokens, engine.output(emitted))
+        remaining = numbers(scheduler.running)
+        yield now._replace(finished=sorted(n for n in now.running if n not in remaining))
+        step += 1
+
+
+def numbers(requests: Sequence[Any]) -> list[int]:
+    """Return the numbers of requests."""
+    return [int(request.request_id) for request in requests]
+
+
+def by_index(tokens: dict[str, list[int]]) -> dict[str, Any]:
+    """Return the tokens of requests as vLLM's model runners do."""
+    places = {name: i for i, name in enumerate(tokens)}
+    return {
+        "req_ids": list(tokens),
+        "req_id_to_index": places,
+        "sampled_token_ids": list(tokens.values()),
+    }
+
+
+class Installed:
+    """The vLLM that is installed: written for 0.32.0."""
+
+    def __init__(self, folder: Path, **scheduling: bool) -> None:
+        """Write a model's configuration into `folder`; `scheduling` goes to SchedulerConfig."""
+        from vllm.config import ModelConfig
+
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+        model = str(write_model("tiny", folder))
+        self.model = ModelConfig(
+            model=model, tokenizer=model, skip_tokenizer_init=True, dtype="float32"
+        )
+        self.scheduling = scheduling
+
+    def scheduler(self, case: Case) -> Any:
+        import torch
+        from vllm import config
+        from vllm.v1.core.sched.scheduler import Scheduler
+        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+        from vllm.v1.structured_output import StructuredOutputManager
+
+        vllm_config = config.VllmConfig(
+            model_config=self.model,
+            scheduler_config=config.SchedulerConfig(
+                max_num_seqs=case.max_num_seqs,
+                max_num_batched_tokens=case.max_num_batched_tokens,
+                max_model_len=MAX_MODEL_LEN,
+                is_encoder_decoder=False,
+                enable_chunked_prefill=True,
+                async_scheduling=False,
+                **self.scheduling,
+            ),
+            cache_config=config.CacheConfig(enable_prefix_caching=False),
+            lora_config=config.LoRAConfig(
+                max_lora_rank=8,
+                max_loras=case.max_loras,
+                max_cpu_loras=max(case.max_loras, case.adapters),
+                lora_dtype="auto",
+            ),
+            device_config=config.DeviceConfig("cpu"),
+        )
+        cache, scheduling = vllm_config.cache_config, vllm_config.scheduler_config
+        cache.num_gpu_blocks, cache.block_size = case.kv_blocks + NULL_BLOCK, case.block_size
+        assert not scheduling.async_scheduling
+        assert scheduling.enable_chunked_prefill
+        assert scheduling.max_num_batched_tokens == case.max_num_batched_tokens
+        spec = FullAttentionSpec(
+            block_size=case.block_size, num_kv_heads=1, head_size=1, dtype=torch.float32
+        )
+        return Scheduler(
+            vllm_config,
+            KVCacheConfig(
+                num_blocks=case.kv_blocks + NULL_BLOCK,
+                kv_cache_tensors=[],
+                kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+            ),
+            StructuredOutputManager(vllm_config),
+            block_size=case.block_size,
+        )
+
+    def request(self, name: str, adapter: int, prompt: int, output: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        return Request(
+            request_id=name,
+            prompt_token_ids=[1] * prompt,
+            sampling_params=SamplingParams(max_tokens=output, ignore_eos=True),
+            pooling_params=None,
+            lora_request=lora_request(adapter) if adapter >= 0 else None,
+        )
+
+    def output(self, tokens: dict[str, list[int]]) -> Any:
+        from vllm.v1.outputs import ModelRunnerOutput
+
+        return ModelRunnerOutput(**by_index(tokens))
+
+
+def lora_request(adapter: int) -> Any:
+    """Return vLLM's name for an adapter; its numbers begin at 1."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(f"adapter-{adapter}", adapter + 1, "nowhere")
+
+
+class Stubs(MetaPathFinder, Loader):
+    """Stands in for the modules of vLLM 0.8.5 that a scheduler imports and does not use."""
+
+    REAL = (
+        *("vllm.utils", "vllm.envs", "vllm.v1.core", "vllm.v1.request", "vllm.v1.utils"),
+        *("vllm.v1.engine", "vllm.v1.outputs", "vllm.v1.kv_cache_interface"),
+    )
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        real = any(f"{name}.".startswith(f"{r}.") or r.startswith(f"{name}.") for r in self.REAL)
+        if real or not name.startswith("vllm."):
+            return None
+        return ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return Stub(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+class Stub(ModuleType):
+    """A module in which every name is there and does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return MagicMock()
+
+
+class Wheel:
+    """The scheduler in the wheel of vLLM 0.8.5, all around it left out."""
+
+    def __init__(self, wheel: Path) -> None:
+        """Let `vllm` be the folder of that name in the wheel."""
+        vllm = ModuleType("vllm")
+        vllm.__path__ = [str(wheel / "vllm")]
+        sys.modules["vllm"] = vllm
+        sys.meta_path.insert(0, Stubs())
+        self.module = importlib.import_module("vllm.v1.core.sched.scheduler")
+        self.module.compute_encoder_budget = lambda **_: (0, 0)
+
+    def scheduler(self, case: Case) -> Any:
+        import torch
+
+        kv = importlib.import_module("vllm.v1.kv_cache_interface")
+        spec = kv.FullAttentionSpec(case.block_size, 1, 1, torch.float32, use_mla=False)
+        vllm_config = SimpleNamespace(
+            model_config=None,
+            scheduler_config=SimpleNamespace(
+                max_num_seqs=case.max_num_seqs,
+                max_num_batched_tokens=case.max_num_batched_tokens,
+                max_model_len=MAX_MODEL_LEN,
+                long_prefill_token_threshold=0,
+                chunked_prefill_enabled=True,
+            ),
+            cache_config=SimpleNamespace(
+                num_gpu_blocks=case.kv_blocks + NULL_BLOCK,
+                block_size=case.block_size,
+                enable_prefix_caching=False,
+                prefix_caching_hash_algo="builtin",
+            ),
+            lora_config=SimpleNamespace(max_loras=case.max_loras),
+            kv_transfer_config=None,
+            speculative_config=None,
+        )
+        group = kv.KVCacheGroupSpec(["layer"], spec)
+        cache = kv.KVCacheConfig(case.kv_blocks + NULL_BLOCK, {}, [group])
+        return self.module.Scheduler(vllm_config, cache, MagicMock())
+
+    def request(self, name: str, adapter: int, prompt: int, output: int) -> Any:
+        sampling = SimpleNamespace(
+            max_tokens=output,
+            min_tokens=0,
+            ignore_eos=True,
+            stop_token_ids=None,
+            guided_decoding=None,
+            logprobs=None,
+        )
+        lora = SimpleNamespace(lora_int_id=adapter + 1) if adapter >= 0 else None
+        no_images = [None] * 3
+        return self.module.Request(name, [1] * prompt, *no_images, sampling, None, 0.0, lora)
+
+    def output(self, tokens: dict[str, list[int]]) -> Any:
+        nothing = {"spec_token_ids": None, "logprobs": None, "prompt_logprobs_dict": {}}
+        return self.module.ModelRunnerOutput(**by_index(tokens), **nothing)
+
+
+def record(engine: Engine) -> list[tuple[Case, list[list[Any]]]]:
+    """Return the cases of a recording, each with the rows of an engine's steps."""
+    return [
+        (case, [step.row() for step in engine_steps(engine, case)])
+        for case in random_cases(SEED, CASES)
+    ]
+
+
+def main() -> None:
+    """Write one recording."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("wheel", nargs="?", type=Path, help="of vLLM 0.8.5")
+    wheel = parser.parse_args().wheel
+    if wheel:
+        version = re.findall(r"vllm-([\d.]+)-", wheel.name)[0]
+        records = record(Wheel(wheel))
+    else:
+        from vllm import __version__
+
+        version = __version__.partition("+")[0]
+        with tempfile.TemporaryDirectory() as folder:
+            records = record(Installed(Path(folder)))
+    path = FOLDER / f"vllm-{version}.json.gz"
+    save(records, path)
+    print(f"{path.name}: {len(records)} cases, {sum(len(rows) for _, rows in records)} steps")
+
+
+if __name__ == "__main__":
+    main()
