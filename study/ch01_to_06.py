@@ -19,6 +19,7 @@ from adapter_twin.service.metrics import STARVATION_THRESHOLD, per_adapter
 from adapter_twin.service.predict import predict_runs
 from adapter_twin.twin.records import Simulation
 from adapter_twin.twin.simulate import simulate
+from adapter_twin.twin.wiring import step_law
 from adapter_twin.workload.scenario import (
     EngineConfig,
     Lengths,
@@ -26,6 +27,8 @@ from adapter_twin.workload.scenario import (
     deal_adapters,
     zipf_adapters,
 )
+from adapter_twin.workload.trace import generators
+from study.plain_engine import PlainEngine, PlainRequest, serve
 
 MEAN_INPUT_TOKENS, MEAN_OUTPUT_TOKENS = 223.0, 200.0
 """Of the traffic in the study's examples: as in the reference measurements."""
@@ -104,6 +107,36 @@ def small_example(calibration: Calibration, duration_s: float = 6.0) -> Simulati
         # An illustration: so few slots were never measured.
         warnings.simplefilter("ignore")
         return simulate(workload, engine, calibration)
+
+
+def plain_steps(run: Simulation, calibration: Calibration) -> pd.DataFrame:
+    """Serve a run's requests by the scheduler over plain lists.
+
+    Parameters
+    ----------
+    run : Simulation
+        With `calibration`, that of a server on which every adapter has been used.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per step, `study.plain_engine.PlainStep`.
+    """
+    engine, records = run.engine, run.records
+    ranks = np.array([adapter.rank for adapter in run.workload.adapters])
+    plain = PlainEngine(
+        config=engine,
+        kv_blocks=calibration.memory.require_start(engine) // engine.block_size - 1,
+        law=step_law(calibration, engine),
+        load_s=calibration.loading.load_s(ranks, engine.max_lora_rank),
+        read_s=calibration.loading.read_s(ranks),
+        places=generators(run.seed)[2].permutation(len(ranks)),
+        reserves_prompts=calibration.reserves_prompts,
+    )
+    columns = records.arrival_s, records.adapter, records.prompt_tokens, records.output_tokens
+    requests = [PlainRequest(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+    serve(plain, requests, run.duration_s)
+    return pd.DataFrame(plain.steps)
 
 
 def long_tail(calibration: Calibration, slots: Sequence[int], duration_s: float) -> pd.DataFrame:

@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from adapter_twin.laws import load_calibration
+from adapter_twin.plan.steady_state import warmed_up
 from study import ch01_to_06
 from study.figures import twin_runs
 
@@ -77,3 +79,13 @@ def test_errors_are_drawn_in_the_order_of_load():
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels == ["light", "starved"]
     plt.close(figure)
+
+
+def test_the_example_takes_the_same_steps_over_plain_lists():
+    calibration = warmed_up(load_calibration("auto", "llama-3.1-8b-instruct"))
+    run = ch01_to_06.small_example(calibration, 3.0)
+    plain = ch01_to_06.plain_steps(run, calibration)
+    ours = pd.DataFrame(run.steps)[list(plain.columns)]
+    assert len(plain) > 100
+    assert plain["loads"].sum() > 5
+    pd.testing.assert_frame_equal(ours, plain, check_dtype=False, rtol=1e-6)

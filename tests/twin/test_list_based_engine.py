@@ -1,7 +1,6 @@
 """The compiled scheduler against a naive one that holds plain lists, as vLLM V1 does."""
 
-from collections import OrderedDict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from hypothesis import given, settings
@@ -13,6 +12,7 @@ from adapter_twin.twin.records import make_gaps
 from adapter_twin.twin.session import Session, new_session
 from adapter_twin.workload.scenario import EngineConfig
 from adapter_twin.workload.trace import BASE_MODEL, Trace
+from study.plain_engine import PlainEngine, PlainRequest, PlainStep, serve
 
 # Sums of powers of two: no sum of times is ever rounded, so the comparison is exact.
 TICK_S = 2.0**-20
@@ -49,10 +49,9 @@ class Case:
     def adapters(self) -> int:
         return 1 + max(adapter for _, adapter, _, _ in [*self.requests, (0, 0, 1, 1)])
 
-    def session(self) -> Session:
-        ticks, adapter, prompt, output = (np.array(c) for c in zip(*self.requests, strict=True))
-        columns = (c.astype(np.int32) for c in (adapter, prompt, output))
-        engine = EngineConfig(
+    @property
+    def config(self) -> EngineConfig:
+        return EngineConfig(
             model="any",
             max_loras=self.max_loras,
             max_cpu_loras=self.max_cpu_loras,
@@ -61,9 +60,13 @@ class Case:
             max_num_batched_tokens=self.max_num_batched_tokens,
             block_size=self.block_size,
         )
+
+    def session(self) -> Session:
+        ticks, adapter, prompt, output = (np.array(c) for c in zip(*self.requests, strict=True))
+        columns = (c.astype(np.int32) for c in (adapter, prompt, output))
         return new_session(
             Trace(ticks * TICK_S, *columns),
-            engine,
+            self.config,
             LAW,
             FrontEnd(self.duration_ticks * TICK_S, self.in_flight_cap, 0.0, np.inf, 0.0, 0.0, 0.0),
             (self.kv_blocks + NULL_BLOCK) * self.block_size,
@@ -74,185 +77,19 @@ class Case:
         )
 
 
-@dataclass(eq=False)
-class Request:
-    arrival_s: float
-    adapter: int
-    prompt: int
-    output: int
-    computed: int = 0
-    blocks: int = 0
-    preemptions: int = 0
-    load_wait_s: float = 0.0
-    scheduled_s: float = np.nan
-    token_s: list[float] = field(default_factory=list)
-    decoding: bool = False
-    rejected: bool = False
-
-    @property
-    def tokens(self) -> int:
-        """What must be in the KV cache before the next token."""
-        return self.prompt + len(self.token_s)
-
-
-class Engine:
-    """vLLM V1's scheduler and adapter caches, step by step over plain lists."""
-
-    def __init__(self, case: Case) -> None:
-        self.case = case
-        self.free = case.kv_blocks
-        self.running: list[Request] = []
-        self.waiting: deque[Request] = deque()
-        self.active: OrderedDict[int, None] = (
-            OrderedDict()
-        )  # in slots, least recently touched first
-        self.registered: OrderedDict[int, None] = OrderedDict()  # in host memory
-        self.steps: list[tuple[float, ...]] = []
-
-    def blocks(self, tokens: int) -> int:
-        return -(-tokens // self.case.block_size)
-
-    def allocate(self, request: Request, new_tokens: int) -> bool:
-        needed = self.blocks(request.computed + new_tokens) - request.blocks
-        if needed > self.free:
-            return False
-        self.free -= needed
-        request.blocks += needed
-        return True
-
-    def release(self, request: Request) -> None:
-        self.free += request.blocks
-        request.blocks = request.computed = 0
-        request.decoding = False
-
-    def schedule(self, now_s: float) -> dict[Request, int]:
-        scheduled: dict[Request, int] = {}
-        budget, preempted = self.case.max_num_batched_tokens, False
-        position = 0
-        while position < len(self.running) and budget > 0:
-            request = self.running[position]
-            new_tokens = min(request.tokens - request.computed, budget)
-            while not (fits := self.allocate(request, new_tokens)):
-                victim = self.running.pop()
-                self.release(victim)
-                victim.preemptions += 1
-                self.waiting.appendleft(victim)
-                preempted = True
-                if victim is request:
-                    break
-            if not fits:
-                break
-            scheduled[request] = new_tokens
-            budget -= new_tokens
-            position += 1
-
-        adapters = {request.adapter for request in scheduled} - {BASE_MODEL}
-        self.joining: dict[int, Request] = {}
-        skipped: deque[Request] = deque()
-        while self.waiting and budget > 0 and not preempted:
-            if len(self.running) == self.case.max_num_seqs:
-                break
-            request = self.waiting[0]
-            is_new = request.adapter not in adapters and request.adapter != BASE_MODEL
-            if is_new and len(adapters) == self.case.max_loras:
-                skipped.appendleft(self.waiting.popleft())
-                continue
-            new_tokens = min(request.tokens, budget)
-            reserved = request.tokens if self.case.reserves_prompts else new_tokens
-            if self.blocks(reserved) > self.free or not self.allocate(request, new_tokens):
-                break
-            if is_new:
-                self.joining[request.adapter] = request
-            self.running.append(self.waiting.popleft())
-            adapters |= {request.adapter} - {BASE_MODEL}
-            scheduled[request] = new_tokens
-            budget -= new_tokens
-            if np.isnan(request.scheduled_s):
-                request.scheduled_s = now_s
-        scanned_all = not self.waiting and budget > 0 and not preempted
-        scanned_all &= len(self.running) < self.case.max_num_seqs
-        self.scanned = len(skipped) if scanned_all else 0
-        self.waiting.extendleft(skipped)
-        return scheduled
-
-    def make_resident(self, scheduled: dict[Request, int]) -> float:
-        """Touch the step's adapters in order, as ``LRUCacheWorkerLoRAManager`` does."""
-        total_s = 0.0
-        self.loads = 0
-        adapters = {request.adapter for request in scheduled} - {BASE_MODEL}
-        for adapter in sorted(adapters, key=self.case.places.__getitem__):
-            load_s = 0.0
-            if adapter not in self.registered:
-                load_s += READ_S[adapter]
-                if len(self.registered) == self.case.max_cpu_loras:
-                    evicted, _ = self.registered.popitem(last=False)
-                    self.active.pop(evicted, None)
-                self.registered[adapter] = None
-            self.registered.move_to_end(adapter)
-            if adapter not in self.active:
-                load_s += LOAD_S[adapter]
-                if len(self.active) == self.case.max_loras:
-                    self.active.popitem(last=False)
-                self.active[adapter] = None
-                self.loads += 1
-            self.active.move_to_end(adapter)
-            if adapter in self.joining:
-                self.joining[adapter].load_wait_s += load_s
-            total_s += load_s
-        return total_s
-
-    def step(self, now_s: float) -> tuple[float, list[Request]]:
-        """Run one step; return its end, and the requests that then get a token."""
-        scheduled = self.schedule(now_s)
-        load_s = self.make_resident(scheduled)
-        adapters = {request.adapter for request in scheduled} - {BASE_MODEL}
-        decodes = sum(request.decoding for request in scheduled)
-        for request, new_tokens in scheduled.items():
-            request.computed += new_tokens
-        tokens = sum(scheduled.values())
-        context = sum(request.computed - request.decoding for request in scheduled)
-        c = LAW.coefficients[0 if tokens <= LAW.token_breaks[0] else 1]
-        tiles = -(-tokens // LAW.tile)
-        n, adapted = len(adapters), bool(adapters)
-        model_s = c[:7] @ [1, tokens, decodes, context, n, n * tiles, tiles]
-        model_s += c[7:] @ [adapted, adapted * tokens]
-        model_s += LAW.per_waiting * len(self.waiting)
-        scheduling_s = LAW.scheduling @ [1, len(self.running), self.scanned]
-        end_s = now_s + model_s + scheduling_s + load_s
-        queues = len(self.running), len(self.waiting), len(adapters)
-        times = load_s, scheduling_s
-        self.steps.append((end_s, tokens, decodes, *queues, self.loads, self.free, context, *times))
-        return end_s, [request for request in scheduled if request.computed == request.tokens]
-
-
-def run_reference(case: Case) -> tuple[Engine, list[Request]]:
-    engine = Engine(case)
-    requests = [Request(tick * TICK_S, *rest) for tick, *rest in case.requests]
-    coming = deque(requests)
-    now_s, end_of_window_s, in_flight = 0.0, case.duration_ticks * TICK_S, 0
-    while True:
-        while coming and coming[0].arrival_s <= now_s:
-            request = coming.popleft()
-            request.rejected = in_flight >= case.in_flight_cap
-            if not request.rejected:
-                in_flight += 1
-                engine.waiting.append(request)
-        if not engine.running and not engine.waiting:
-            if not coming or coming[0].arrival_s > end_of_window_s:
-                return engine, requests
-            now_s = coming[0].arrival_s
-            continue
-        now_s, emitting = engine.step(now_s)
-        if now_s > end_of_window_s:
-            engine.steps.pop()
-            return engine, requests
-        for request in emitting:
-            request.token_s.append(now_s)
-            request.decoding = True
-            if len(request.token_s) == request.output:
-                engine.running.remove(request)
-                engine.release(request)
-                in_flight -= 1
+def run_plainly(case: Case) -> tuple[PlainEngine, list[PlainRequest]]:
+    engine = PlainEngine(
+        config=case.config,
+        kv_blocks=case.kv_blocks,
+        law=LAW,
+        load_s=LOAD_S,
+        read_s=READ_S,
+        places=np.array(case.places),
+        reserves_prompts=case.reserves_prompts,
+    )
+    requests = [PlainRequest(tick * TICK_S, *rest) for tick, *rest in case.requests]
+    serve(engine, requests, case.duration_ticks * TICK_S, case.in_flight_cap)
+    return engine, requests
 
 
 @st.composite
@@ -310,22 +147,16 @@ def contended(draw: st.DrawFn) -> Case:
     )
 
 
-STEP_COLUMNS = [
-    *("end_s", "tokens", "decodes", "running", "waiting", "adapters"),
-    *("loads", "free_blocks", "context_tokens", "load_s", "scheduling_s"),
-]
-
-
 @settings(max_examples=400, deadline=None)
 @given(cases() | contended())
 def test_every_step_is_the_one_a_plain_list_scheduler_takes(case: Case) -> None:
     session = case.session()
     session.run()
-    engine, requests = run_reference(case)
+    engine, requests = run_plainly(case)
 
     steps = session.steps[: session.clock.steps]
-    ours = np.array([steps[name].astype(float) for name in STEP_COLUMNS]).T
-    theirs = np.array(engine.steps, float).reshape(-1, len(STEP_COLUMNS))
+    ours = np.array([steps[name].astype(float) for name in PlainStep._fields]).T
+    theirs = np.array(engine.steps, float).reshape(-1, len(PlainStep._fields))
     theirs[:, 9:] = theirs[:, 9:].astype(np.float32)  # as the twin keeps load and scheduling time
     np.testing.assert_array_equal(ours, theirs)
 
@@ -333,7 +164,7 @@ def test_every_step_is_the_one_a_plain_list_scheduler_takes(case: Case) -> None:
     expected = {
         "scheduled_s": [r.scheduled_s for r in requests],
         "first_token_s": [times[0] if times else np.nan for times in tokens],
-        "end_s": [r.token_s[-1] if len(r.token_s) == r.output else np.nan for r in requests],
+        "end_s": [r.token_s[-1] if len(r.token_s) == r.output_tokens else np.nan for r in requests],
         "load_wait_s": [r.load_wait_s for r in requests],
         "preemptions": [r.preemptions for r in requests],
         "rejected": [r.rejected for r in requests],
@@ -348,11 +179,11 @@ def test_gaps_are_those_between_the_tokens_of_completed_requests(case: Case) -> 
     session = case.session()
     session.run()
     gaps = make_gaps(session)
-    _, requests = run_reference(case)
-    completed = [r for r in requests if len(r.token_s) == r.output]
+    _, requests = run_plainly(case)
+    completed = [r for r in requests if len(r.token_s) == r.output_tokens]
     if any(r.preemptions for r in requests if r not in completed):
         return  # the gaps of a preempted request that never ends are left in
-    assert gaps.count.sum() == sum(r.output - 1 for r in completed)
+    assert gaps.count.sum() == sum(r.output_tokens - 1 for r in completed)
     if not any(r.preemptions for r in requests):
         expected = np.sort(np.concatenate([np.diff(r.token_s) for r in completed] or [[]]))
         np.testing.assert_array_equal(np.sort(np.repeat(gaps.gap_s, gaps.count)), expected)
