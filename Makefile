@@ -24,8 +24,8 @@ CAMPAIGN ?= experiments/campaigns/$(if $(filter True,$(quick)),smoke,$(if $(cuda
 OUT ?= data/external/live/$(basename $(notdir $(CAMPAIGN)))
 campaign_tables := $(if $(filter live,$(profile)),$(OUT),data/campaigns/cpu-small)
 
-# Where the published measurements are, of which `make recalibrate` makes the H100 calibrations.
-MEASURED ?= $(firstword $(wildcard data/external/agullo2025 ../shared/data/agullo2025))
+# The published measurements, of which `make recalibrate` makes the H100 calibrations.
+MEASURED ?= data/agullo2025
 
 # Which data set of designs/ `make sweep` predicts: they are committed, `reproduce` reads them.
 DESIGN ?= paper
@@ -102,7 +102,6 @@ sweep: $(SETUP)  ## Predict a design afresh, as one table (DESIGN=paper or traff
 	$(BIN)/adapter-twin sweep experiments/designs/$(DESIGN).yaml --out data/external/sweeps/$(DESIGN) --table data/sweeps/$(DESIGN).parquet
 
 recalibrate: $(SETUP)  ## Fit all calibrations anew, and score laws on workloads left out
-	@test -n "$(MEASURED)" || { echo "the measured tables are not here: make data" >&2; exit 2; }
 	for model in llama-3.1-8b-instruct qwen-2.5-7b-instruct; do \
 	  $(BIN)/adapter-twin calibrate $(MEASURED) --model $$model \
 	    --out data/calibrations/$$model@h100-64gb-vllm0.8.5.json || exit 1; done
@@ -110,7 +109,7 @@ recalibrate: $(SETUP)  ## Fit all calibrations anew, and score laws on workloads
 	  --out data/calibrations/small@cpu-vllm0.32.0.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m study.left_out
 
-data: $(SETUP)  ## List the measured data: what is there, how to get the rest
+data: $(SETUP)  ## List the measured data: where it lies, and whether it is what was published
 	$(BIN)/adapter-twin data
 
 profile:  ## Measure a campaign on this vLLM (CAMPAIGN=FILE.yaml OUT=FOLDER)

@@ -56,13 +56,13 @@ class Watch:
 
 
 def _name(path: Path) -> str | None:
-    """Return a data file's name below its data set or the repository; None for other files."""
+    """Return a data file's name in the repository or by its data set; None for other files."""
     if not path.is_file():
         return None
     own = [datasets.REPOSITORY / folder for folder in ("data", "designs", "examples")]
     for root, shown_from in (
-        *((root, root) for root in datasets.roots()),
         *((folder, datasets.REPOSITORY) for folder in own),
+        *((root, root) for root in datasets.roots()),
     ):
         if path.absolute().is_relative_to(root):
             return str(path.absolute().relative_to(shown_from))

@@ -1,4 +1,4 @@
-"""Result tables of the study: made from measured data, or recorded where there is none.
+"""Result tables of the study, and the record of those of its last full run.
 
 ``python -m study.results``, after a full ``make reproduce``, records its results: tables to
 ``data/expected/``, pictures to ``book/images/``, the accuracy table to ``README.md``.
@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,12 +45,6 @@ class Note(str):
         return str(self)
 
 
-MISSING = Note(
-    "> **Missing.** This figure consists of measured points only, and the measured tables are not "
-    "here (`adapter-twin data` says how to get them)."
-)
-
-
 class Results:
     """The results of one run of the study.
 
@@ -69,32 +62,11 @@ class Results:
         self._tables: list[Path] = []
         self._watch = Watch()
 
-    def has(self, *tables: str) -> bool:
-        """Return whether these measured tables are here."""
-        return all(datasets.find(table) is not None for table in tables)
+    def table(self, name: str, table: pd.DataFrame) -> pd.DataFrame:
+        """Write a result table to ``<folder>/<name>.csv``, and return it to be shown.
 
-    def table(
-        self, name: str, make: Callable[[], pd.DataFrame], needs: tuple[str, ...]
-    ) -> pd.DataFrame:
-        """Return a result table.
-
-        Parameters
-        ----------
-        name : str
-            With a folder before it where it belongs apart (``timings/speed``).
-        make : callable
-            Computes it from measured tables; its result is written to ``<folder>/<name>.csv``.
-        needs : tuple of str
-            Those measured tables. Without them the recorded table is read instead.
-
-        Raises
-        ------
-        AdapterTwinError
-            Neither the measured tables nor a recorded one are here.
+        A name has a folder before it where the table belongs apart (``timings/speed``).
         """
-        if not self.has(*needs):
-            return read_expected(name)
-        table = make()
         path = self.folder / f"{name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         datasets.write_table(rounded(table), path)
@@ -113,11 +85,6 @@ class Results:
 
     def _repr_markdown_(self) -> str:
         """Tell the reader of a chapter what its figures were made from."""
-        if not self.has("runs"):
-            return (
-                "> **Recorded.** The measured tables are not here. What this chapter shows of them "
-                "is drawn from recorded results (`data/expected/`); measured points are missing."
-            )
         if self.quick:
             return "> **Quick.** The small version: fewer runs and shorter simulations."
         return "> **Measured.** This chapter was made from the measured tables."
@@ -144,7 +111,7 @@ def read_expected(name: str) -> pd.DataFrame:
     path = EXPECTED / f"{name}.csv"
     if not path.is_file():
         raise AdapterTwinError(
-            f"{name}: no recorded result; get the measured data (`adapter-twin data` says how)"
+            f"{name}: no recorded result; `python -m study.results` records those of a run"
         )
     return pd.read_csv(path)
 
@@ -216,10 +183,10 @@ def record(folder: Path) -> list[Path]:
     Raises
     ------
     AdapterTwinError
-        The folder does not hold the results of a full run with measured data.
+        The folder does not hold the results of a full run.
     """
     if not (folder / "bars.csv").is_file():
-        raise AdapterTwinError(f"{folder}: holds no results; run `make reproduce` with the data")
+        raise AdapterTwinError(f"{folder}: holds no results; run `make reproduce`")
     written = []
     for pattern, target in (("*.csv", EXPECTED), ("*.png", IMAGES)):
         for path in sorted(folder.rglob(pattern)):

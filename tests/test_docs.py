@@ -9,9 +9,7 @@ from adapter_twin.tables import datasets
 
 ROOT = datasets.REPOSITORY
 PAGES = sorted(
-    page
-    for pattern in ("*.md", "data/*.md", "data/campaigns/**/*.md")
-    for page in ROOT.glob(pattern)
+    page for pattern in ("*.md", "data/*.md", "data/*/*.md") for page in ROOT.glob(pattern)
 )
 
 

@@ -1,9 +1,8 @@
-"""Every chapter runs, from the measured data and without it."""
+"""Every chapter runs."""
 
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +13,6 @@ from adapter_twin.tables import datasets
 
 NOTEBOOKS = sorted((datasets.REPOSITORY / "notebooks").glob("*.ipynb"))
 PAGES = sorted((datasets.REPOSITORY / "book").glob("*.md"))
-DRAWN_FROM_RECORDS = (
-    "03_overheads",
-    "06_validation",
-    "10_choosing",
-    "13_published_twin",
-    "14_limits",
-    "16_eviction_chain",
-)
 DRAWN_AT_RANDOM = ("06_validation", "11_sensitivity")
 
 NOT_PROSE = r"\$\$.*?\$\$|\$[^$]*\$|\{[a-z:]+\}`[^`]*`|`[^`]*`|^    .*?$|^\d\. |\[[^]]*\]\([^)]*\)"
@@ -35,54 +26,21 @@ NAMES = (
 """Numbers that are names, and conventions: intervals of 95 %, windows of the measured tables."""
 
 
-def execute(notebook: Path, out: Path, results: Path, **environment: str) -> list[dict]:
+def execute(notebook: Path, out: Path, results: Path) -> None:
     command = f"{sys.executable} -m papermill --kernel python3 --language python --no-progress-bar"
     done = subprocess.run(
         [*command.split(), "-p", "quick", "True", "-p", "folder", str(results), notebook, out],
         cwd=notebook.parent.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())["cells"]
 
 
-def markdown(cells: list[dict]) -> str:
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    return "".join("".join(o.get("data", {}).get("text/markdown", "")) for o in outputs)
-
-
-@pytest.mark.skipif(datasets.find("runs") is None, reason="needs the measured tables")
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_chapter_runs(notebook, tmp_path):
-    cells = execute(notebook, tmp_path / "out.ipynb", tmp_path / "results")
-    assert "not here" not in markdown(cells)
-
-
-@pytest.fixture(scope="module")
-def bare_repository(tmp_path_factory):
-    """A checkout whose neighbours hold no measured data."""
-    root = tmp_path_factory.mktemp("bare") / "repository"
-    for package in ("adapter_twin", "study"):
-        shutil.copytree(datasets.REPOSITORY / package, root / package)
-    shutil.copytree(datasets.REPOSITORY / "notebooks", root / "notebooks")
-    for folder in ("data/calibrations", "data/campaigns", "data/expected", "examples"):
-        shutil.copytree(datasets.REPOSITORY / folder, root / folder)
-    return root
-
-
-@pytest.mark.parametrize("name", DRAWN_FROM_RECORDS)
-def test_chapter_without_data_draws_recorded_results_and_says_so(name, bare_repository, tmp_path):
-    cells = execute(
-        bare_repository / "notebooks" / f"{name}.ipynb",
-        tmp_path / "out.ipynb",
-        tmp_path / "results",
-        PYTHONPATH=str(bare_repository),
-        ADAPTER_TWIN_DATA=str(tmp_path),
-    )
-    assert "recorded results" in markdown(cells)
-    assert not (tmp_path / "results").exists()
+    execute(notebook, tmp_path / "out.ipynb", tmp_path / "results")
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
@@ -136,7 +94,6 @@ def test_a_chapter_ends_with_its_reproduction_card(notebook):
     assert "".join(last["source"]).startswith("results.card(")
 
 
-@pytest.mark.skipif(datasets.find("runs") is None, reason="needs the measured tables")
 @pytest.mark.parametrize("name", DRAWN_AT_RANDOM)
 def test_two_runs_write_the_same_tables_byte_for_byte(name, tmp_path):
     folders = [tmp_path / "first", tmp_path / "second"]

@@ -79,6 +79,7 @@ def test_the_wheel_holds_the_package_and_what_it_needs_of_the_data(dist: Path) -
     for path in (ROOT / "data" / "calibrations").glob("*.json"):
         assert f"adapter_twin/_data/calibrations/{path.name}" in names
     assert {"adapter_twin/_data/checksums.json", "adapter_twin/py.typed"} <= names
+    assert not [name for name in names if datasets.DATASET in name]
     assert {name.split("/")[0] for name in names} == {
         "adapter_twin",
         f"adapter_twin-{__version__}.dist-info",
@@ -170,6 +171,7 @@ def test_measured_data_is_looked_for_where_one_is(
     """Never beside the installed package, where nobody would put it."""
     listing = answer("data")
     assert listing["roots"] == [
+        str(tmp_path / "data"),
         str(tmp_path / "data" / "external"),
         str(tmp_path.parent / "shared" / "data"),
     ]
@@ -184,7 +186,7 @@ def test_measured_data_is_looked_for_where_one_is(
         ("train", "data/sweeps/paper.parquet", "--out", "models"),
         ("profile", "experiments/campaigns/smoke.yaml", "--out", "smoke"),
         ("prove", "experiments/studies/smoke.yaml", "--engine", "cpu", "--out", "smoke"),
-        ("calibrate", "data/external/agullo2025", "--out", "c.json"),
+        ("calibrate", "data/agullo2025", "--out", "c.json"),
     ],
     ids=lambda arguments: arguments[0],
 )

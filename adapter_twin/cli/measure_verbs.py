@@ -37,7 +37,7 @@ class Engine(StrEnum):
 
 
 @verbs.command(
-    epilog="Example: adapter-twin calibrate data/external/agullo2025 --out calibration.json "
+    epilog="Example: adapter-twin calibrate data/agullo2025 --out calibration.json "
     "--model llama-3.1-8b-instruct"
 )
 def calibrate(
@@ -180,9 +180,11 @@ def data(
     if (tables["checksum"] == "absent").any():
         print("absent tables are looked for in:", *datasets.roots(), sep="\n  ")
         print_text(
-            "get runs and series with `adapter-twin data --fetch`, or from a clone with "
-            "`adapter-twin data --import REPO_FOLDER`; put the others into one of these places"
+            "point ADAPTER_TWIN_DATA to data/ in a clone of this repository; runs and series come "
+            "from the authors' repository as well (`adapter-twin data --fetch`)"
         )
+    if repository is not None or fetch:
+        print_text(f"ADAPTER_TWIN_DATA={datasets.EXTERNAL} reads the imported tables first")
 
 
 @verbs.command(epilog="Example: adapter-twin doctor --json")

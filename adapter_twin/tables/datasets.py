@@ -1,8 +1,8 @@
 """Measured tables: where they are looked for, how they are read, how results are written.
 
 A data set is a folder of Parquet and CSV tables. It is looked for below ``$ADAPTER_TWIN_DATA``,
-then in ``data/external/``, then in ``../shared/data`` (relative to the repository), table by table:
-an import of the runs alone does not hide the other tables.
+in ``data/`` and ``data/external/`` of the repository, then in ``../shared/data`` beside it, table
+by table: a folder that holds the runs alone does not hide the other tables.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHIPPED = _IN_WHEEL if _IN_WHEEL.is_dir() else REPOSITORY / "data"
 EXTERNAL = REPOSITORY / "data" / "external"
 """Where imported data goes (git-ignored)."""
 CHECKSUMS = SHIPPED / "checksums.json"
-"""SHA-256 of the published tables: data set -> file name -> ``sha256:...``."""
+"""SHA-256 of the measured tables: data set -> file name -> ``sha256:...``."""
 DATASET = "agullo2025"
 
 
@@ -40,12 +40,7 @@ def roots() -> list[Path]:
     """Return the folders in which data sets are looked for, first choice first."""
     chosen = os.environ.get("ADAPTER_TWIN_DATA")
     first = [Path(chosen).expanduser()] if chosen else []
-    return [*first, EXTERNAL, REPOSITORY.parent / "shared" / "data"]
-
-
-def locate(dataset: str = DATASET) -> Path | None:
-    """Return the first folder that holds `dataset`, or None where there is none."""
-    return next((root / dataset for root in roots() if (root / dataset).is_dir()), None)
+    return [*first, REPOSITORY / "data", EXTERNAL, REPOSITORY.parent / "shared" / "data"]
 
 
 def find(table: str, dataset: str = DATASET) -> Path | None:
@@ -83,8 +78,8 @@ def load(table: str, dataset: str = DATASET) -> pd.DataFrame:
         looked = "" if Path(dataset).is_absolute() else f" in {', '.join(map(str, roots()))}"
         raise AdapterTwinError(
             f"{dataset}/{file_name(table)}: not found{looked}; "
-            "get it with `adapter-twin data --import REPO_FOLDER` (runs and series), "
-            "or point ADAPTER_TWIN_DATA to the folder that holds it"
+            f"point ADAPTER_TWIN_DATA to a folder that holds {DATASET}/, "
+            "as data/ of a clone of this repository does"
         )
     return read_table(path, TABLES[table])
 
@@ -140,7 +135,7 @@ def inventory(dataset: str = DATASET) -> pd.DataFrame:
     pandas.DataFrame
         One row per table: ``table``, ``file`` (empty where absent), ``size_bytes``, ``rows`` and
         ``checksum`` (ok, mismatch, absent, or unregistered where no checksum is known). An import
-        of the raw repository mismatches: the published tables leave some of its runs out.
+        of the raw repository mismatches: the tables here leave some of its runs out.
     """
     import pandas as pd
     import pooch

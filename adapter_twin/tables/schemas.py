@@ -143,15 +143,17 @@ SERIES = DataFrameSchema(
     {
         "run_id": label(),
         "t_s": number(-600, 7200, dtype="float32"),
+        **each("stopped_by_eos_total running", number(0, dtype="float32", nullable=True)),
+        # What only an import of the raw repository holds.
         **each(
-            "running waiting preempted_total stopped_by_eos_total",
-            number(0, dtype="float32", nullable=True),
+            "waiting preempted_total",
+            number(0, dtype="float32", nullable=True, required=False),
         ),
-        "kv_usage": number(0, 1, dtype="float32", nullable=True),
+        "kv_usage": number(0, 1, dtype="float32", nullable=True, required=False),
         # The upstream logger loses counters past a million.
         **each(
             "prompt_tokens_total generated_tokens_total",
-            number(0, 1e6, dtype="float32", nullable=True),
+            number(0, 1e6, dtype="float32", nullable=True, required=False),
         ),
     },
     name="series",
@@ -198,21 +200,6 @@ BASE_STEPS = DataFrameSchema(
     name="base_steps",
 )
 
-PROFILE_RUNS = DataFrameSchema(
-    {
-        "run_id": text(unique=True),
-        "kind": text(),
-        "model": choice(MODELS),
-        **each("slots rank completed", OPTIONAL),
-        **each("duration kv_cache_tokens model_load_gib", positive(nullable=True)),
-        "server_failure": choice(FAILURES, nullable=True),
-        **TTFT,
-        **TPOT,
-        **ITL,
-    },
-    name="profile_runs",
-)
-
 ADAPTER_LOADS = DataFrameSchema(
     {
         "run_id": text(),
@@ -245,7 +232,7 @@ MEMORY = DataFrameSchema(
 SCHEDULER_RUNS = DataFrameSchema(
     {
         **each("gpu_loras cpu_loras rank steps", whole(1)),
-        **each("rate adapter_rates mean_itl_ms duration wall_ms_per_step", positive()),
+        **each("adapter_rates mean_itl_ms duration wall_ms_per_step", positive()),
         **each("output_throughput completed_requests avg_batch_size", number(0)),
         **each("avg_waiting_queue mean_loras_by_batch sched_ms_per_step", number(0)),
         "max_lora_loads_from_memory": number(0),
@@ -269,8 +256,9 @@ AUTHORS_TWIN_SWEEP = DataFrameSchema(
         "model": label(*MODELS),
         **each("adapter_slots served_adapters", whole(1)),
         **each("rates_per_adapter ranks", label()),
-        **each("total_throughput penalised_mean_ttft_ms", number(0)),
-        "mean_itl_ms": positive(),
+        **each("pool_in pool_out", number(1, dtype="float32")),
+        "offered_rate_req_s": positive(),
+        "total_throughput": number(0),
     },
     name="authors_twin_sweep",
 )
@@ -306,7 +294,6 @@ TABLES: dict[str, DataFrameSchema] = {
     "windows": WINDOWS,
     "steps": STEPS,
     "base_steps": BASE_STEPS,
-    "profile_runs": PROFILE_RUNS,
     "adapter_loads": ADAPTER_LOADS,
     "memory": MEMORY,
     "scheduler_runs": SCHEDULER_RUNS,

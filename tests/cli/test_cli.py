@@ -254,7 +254,9 @@ def test_data_lists_every_table(run: Cli, monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_data_imports_a_clone(run: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     imported: list[Path | None] = []
     monkeypatch.setattr(importer, "import_repository", imported.append)
-    assert run("data", "--import", str(tmp_path))[0] == 0
+    status, out, _ = run("data", "--import", str(tmp_path))
+    assert status == 0
+    assert "data/external reads the imported tables first" in " ".join(out.split())
     assert run("data", "--fetch")[0] == 0
     assert imported == [tmp_path, None]
 

@@ -3,7 +3,6 @@
 import hashlib
 
 import pandas as pd
-import pytest
 
 from adapter_twin.laws import list_calibrations, load_calibration
 from adapter_twin.tables import datasets
@@ -27,11 +26,18 @@ def test_a_watch_hears_calibrations_recorded_tables_and_parquet():
     assert all(path.is_file() for path in inputs.values())
 
 
-@pytest.mark.skipif(datasets.find("memory") is None, reason="needs the measured tables")
-def test_measured_tables_are_named_by_their_data_set_wherever_they_lie():
+def test_measured_tables_are_named_in_the_repository_or_else_by_their_data_set(
+    tmp_path, monkeypatch
+):
     watch = Watch()
+    lengths = datasets.REPOSITORY / "data/agullo2025/sharegpt_lengths.csv"
+    (tmp_path / "agullo2025").mkdir()
+    (tmp_path / "agullo2025/sharegpt_lengths.csv").write_bytes(lengths.read_bytes())
+    monkeypatch.setenv("ADAPTER_TWIN_DATA", str(tmp_path))
+    datasets.load("sharegpt_lengths")
     datasets.load("memory")
-    assert "agullo2025/memory.parquet" in watch.inputs()
+    inputs = watch.inputs()
+    assert {"agullo2025/sharegpt_lengths.csv", "data/agullo2025/memory.parquet"} <= inputs.keys()
 
 
 def test_files_outside_the_data_and_files_written_are_no_inputs(tmp_path):
@@ -44,7 +50,7 @@ def test_files_outside_the_data_and_files_written_are_no_inputs(tmp_path):
 def test_a_card_lists_parameters_inputs_and_tables_with_their_checksums(tmp_path):
     results = Results(tmp_path, quick=True)
     load_calibration(NAME, NAME.split("@")[0])
-    table = results.table("found", lambda: pd.DataFrame({"a": [1.0]}), needs=())
+    table = results.table("found", pd.DataFrame({"a": [1.0]}))
     card = results.card("0", campaign="here")
     source = datasets.REPOSITORY / "data/calibrations" / f"{NAME}.json"
     assert "`quick = True`" in card

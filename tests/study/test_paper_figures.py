@@ -7,10 +7,6 @@ from adapter_twin.laws import load_calibration
 from adapter_twin.tables import datasets
 from study.figures import paper
 
-needs_data = pytest.mark.skipif(
-    datasets.find("overhead_runs_vllm050") is None, reason="needs the measured tables"
-)
-
 
 def line(served: list[float], throughput: list[float], offered: list[float]) -> pd.DataFrame:
     return pd.DataFrame(
@@ -29,7 +25,6 @@ def test_the_most_served_is_the_last_point_before_the_first_that_starves():
     assert paper.most_served(points)["adapters"].tolist() == [20]
 
 
-@needs_data
 def test_every_line_of_the_caching_problem_is_drawn_from_measured_runs():
     runs = datasets.load("overhead_runs_vllm050")
     points = paper.caching_problem(runs)
@@ -40,7 +35,6 @@ def test_every_line_of_the_caching_problem_is_drawn_from_measured_runs():
     assert len(figure.axes) == len(paper.VARIED)
 
 
-@needs_data
 def test_more_slots_leave_fewer_running_requests_and_more_adapters_less_throughput():
     runs = datasets.load("overhead_runs_vllm050")
     memory, compute = paper.memory_overhead(runs), paper.compute_overhead(runs)

@@ -2,7 +2,6 @@ import pandas as pd
 import pytest
 
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.tables import datasets
 from study import results
 from study.results import Results, accuracy_table, read_expected, record, update_readme
 
@@ -16,19 +15,9 @@ BARS = pd.DataFrame(
 )
 
 
-@pytest.fixture
-def no_data(monkeypatch):
-    monkeypatch.setattr(datasets, "roots", list)
-
-
-@pytest.fixture
-def measured(monkeypatch):
-    monkeypatch.setattr(datasets, "find", lambda table: f"{table}.parquet")
-
-
-def test_table_is_made_where_its_measured_tables_are_and_kept(measured, tmp_path):
-    made = Results(tmp_path).table("t", lambda: pd.DataFrame({"x": [1 / 3], "n": [2]}), ("runs",))
-    assert made["x"].iloc[0] == 1 / 3
+def test_a_table_is_shown_as_it_is_and_written_with_six_digits(tmp_path):
+    shown = Results(tmp_path).table("t", pd.DataFrame({"x": [1 / 3], "n": [2]}))
+    assert shown["x"].iloc[0] == 1 / 3
     assert (tmp_path / "full" / "t.csv").read_text() == "x,n\n0.333333,2\n"
 
 
@@ -36,23 +25,12 @@ def test_small_version_goes_apart_from_the_full_one(tmp_path):
     assert Results(tmp_path, quick=True).folder != Results(tmp_path).folder
 
 
-def test_recorded_table_is_read_where_measured_tables_are_absent(no_data, monkeypatch, tmp_path):
-    monkeypatch.setattr(results, "EXPECTED", tmp_path)
-    (tmp_path / "t.csv").write_text("x\n7\n")
-    table = Results(tmp_path / "out").table("t", lambda: pytest.fail("was made"), ("runs",))
-    assert table["x"].tolist() == [7]
-    assert not (tmp_path / "out").exists()
+def test_absent_record_is_one_line_with_the_remedy():
+    with pytest.raises(AdapterTwinError, match="nothing: no recorded result; `python -m"):
+        read_expected("nothing")
 
 
-def test_absent_record_is_one_line_with_the_remedy(no_data, monkeypatch, tmp_path):
-    monkeypatch.setattr(results, "EXPECTED", tmp_path)
-    with pytest.raises(AdapterTwinError, match="no recorded result; get the measured data"):
-        Results(tmp_path).table("t", pd.DataFrame, ("runs",))
-
-
-def test_chapter_says_what_it_was_made_from(no_data, tmp_path, monkeypatch):
-    assert "recorded results" in Results(tmp_path)._repr_markdown_()
-    monkeypatch.setattr(datasets, "find", lambda table: f"{table}.parquet")
+def test_chapter_says_what_it_was_made_from(tmp_path):
     assert "small version" in Results(tmp_path, quick=True)._repr_markdown_()
     assert "the measured tables" in Results(tmp_path)._repr_markdown_()
 

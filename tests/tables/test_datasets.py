@@ -1,5 +1,7 @@
 """Measured tables are found in the agreed order; files are read and written whole or not at all."""
 
+import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.tables import datasets
+from adapter_twin.tables.schemas import TABLES
 
 CONFIGURATION = {
     "run_id": "7",
@@ -33,15 +36,15 @@ def runs_table() -> pd.DataFrame:
 
 @pytest.fixture
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Three empty roots in look-up order."""
-    chosen, external = tmp_path / "chosen", tmp_path / "repository/data/external"
-    shared = tmp_path / "shared/data"
+    """Four empty roots in look-up order."""
+    own = tmp_path / "repository/data"
+    chosen, external, shared = tmp_path / "chosen", own / "external", tmp_path / "shared/data"
     monkeypatch.setenv("ADAPTER_TWIN_DATA", str(chosen))
     monkeypatch.setattr(datasets, "REPOSITORY", tmp_path / "repository")
     monkeypatch.setattr(datasets, "EXTERNAL", external)
-    for root in (chosen, external, shared):
+    for root in (chosen, own, external, shared):
         (root / "agullo2025").mkdir(parents=True)
-    return [chosen, external, shared]
+    return [chosen, own, external, shared]
 
 
 def one_line(caught: pytest.ExceptionInfo[AdapterTwinError]) -> str:
@@ -59,7 +62,6 @@ def test_the_first_place_that_has_a_table_wins(places: list[Path]) -> None:
 def test_a_partial_import_does_not_hide_the_other_tables(places: list[Path]) -> None:
     (places[0] / "agullo2025/runs.parquet").touch()
     (places[2] / "agullo2025/sharegpt_lengths.csv").write_text(LENGTHS)
-    assert datasets.locate() == places[0] / "agullo2025"
     assert len(datasets.load("sharegpt_lengths")) == 3
 
 
@@ -68,11 +70,7 @@ def test_absent_data_says_where_it_was_looked_for_and_how_to_get_it(places: list
         datasets.load("runs")
     message = one_line(caught)
     assert all(str(root) in message for root in places)
-    assert "adapter-twin data --import" in message
-
-
-def test_an_absent_data_set_is_not_located(places: list[Path]) -> None:
-    assert datasets.locate("nowhere") is None
+    assert "point ADAPTER_TWIN_DATA to a folder that holds agullo2025/" in message
 
 
 def test_a_mistyped_table_is_answered_with_the_right_name() -> None:
@@ -194,9 +192,35 @@ def test_writing_into_no_folder_or_under_no_known_suffix_creates_nothing(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(
-    datasets.locate() is None, reason="measured data is absent (see data/README.md)"
-)
+# -- the tables in the repository ------------------------------------------------------------------
+
+MEASURED = datasets.REPOSITORY / "data" / datasets.DATASET
+
+
+def test_the_measured_tables_are_those_whose_checksums_are_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("ADAPTER_TWIN_DATA", raising=False)
+    listed = datasets.inventory()
+    assert set(listed["checksum"]) == {"ok"}
+    assert {Path(file).parent for file in listed["file"]} == {MEASURED}
+    known = json.loads(datasets.CHECKSUMS.read_text())[datasets.DATASET]
+    assert {Path(file).name for file in listed["file"]} == set(known)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_the_dictionary_lists_every_column_and_no_other(table: str) -> None:
+    _, *sections = re.split(r"^### ", (MEASURED / "README.md").read_text(), flags=re.MULTILINE)
+    cells = {
+        section.split("\n")[0]: " ".join(re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE))
+        for section in sections
+    }
+    listed = {title: set(re.findall(r"`(\w+)`", text)) for title, text in cells.items()}
+    columns = set(datasets.read_frame(MEASURED / datasets.file_name(table)))
+    assert listed[table] <= columns
+    assert columns <= listed[table] | listed["In several tables"]
+
+
 def test_the_histograms_have_the_published_means() -> None:
     marginals = datasets.sharegpt_lengths()
     for edges, counts, mean in (
