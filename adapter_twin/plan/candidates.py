@@ -16,7 +16,7 @@ from adapter_twin.plan.grid import HOPELESS
 from adapter_twin.plan.steady_state import (
     FIGURES,
     Service,
-    Window,
+    WindowTraffic,
     draw_traffic,
     mean_figures,
     serve,
@@ -80,14 +80,14 @@ class Candidates:
         Of a server on which every adapter has been used.
     criterion : Criterion
         When a configuration serves well enough, and which one is best.
-    traffic : Window
+    traffic : WindowTraffic
         Requests that configurations are compared on.
     """
 
     demand: Demand
     calibration: Calibration
     criterion: Criterion
-    traffic: Window
+    traffic: WindowTraffic
     _known: dict[tuple[int, float], dict[str, float]] = field(default_factory=dict)
 
     @classmethod
@@ -144,7 +144,7 @@ class Candidates:
             self._known[slots, load] = service.figures
         return self._known[slots, load]
 
-    def _draw(self, seed: int, load: float = 1.0) -> Window:
+    def _draw(self, seed: int, load: float = 1.0) -> WindowTraffic:
         return draw_traffic(self.demand, self.calibration, seed=seed, load=load)
 
     def is_served(self, figures: Mapping[str, float]) -> bool:

@@ -60,7 +60,7 @@ have heavier tails, so that fewer runs are within (``data/expected/coverage_left
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class WindowTraffic:
     """The requests of one window, which several engines may share.
 
     Attributes
@@ -123,7 +123,7 @@ def first_uses_s(demand: Demand, calibration: Calibration) -> float:
 
 def draw_traffic(
     demand: Demand, calibration: Calibration, *, seed: int, load: float = 1.0
-) -> Window:
+) -> WindowTraffic:
     """Draw the requests of one window."""
     workload = demand.workload(WARM_UP_S + WINDOW_S, load)
     rate = workload.offered_request_rate
@@ -135,7 +135,7 @@ def draw_traffic(
     emitted = calibration.early_stop.apply(requested.output_tokens, stops)
     first = np.searchsorted(requested.arrival_s, WARM_UP_S)
     tokens = requested.prompt_tokens[first:].sum() + requested.output_tokens[first:].sum()
-    return Window(
+    return WindowTraffic(
         workload=workload,
         slo=demand.slo,
         seed=seed,
@@ -144,7 +144,7 @@ def draw_traffic(
     )
 
 
-def serve(traffic: Window, engine: EngineConfig, calibration: Calibration) -> Service:
+def serve(traffic: WindowTraffic, engine: EngineConfig, calibration: Calibration) -> Service:
     """Simulate an engine on one window's requests.
 
     Throughput counts what completes in the window. TTFT and SLO attainment are of the requests that
