@@ -15,7 +15,7 @@ from adapter_twin.calibrate.published_fit import fitted_runs
 from adapter_twin.calibrate.step_observations import step_observations
 from adapter_twin.laws import Calibration
 from adapter_twin.laws.step_time import FEATURES, batch_features, multipliers
-from adapter_twin.service.metrics import STARVATION_THRESHOLD, per_adapter
+from adapter_twin.service.metrics import is_starved, per_adapter
 from adapter_twin.service.predict import predict_runs
 from adapter_twin.twin.records import Simulation
 from adapter_twin.twin.simulate import simulate
@@ -276,9 +276,7 @@ def starvation_counts(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataF
     runs = runs[(runs["status"] == "ok") & ~runs["client_collapsed"].astype(bool)]
     starves = predictions.set_index("run_id").loc[runs["run_id"], "starved"].to_numpy(bool)
     ratio = runs["total_throughput"] / offered_tokens_per_s(runs)
-    counts = pd.DataFrame(
-        {"measured": (ratio < STARVATION_THRESHOLD).to_numpy(), "predicted": starves}
-    )
+    counts = pd.DataFrame({"measured": is_starved(ratio, 1.0).to_numpy(), "predicted": starves})
     return counts.value_counts().rename("runs").reset_index().sort_values(["measured", "predicted"])
 
 

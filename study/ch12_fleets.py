@@ -27,6 +27,7 @@ from adapter_twin.laws import load_calibration
 from adapter_twin.parallel import workers
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.steady_state import warmed_up
+from adapter_twin.service.metrics import mean_interval
 from adapter_twin.workload.scenario import EngineConfig, Lengths, zipf_adapters
 from study.baselines import first_fit_by_count, round_robin
 from study.ch01_to_06 import MEAN_INPUT_TOKENS, MEAN_OUTPUT_TOKENS
@@ -102,12 +103,10 @@ def gaps(table: pd.DataFrame) -> pd.DataFrame:
     Intervals are of the mean over scenarios, by bootstrap. ``saved``: GPUs that the best method
     saves on a skewed scenario on average, in percent of the method's.
     """
-    rng = np.random.default_rng(0)
     rows = []
     for name in (*METHODS, BEST):
         gap = 100 * (table[name] / table.bound - 1).to_numpy()
-        means = rng.choice(gap, (2000, len(gap))).mean(axis=1)
-        low, high = np.percentile(means, [2.5, 97.5])
+        low, high = mean_interval(gap)
         skewed = table[table.skewed]
         saved = 100 * (1 - skewed[BEST] / skewed[name]).mean()
         rows.append((name, int(table[name].sum()), gap.mean(), low, high, gap.max(), saved))
@@ -127,7 +126,7 @@ def compare_routers(
     Returns
     -------
     pandas.DataFrame
-        A row per router: means over seeds of `adapter_twin.fleet.cluster.ClusterRun.service` and of
+        A row per router: means over seeds of `adapter_twin.fleet.cluster.ClusterRun.summary` and of
         ``loads`` per 100 requests; ``low`` and ``high`` of the p99 TTFT over the seeds.
     """
     asked = Demand(
@@ -174,7 +173,7 @@ def _route(
         asked.workload(duration_s), placement, laws, routers[name], seed=seed, failures=failures
     )
     loads = 100 * sum(run.adapter_loads) / len(run.records)
-    return {"router": name, **run.service(), "loads": loads}
+    return {"router": name, **run.summary(), "loads": loads}
 
 
 def _engine(rank: int, adapters: int) -> EngineConfig:

@@ -10,7 +10,6 @@ import pandas as pd
 
 from adapter_twin.laws import Calibration
 from adapter_twin.plan.demand import Demand
-from adapter_twin.service.metrics import summarize, ttft_s
 from adapter_twin.twin.policies import CostAware, Drain, Merge, Policy, UnifiedPool
 from adapter_twin.twin.simulate import simulate
 from adapter_twin.workload.scenario import EngineConfig, Workload, zipf_adapters
@@ -99,14 +98,11 @@ def _under(
     name: str, workload: Workload, engine: EngineConfig, laws: Calibration, seed: int
 ) -> dict[str, Any]:
     run = simulate(workload, engine, laws, seed=seed, policy=POLICIES[name])
-    records, service = run.records, summarize(run.records, run.gaps, run.duration_s)
-    waits_ms = 1e3 * ttft_s(records)
-    offered = (records.prompt_tokens + records.output_tokens).sum() / run.duration_s
-    by_adapter = pd.Series(waits_ms).groupby(records.adapter).mean()
+    service = run.service()
     return {
         "policy": name,
-        "served": 100 * service["total_throughput"] / offered,
+        "served": 100 * service["total_throughput"] / service["offered_tokens_per_s"],
         **{key: service[key] for key in ("mean_itl_ms", "mean_ttft_ms", "p99_ttft_ms")},
-        "worst_ttft_ms": float(by_adapter.max()),
-        "loads": 100 * run.steps.loads.sum() / len(records),
+        "worst_ttft_ms": service["worst_adapter_mean_ttft_ms"],
+        "loads": 100 * run.steps.loads.sum() / service["arrived_requests"],
     }

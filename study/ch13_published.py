@@ -12,7 +12,7 @@ import pandas as pd
 from adapter_twin.capacity.analytic import predict_analytic
 from adapter_twin.laws import load_calibration
 from adapter_twin.plan.candidates import HOUR_S
-from adapter_twin.service.metrics import STARVATION_THRESHOLD, summarize
+from adapter_twin.service.metrics import is_starved, summarize
 from adapter_twin.service.validate import pair_runs
 from adapter_twin.twin.simulate import simulate
 from adapter_twin.workload.files import records, run_to_workload
@@ -74,7 +74,7 @@ def label_ablation(
     rows = []
     for twin, table in (("this twin", as_published(sweep)), ("published twin", authors_sweep)):
         offered = table.offered_rate_req_s * (table.pool_in + table.pool_out)
-        feasible = table.total_throughput >= STARVATION_THRESHOLD * offered
+        feasible = ~is_starved(table.total_throughput, offered)
         for rule, kept in (("no label", table[feasible]), ("first point", table)):
             labels = measured_grids.authors_picks(kept).astype(
                 dict.fromkeys(measured_grids.WORKLOAD, str)

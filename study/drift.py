@@ -133,7 +133,7 @@ def place_again(
     Returns
     -------
     dict
-        ``moved`` adapters, in total, and `adapter_twin.fleet.cluster.ClusterRun.service`.
+        ``moved`` adapters, in total, and `adapter_twin.fleet.cluster.ClusterRun.summary`.
     """
     rates = np.array([adapter.request_rate for adapter in demand.adapters])
     table = drifting_rates(rates, drift, duration_s, seed)
@@ -143,7 +143,7 @@ def place_again(
     run = simulate_cluster(
         demand.workload(duration_s), first, laws, Placed(first), seed=seed, moves=moves, trace=trace
     )
-    return {"moved": float(moved)} | run.service()
+    return {"moved": float(moved)} | run.summary()
 
 
 def _moves(

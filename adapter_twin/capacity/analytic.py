@@ -28,7 +28,7 @@ from adapter_twin.capacity.fixed_point import settle
 from adapter_twin.capacity.run_columns import read_runs
 from adapter_twin.capacity.traffic_mix import Mix, Moments, Traffic, moments
 from adapter_twin.laws import Calibration
-from adapter_twin.service.metrics import STARVATION_THRESHOLD
+from adapter_twin.service.metrics import is_starved
 from adapter_twin.service.predict import load_calibrations
 from adapter_twin.workload.scenario import EngineConfig, Workload
 
@@ -146,7 +146,7 @@ def _analyse_few(
     capacity = state.capacity_per_s * mix.tokens
     throughput = np.minimum(delays.served * mix.request_rate * mix.tokens, capacity)
     utilisation = mix.request_rate / state.capacity_per_s
-    starved = throughput < STARVATION_THRESHOLD * mix.request_rate * mix.offered_tokens
+    starved = is_starved(throughput, mix.request_rate * mix.offered_tokens)
     gated = starved & (throughput < capacity)
     starts = batches.kv_cache_tokens >= calibration.memory.least_kv_cache_tokens
     burst_s = batches.burst_s(state.running, visits.burst)

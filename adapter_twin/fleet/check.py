@@ -14,7 +14,7 @@ from adapter_twin.laws import Calibration
 from adapter_twin.plan.candidates import HOUR_S
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import simulate_quietly
-from adapter_twin.service.metrics import STARVATION_THRESHOLD, slo_attainment, summarize, tpot_s
+from adapter_twin.service.metrics import tpot_s, waits_ms
 from adapter_twin.twin.records import Records
 from adapter_twin.twin.simulate import draw_requests
 from adapter_twin.workload.scenario import Slo, Workload
@@ -23,7 +23,11 @@ from adapter_twin.workload.trace import Trace
 if TYPE_CHECKING:
     import pandas as pd
 
-FIGURES = ("total_throughput", "mean_ttft_ms", "p99_ttft_ms", "mean_itl_ms")
+FIGURES = (
+    *("offered_tokens_per_s", "total_throughput", "mean_ttft_ms", "p99_ttft_ms", "mean_itl_ms"),
+    *("worst_adapter", "worst_adapter_mean_ttft_ms"),
+)
+"""What is kept of a GPU's service (`adapter_twin.service.metrics.service`)."""
 
 
 def split_trace(trace: Trace, placement: Placement, seed: int) -> NDArray[np.int32]:
@@ -77,10 +81,10 @@ def check_placement(
     Returns
     -------
     pandas.DataFrame
-        A row per GPU: ``adapters, adapter_slots, max_lora_rank``, ``offered_tokens_per_s`` of the
-        requests it was given, `FIGURES`, and ``serves``: at least 90 % of the tokens, and the SLO.
-        With an SLO its ``slo_attainment`` and, at its percentile, the requests' ``slo_ttft_ms``,
-        counting what still waits with its wait so far, and ``slo_itl_ms``.
+        A row per GPU: ``adapters, adapter_slots, max_lora_rank``, `FIGURES`, and ``serves``: does
+        not starve, and meets the SLO. With an SLO its ``slo_attainment`` and, at its percentile,
+        the requests' ``slo_ttft_ms``, counting what still waits with its wait so far, and
+        ``slo_itl_ms``.
     """
     import pandas as pd
 
@@ -123,28 +127,25 @@ def _serve(
     seed: int,
 ) -> dict[str, Any]:
     run = simulate_quietly(workload, plan.engine, calibration, seed, trace)
-    service = summarize(run.records, run.gaps, run.duration_s)
-    offered = float(trace.prompt_tokens.sum() + trace.output_tokens.sum()) / run.duration_s
+    service = run.service(slo=slo)
     row: dict[str, Any] = {
         "adapters": len(plan.adapters),
         "adapter_slots": plan.engine.max_loras,
         "max_lora_rank": plan.engine.max_lora_rank,
-        "offered_tokens_per_s": offered,
         **{name: service[name] for name in FIGURES},
-        "serves": service["total_throughput"] >= STARVATION_THRESHOLD * offered,
+        "serves": not service["starved"],
     }
     if slo is not None:
-        row |= _against(slo, run.records, run.duration_s)
-        row["serves"] &= row["slo_attainment"] >= slo.percentile / 100
+        row["slo_attainment"] = service["slo_attainment"]
+        row["serves"] &= service["slo_attainment"] >= slo.percentile / 100
+        row |= _at_percentile(slo, run.records, run.duration_s)
     return row
 
 
-def _against(slo: Slo, records: Records, duration_s: float) -> dict[str, float]:
-    first_s = np.where(np.isfinite(records.first_token_s), records.first_token_s, duration_s)
+def _at_percentile(slo: Slo, records: Records, duration_s: float) -> dict[str, float]:
     itl_ms = 1e3 * tpot_s(records)
     itl_ms = itl_ms[np.isfinite(itl_ms)]
     return {
-        "slo_attainment": slo_attainment(records, slo, duration_s),
-        "slo_ttft_ms": float(np.percentile(1e3 * (first_s - records.arrival_s), slo.percentile)),
+        "slo_ttft_ms": float(np.percentile(waits_ms(records, duration_s), slo.percentile)),
         "slo_itl_ms": float(np.percentile(itl_ms, slo.percentile)) if len(itl_ms) else np.nan,
     }

@@ -19,7 +19,7 @@ from adapter_twin.fleet.cluster_replica import Life, Replica
 from adapter_twin.fleet.placement import Placement
 from adapter_twin.fleet.routers import Router
 from adapter_twin.laws import Calibration
-from adapter_twin.service.metrics import STARVATION_THRESHOLD, summarize, ttft_s
+from adapter_twin.service.metrics import Service, service
 from adapter_twin.twin.feed import Feed
 from adapter_twin.twin.records import Gaps, Records, make_gaps, make_records
 from adapter_twin.twin.session import check_lengths
@@ -98,25 +98,26 @@ class ClusterRun:
     engines: tuple[EngineConfig, ...]
     duration_s: float
 
-    def service(self) -> dict[str, float]:
-        """Return the service of the whole cluster.
+    def service(self) -> Service:
+        """Return `adapter_twin.service.metrics.service` of the whole cluster."""
+        return service(self.records, _joined(self.gaps), self.duration_s)
+
+    def summary(self) -> dict[str, float]:
+        """Return the service in four figures.
 
         Returns
         -------
         dict
-            ``served``, percent of the tokens asked for, and ``worst_served``, of the replica that
-            served the least of its load; ``mean_ttft_ms`` and ``p99_ttft_ms`` of the requests that
-            got a token, other than in `by_replica`, where they have to be complete.
+            ``served``, percent of the offered tokens, and ``worst_served``, of the replica that
+            served the least of what it was given; ``mean_ttft_ms`` and ``p99_ttft_ms``.
         """
-        waits_ms = 1e3 * ttft_s(self.records)
-        waits_ms = waits_ms[np.isfinite(waits_ms)]
-        by_replica = self.by_replica()
-        throughput, asked = by_replica.total_throughput, by_replica.offered_tokens_per_s
+        whole, by_replica = self.service(), self.by_replica()
+        share = by_replica.total_throughput / by_replica.offered_tokens_per_s
         return {
-            "served": 100 * float(throughput.sum() / asked.sum()),
-            "worst_served": 100 * float((throughput / asked).min()),
-            "mean_ttft_ms": float(waits_ms.mean()),
-            "p99_ttft_ms": float(np.percentile(waits_ms, 99)),
+            "served": 100 * whole["total_throughput"] / whole["offered_tokens_per_s"],
+            "worst_served": 100 * float(share.min()),
+            "mean_ttft_ms": whole["mean_ttft_ms"],
+            "p99_ttft_ms": whole["p99_ttft_ms"],
         }
 
     def by_replica(self) -> pd.DataFrame:
@@ -125,29 +126,20 @@ class ClusterRun:
         Returns
         -------
         pandas.DataFrame
-            ``replica, requests``, ``offered_tokens_per_s`` of what it was given, the figures of
-            `adapter_twin.service.metrics.summarize`, and ``starved``.
+            ``replica``, and `adapter_twin.service.metrics.service` of what it was given.
         """
         import pandas as pd
 
-        rows = []
-        for index in range(len(self.engines)):
-            own = select(self.records, self.replica == index)
-            tokens = int(own.prompt_tokens.sum()) + int(own.output_tokens.sum())
-            offered = tokens / self.duration_s
-            service = summarize(own, self.gaps[index], self.duration_s)
-            starved = service["total_throughput"] < STARVATION_THRESHOLD * offered
-            rows.append(
-                {"replica": index, "requests": len(own), "offered_tokens_per_s": offered}
-                | service
-                | {"starved": starved}
-            )
-        return pd.DataFrame(rows)
+        own = [self.records[self.replica == index] for index in range(len(self.engines))]
+        told = map(service, own, self.gaps, [self.duration_s] * len(own))
+        return pd.DataFrame({"replica": index, **each} for index, each in enumerate(told))
 
-
-def select(records: Records, chosen: NDArray[np.bool_]) -> Records:
-    """Return some of the records."""
-    return Records(*(getattr(records, name)[chosen] for name in Records.__slots__))
+    def __repr__(self) -> str:
+        done = int(np.isfinite(self.records.end_s).sum())
+        return (
+            f"ClusterRun of {self.duration_s:g} s: {len(self.engines)} replicas, "
+            f"{len(self.records):,} requests, {done:,} completed"
+        )
 
 
 def simulate_cluster(
@@ -365,6 +357,5 @@ def _nothing(trace: Trace) -> dict[str, Any]:
 
 
 def _joined(gaps: Sequence[Gaps]) -> Gaps:
-    return Gaps(
-        np.concatenate([some.gap_s for some in gaps]), np.concatenate([some.count for some in gaps])
-    )
+    columns = zip(*((some.gap_s, some.count, some.end_s) for some in gaps), strict=True)
+    return Gaps(*map(np.concatenate, columns))

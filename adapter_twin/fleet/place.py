@@ -129,4 +129,4 @@ def _replicas(held: Held) -> list[dict[str, Any]]:
     return rows
 
 
-_SERVICE = ("offered_tokens_per_s", *FIGURES, "slo_attainment")
+_SERVICE = (*FIGURES, "slo_attainment")

@@ -15,7 +15,7 @@ from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import HOPELESS
 from adapter_twin.plan.steady_state import (
     FIGURES,
-    Service,
+    Window,
     WindowTraffic,
     draw_traffic,
     mean_figures,
@@ -57,7 +57,7 @@ class Choice(NamedTuple):
     """A number of slots that serves a demand."""
 
     row: pd.Series[Any]  # of the table that it was chosen from
-    services: list[Service]
+    windows: list[Window]
 
 
 def candidate_slots(demand: Demand) -> list[int]:
@@ -140,8 +140,8 @@ class Candidates:
         """Simulate one number of slots, all rates multiplied by `load`, unless it is known."""
         if (slots, load) not in self._known:
             traffic = self.traffic if load == 1 else self._draw(self.demand.seed, load)
-            service = serve(traffic, self.demand.engine(slots), self.calibration)
-            self._known[slots, load] = service.figures
+            window = serve(traffic, self.demand.engine(slots), self.calibration)
+            self._known[slots, load] = window.figures
         return self._known[slots, load]
 
     def _draw(self, seed: int, load: float = 1.0) -> WindowTraffic:
@@ -169,9 +169,9 @@ class Candidates:
         traffics = [self.traffic, *map(self._draw, others)] if len(ranked) else []
         for _, row in ranked.iterrows():
             engine = self.demand.engine(int(row.adapter_slots))
-            services = [serve(traffic, engine, self.calibration) for traffic in traffics]
-            if self.is_served(mean_figures(services)):
-                return Choice(row, services)
+            windows = [serve(traffic, engine, self.calibration) for traffic in traffics]
+            if self.is_served(mean_figures(windows)):
+                return Choice(row, windows)
         return None
 
     def _ranked(self, table: pd.DataFrame) -> pd.DataFrame:

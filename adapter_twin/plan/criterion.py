@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adapter_twin.service.metrics import STARVATION_THRESHOLD
+from adapter_twin.service.metrics import STARVATION_THRESHOLD, is_starved
 from adapter_twin.workload.scenario import Slo
 from adapter_twin.workload.strict import require
 
@@ -67,8 +67,9 @@ class Criterion:
             ``feasible_start``, ``total_throughput``, ``offered_tokens_per_s`` (tokens/s) and, with
             an SLO, ``slo_attainment``. A run without figures is not feasible.
         """
-        threshold = (STARVATION_THRESHOLD + self.margin) * runs.offered_tokens_per_s
-        feasible = runs.feasible_start & (runs.total_throughput >= threshold)
+        threshold = STARVATION_THRESHOLD + self.margin
+        starved = is_starved(runs.total_throughput, runs.offered_tokens_per_s, threshold)
+        feasible: pd.Series[bool] = runs.feasible_start & ~starved
         if self.slo is not None:
             feasible &= runs.slo_attainment >= self.slo.percentile / 100
         return feasible

@@ -11,7 +11,7 @@ import joblib
 
 from adapter_twin.capacity.analytic import predict_analytic
 from adapter_twin.laws import Calibration
-from adapter_twin.service.metrics import slo_attainment, summarize
+from adapter_twin.service.metrics import slo_attainment
 from adapter_twin.twin.records import Simulation
 from adapter_twin.twin.simulate import draw_requests, simulate
 from adapter_twin.workload.files import parse_ranks, records, run_to_workload
@@ -36,7 +36,7 @@ FIGURES = (
     "mean_itl_ms",
     "p99_itl_ms",
 )
-"""What is kept of a run's summary (`adapter_twin.service.metrics.summarize`)."""
+"""What is kept of a run's service (`adapter_twin.service.metrics.service`)."""
 
 HOPELESS = 1.6
 """Offered load by what the analytic model can serve, past which a run starves for certain."""
@@ -116,8 +116,8 @@ def evaluate(
     -------
     pandas.DataFrame
         `runs` with ``feasible_start``, ``simulated``, ``kv_cache_tokens``,
-        ``offered_tokens_per_s``, `FIGURES` and ``slo_attainment``; no figures where a run was not
-        simulated.
+        ``offered_tokens_per_s`` as configured, `FIGURES` and ``slo_attainment``; no figures where
+        a run was not simulated.
     """
     import pandas as pd
 
@@ -150,7 +150,7 @@ def _serve_each(
         if trace is None:
             trace = draw_requests(run_to_workload(row)[1], calibration, seed=seed)
         run = simulate_row(row, calibration, seed, trace)
-        service = summarize(run.records, run.gaps, run.duration_s)
+        service = run.service()
         attained = {
             name: slo_attainment(run.records, slo, run.duration_s)
             for name, slo in slos.items()

@@ -20,7 +20,7 @@ from adapter_twin.plan.candidates import (
 )
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.refusal import BINDING, why_not
-from adapter_twin.plan.steady_state import expect, first_uses_s, worst_served
+from adapter_twin.plan.steady_state import expect, first_uses_s, worst_adapter
 from adapter_twin.workload.scenario import EngineConfig, config_hash
 
 if TYPE_CHECKING:
@@ -109,8 +109,8 @@ def recommend(demand: Demand) -> dict[str, Any]:
         "startup_s": float(calibration.memory.startup_s(engine.max_loras)),
         "first_uses_s": first_uses_s(demand, calibration),
         "offered_tokens_per_s": demand.workload(HOUR_S).offered_tokens_per_s,
-        "expected": expect(choice.services, demand.slo),
-        "worst_served": worst_served(demand, choice.services),
+        "expected": expect(choice.windows, demand.slo),
+        "worst_served": worst_adapter(demand, choice.windows),
         "utilisation": float(best.utilisation),
         "headroom": growth - 1,
         "binds": str(best.binds),

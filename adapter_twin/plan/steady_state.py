@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +14,12 @@ from scipy.special import stdtrit
 
 from adapter_twin.laws import Calibration
 from adapter_twin.plan.demand import Demand
-from adapter_twin.service.metrics import slo_attainment, weighted_percentile
-from adapter_twin.twin.records import Records, Simulation
-from adapter_twin.twin.simulate import simulate
+from adapter_twin.plan.grid import simulate_quietly
+from adapter_twin.service.metrics import slo_attainment, waits_ms, worst_served
+from adapter_twin.twin.records import Records
+from adapter_twin.twin.simulate import draw_requests
 from adapter_twin.workload.scenario import EngineConfig, Slo, Workload
-from adapter_twin.workload.trace import Trace, generate, generators
-
-if TYPE_CHECKING:
-    import pandas as pd
+from adapter_twin.workload.trace import Trace
 
 Floats = NDArray[np.float64]
 
@@ -34,7 +31,7 @@ FIGURES = (
     "mean_itl_ms",
     "p99_itl_ms",
 )
-"""What is told of a window; of TTFT and ITL over all requests."""
+"""What is told of a window (`adapter_twin.service.metrics.service`)."""
 
 WARM_UP_S = 300.0
 """Batches have filled by then, and adapters without a slot have begun to wait."""
@@ -70,20 +67,16 @@ class WindowTraffic:
     slo : Slo, optional
     seed : int
     trace : Trace
-    offered_tokens_per_s : float
-        Input plus requested output tokens per second that arrive in the window: with few requests
-        chance moves it, and what is served with it.
     """
 
     workload: Workload
     slo: Slo | None
     seed: int
     trace: Trace
-    offered_tokens_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class Window:
     """How one engine served a window.
 
     Attributes
@@ -92,14 +85,12 @@ class Service:
         `FIGURES`, and ``slo_attainment`` with an SLO.
     records : Records
         Of the requests that arrived after the warm-up.
-    ttft_ms : float64, shape (requests,)
-        Their time to first token; what still waits counts with its wait so far.
     duration_s : float
+        When the run ended.
     """
 
     figures: dict[str, float]
     records: Records
-    ttft_ms: Floats
     duration_s: float
 
 
@@ -129,75 +120,20 @@ def draw_traffic(
     rate = workload.offered_request_rate
     window_s = max(WINDOW_S, min(ENOUGH_REQUESTS / rate, LONG_WINDOW_S), FEWEST_REQUESTS / rate)
     workload = replace(workload, duration_s=WARM_UP_S + window_s)
-    # `adapter_twin.twin.simulate.draw_requests`, but the offered load counts what is requested
-    traffic, stops, _ = generators(seed)
-    requested = generate(workload, traffic, calibration.lengths.marginals)
-    emitted = calibration.early_stop.apply(requested.output_tokens, stops)
-    first = np.searchsorted(requested.arrival_s, WARM_UP_S)
-    tokens = requested.prompt_tokens[first:].sum() + requested.output_tokens[first:].sum()
-    return WindowTraffic(
-        workload=workload,
-        slo=demand.slo,
-        seed=seed,
-        trace=replace(requested, output_tokens=emitted),
-        offered_tokens_per_s=float(tokens / window_s),
-    )
+    trace = draw_requests(workload, calibration, seed=seed)
+    return WindowTraffic(workload=workload, slo=demand.slo, seed=seed, trace=trace)
 
 
-def serve(traffic: WindowTraffic, engine: EngineConfig, calibration: Calibration) -> Service:
-    """Simulate an engine on one window's requests.
-
-    Throughput counts what completes in the window. TTFT and SLO attainment are of the requests that
-    arrive in it. Inter-token latencies are the steps' intervals, each counted once per request that
-    it kept waiting; gaps of preempted requests are left out.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the caller warns of extrapolations, once
-        run = simulate(
-            traffic.workload, engine, calibration, seed=traffic.seed, trace=traffic.trace
-        )
-    records = arrived_after(run.records, WARM_UP_S)
-    started = np.isfinite(records.first_token_s)
-    told_s = np.where(started, records.first_token_s, run.duration_s)
-    ttft_ms = 1e3 * (told_s - records.arrival_s)
-    figures = {
-        "offered_tokens_per_s": traffic.offered_tokens_per_s,
-        "total_throughput": _throughput(run),
-        "mean_ttft_ms": float(ttft_ms.mean()),
-        "p99_ttft_ms": float(np.percentile(ttft_ms, 99)),
-        **_itl_ms(run),
-    }
-    if traffic.slo is not None:
-        figures["slo_attainment"] = slo_attainment(records, traffic.slo, run.duration_s)
-    return Service(figures, records, ttft_ms, run.duration_s)
+def serve(traffic: WindowTraffic, engine: EngineConfig, calibration: Calibration) -> Window:
+    """Simulate an engine on one window's requests; the caller warns of extrapolations, once."""
+    run = simulate_quietly(traffic.workload, engine, calibration, traffic.seed, traffic.trace)
+    service = run.service(slo=traffic.slo, warm_up_s=WARM_UP_S)
+    names = FIGURES if traffic.slo is None else (*FIGURES, "slo_attainment")
+    own = run.records[run.records.arrival_s >= WARM_UP_S]
+    return Window({name: service[name] for name in names}, own, run.duration_s)
 
 
-def arrived_after(records: Records, time_s: float) -> Records:
-    """Return the requests that arrive after a warm-up."""
-    first = np.searchsorted(records.arrival_s, time_s)
-    return Records(*(getattr(records, column.name)[first:] for column in fields(records)))
-
-
-def _throughput(run: Simulation) -> float:
-    """Return the tokens/s of the requests that complete after the warm-up, whenever they came."""
-    records = run.records
-    done = records.end_s >= WARM_UP_S  # false for those without an end
-    tokens = records.prompt_tokens[done].sum() + records.output_tokens[done].sum()
-    return float(tokens / (run.duration_s - WARM_UP_S))
-
-
-def _itl_ms(run: Simulation) -> dict[str, float]:
-    first = max(int(np.searchsorted(run.steps.end_s, WARM_UP_S)), 1)
-    gap_ms = 1e3 * np.diff(run.steps.end_s[first - 1 :])
-    count = run.steps.decodes[first:].astype(np.int64)
-    gaps = int(count.sum())  # none where outputs are of one token
-    return {
-        "mean_itl_ms": float((gap_ms * count).sum()) / gaps if gaps else math.nan,
-        "p99_itl_ms": float(weighted_percentile(gap_ms, count, [99.0])[0]),
-    }
-
-
-def expect(services: Sequence[Service], slo: Slo | None) -> dict[str, dict[str, float]]:
+def expect(windows: Sequence[Window], slo: Slo | None) -> dict[str, dict[str, float]]:
     """Return each figure with a 95 % prediction interval, from independent windows.
 
     The interval is that of one more window: it holds the chance in arrivals and lengths (Student's
@@ -210,16 +146,16 @@ def expect(services: Sequence[Service], slo: Slo | None) -> dict[str, dict[str, 
     dict
         Figure to ``value`` (mean over the windows), ``low`` and ``high``.
     """
-    chance = float(stdtrit(len(services) - 1, 0.975)) * math.sqrt(1 + 1 / len(services))
+    chance = float(stdtrit(len(windows) - 1, 0.975)) * math.sqrt(1 + 1 / len(windows))
     expected = {}
     for name, error in TWIN_ERROR.items():
-        values = np.array([service.figures[name] for service in services])
+        values = np.array([window.figures[name] for window in windows])
         spread = chance * float(np.log(values).std(ddof=1))
         factor = math.exp(math.hypot(spread, math.log1p(error)))
         mean = float(values.mean())
         expected[name] = {"value": mean, "low": mean / factor, "high": mean * factor}
     if slo is not None:
-        share, tight, wide = (_attained(services, slo, scale) for scale in (0, -1, 1))
+        share, tight, wide = (_attained(windows, slo, scale) for scale in (0, -1, 1))
         expected["slo_attainment"] = {
             "value": float(share.mean()),
             "low": max(float(tight.mean() - chance * tight.std(ddof=1)), 0.0),
@@ -228,7 +164,7 @@ def expect(services: Sequence[Service], slo: Slo | None) -> dict[str, dict[str, 
     return expected
 
 
-def _attained(services: Sequence[Service], slo: Slo, scale: int) -> Floats:
+def _attained(windows: Sequence[Window], slo: Slo, scale: int) -> Floats:
     """Return the attainment in each window with limits moved by `scale` times the twin's error."""
 
     def moved(limit_ms: float | None, figure: str) -> float | None:
@@ -239,36 +175,28 @@ def _attained(services: Sequence[Service], slo: Slo, scale: int) -> Floats:
         ttft_ms=moved(slo.ttft_ms, "p99_ttft_ms"),
         itl_ms=moved(slo.itl_ms, "mean_itl_ms"),
     )
-    return np.array([slo_attainment(s.records, limits, s.duration_s) for s in services])
+    return np.array([slo_attainment(w.records, limits, w.duration_s) for w in windows])
 
 
-def worst_served(demand: Demand, services: Sequence[Service]) -> dict[str, Any] | None:
-    """Return the adapter with the longest p99 TTFT, over all windows together.
-
-    An adapter without a slot is passed over by the requests of those that have one, so means over
-    all requests hide it.
-    """
-    import pandas as pd
-
-    requests: pd.DataFrame = pd.concat(
-        [pd.DataFrame({"adapter": s.records.adapter, "ttft_ms": s.ttft_ms}) for s in services]
-    )
-    groups = requests[requests.adapter >= 0].groupby("adapter").ttft_ms
-    p99 = groups.quantile(0.99)
-    if p99.empty:
+def worst_adapter(demand: Demand, windows: Sequence[Window]) -> dict[str, Any] | None:
+    """Return `adapter_twin.service.metrics.worst_served` of all windows together, and how it is served."""
+    adapter = np.concatenate([window.records.adapter for window in windows])
+    ttft_ms = np.concatenate([waits_ms(window.records, window.duration_s) for window in windows])
+    worst = worst_served(adapter, ttft_ms)
+    if worst is None:
         return None
-    worst = int(p99.index.to_numpy()[p99.argmax()])
-    adapter = demand.adapters[worst]
+    own_ms, known = ttft_ms[adapter == worst], demand.adapters[worst]
     return {
-        "name": adapter.name,
-        "rank": adapter.rank,
-        "request_rate": adapter.request_rate,
-        "p99_ttft_ms": float(p99[worst]),
-        "requests": int(groups.count()[worst]),
+        "name": known.name,
+        "rank": known.rank,
+        "request_rate": known.request_rate,
+        "mean_ttft_ms": float(own_ms.mean()),
+        "p99_ttft_ms": float(np.percentile(own_ms, 99)),
+        "requests": len(own_ms),
     }
 
 
-def mean_figures(services: Sequence[Service]) -> Mapping[str, float]:
+def mean_figures(windows: Sequence[Window]) -> Mapping[str, float]:
     """Return the means of the figures over several windows."""
-    names = services[0].figures
-    return {name: float(np.mean([s.figures[name] for s in services])) for name in names}
+    names = windows[0].figures
+    return {name: float(np.mean([window.figures[name] for window in windows])) for name in names}

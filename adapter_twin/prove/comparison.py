@@ -10,6 +10,7 @@ from scipy.special import stdtrit
 
 from adapter_twin.prove.outcome import RUN
 from adapter_twin.prove.rivals import TWIN
+from adapter_twin.service.metrics import mean_interval
 from adapter_twin.service.validate import error_measures
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 SCORED = ("total_throughput", "median_ttft_ms", "mean_itl_ms")
 """Predictions that are scored on runs that do not starve."""
-
-RESAMPLES = 2000
 
 
 def choices(runs: pd.DataFrame, picks: pd.DataFrame) -> pd.DataFrame:
@@ -104,12 +103,10 @@ def methods(chosen: pd.DataFrame, workloads: int, seed: int = 0) -> pd.DataFrame
     """
     import pandas as pd
 
-    rng = np.random.default_rng(seed)
     rows = []
     for method, own in chosen.groupby("method", sort=False):
         regret = own.regret.to_numpy()
-        means = rng.choice(regret, (RESAMPLES, len(regret))).mean(axis=1)
-        low, high = np.percentile(means, [2.5, 97.5])
+        low, high = mean_interval(regret, seed)
         ratios = own.ttft_ratio[own.starts & own.ttft_ratio.notna()]
         rows.append(
             {
@@ -119,8 +116,8 @@ def methods(chosen: pd.DataFrame, workloads: int, seed: int = 0) -> pd.DataFrame
                 "start": int(own.starts.sum()),
                 "serve": int(own.serves.sum()),
                 "regret": float(regret.mean()),
-                "low": float(low),
-                "high": float(high),
+                "low": low,
+                "high": high,
                 "worst_regret": float(regret.max()),
                 "ttft_ratio": float(np.exp(np.log(ratios).mean())),
             }

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapter_twin.laws import load_calibration
 from adapter_twin.laws.calibration import Calibration
@@ -17,8 +15,9 @@ from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import simulate_quietly
 from adapter_twin.plan.steady_state import warmed_up
 from adapter_twin.prove.rivals import CALIBRATION, PLAN
+from adapter_twin.service import metrics
 from adapter_twin.service.client_records import to_records
-from adapter_twin.service.metrics import is_starved, slo_attainment, tpot_s
+from adapter_twin.service.metrics import waits_ms
 from adapter_twin.tables import datasets
 from adapter_twin.twin.records import Records
 from adapter_twin.workload.scenario import Slo
@@ -27,11 +26,9 @@ from adapter_twin.workload.strict import build, require
 if TYPE_CHECKING:
     import pandas as pd
 
-Floats = NDArray[np.float64]
-
 WARM_UP = 0.25
-"""Share of a window after which starvation is judged. Over a whole short window even a server that
-keeps up completes too little, for it begins empty and ends with requests under way."""
+"""Share of a run before the window of its figures. Over a whole short run even a server that keeps
+up completes too little, for it begins empty and ends with requests under way."""
 
 RUN = ["workload", "adapter_slots", "repeat"]
 """What tells the runs of a study apart."""
@@ -116,9 +113,8 @@ def service(outcome: Outcome) -> pd.DataFrame:
     -------
     pandas.DataFrame
         A row per run: `RUN`; ``starts``, ``starved`` and ``serves`` (starts, is not starved, and
-        meets the SLO), `FIGURES`; and the same with the prefix ``predicted_``. A run is starved if,
-        after the `WARM_UP`, it completes less than 90 % of the tokens that arrive. TTFT counts
-        requests that still wait with their wait so far.
+        meets the SLO), `FIGURES`; and the same with the prefix ``predicted_``. All are of
+        `adapter_twin.service.metrics.service`, after the `WARM_UP`.
     """
     import pandas as pd
 
@@ -156,33 +152,14 @@ def _predicted(outcome: Outcome, run: pd.Series[Any]) -> Records | None:
 def _figures(records: Records | None, slo: Slo | None, duration_s: float) -> dict[str, Any]:
     if records is None:
         return {"starts": False, "starved": True, "serves": False, **dict.fromkeys(FIGURES, np.nan)}
-    tokens = records.prompt_tokens.astype(float) + records.output_tokens
-    done = np.isfinite(records.end_s)
-    warm_s = WARM_UP * duration_s
-    arriving = tokens[records.arrival_s >= warm_s].sum()
-    starved = is_starved(tokens[done & (records.end_s >= warm_s)].sum(), arriving)
-    ttft_ms = waits_ms(records, duration_s)
-    gaps = np.maximum(records.output_tokens - 1, 0)[done]
-    decode_ms = 1e3 * np.nan_to_num(tpot_s(records)[done]) @ gaps
-    attained = math.nan if slo is None else slo_attainment(records, slo, duration_s)
+    told = metrics.service(records, None, duration_s, warm_up_s=WARM_UP * duration_s, slo=slo)
+    attained = told.get("slo_attainment", np.nan)
     return {
         "starts": True,
-        "starved": starved,
-        "serves": not starved and (slo is None or attained >= slo.percentile / 100),
-        "total_throughput": tokens[done].sum() / duration_s,
-        "mean_ttft_ms": float(ttft_ms.mean()),
-        "median_ttft_ms": float(np.median(ttft_ms)),
-        "p99_ttft_ms": float(np.percentile(ttft_ms, 99)),
-        "mean_itl_ms": float(decode_ms / gaps.sum()) if gaps.any() else math.nan,
-        "slo_attainment": attained,
+        "starved": told["starved"],
+        "serves": not told["starved"] and (slo is None or attained >= slo.percentile / 100),
+        **{name: told.get(name, np.nan) for name in FIGURES},
     }
-
-
-def waits_ms(records: Records, duration_s: float) -> Floats:
-    """Return each request's time to first token; what still waits counts with its wait so far."""
-    started = np.isfinite(records.first_token_s)
-    told_s = np.where(started, records.first_token_s, duration_s)
-    return np.asarray(1e3 * (told_s - records.arrival_s))
 
 
 def waits(outcome: Outcome) -> pd.DataFrame:
@@ -193,7 +170,7 @@ def waits(outcome: Outcome) -> pd.DataFrame:
     pandas.DataFrame
         A row per request of the runs that started, measured and predicted: `RUN`, ``adapter``,
         its ``request_rate`` and ``place`` by popularity from 1; ``ttft_ms``,
-        ``predicted_ttft_ms``, as `waits_ms` tells them.
+        ``predicted_ttft_ms``, as `adapter_twin.service.metrics.waits_ms` tells them.
     """
     import pandas as pd
 

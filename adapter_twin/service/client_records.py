@@ -42,6 +42,11 @@ def to_records(requests: pd.DataFrame) -> Records:
 
 def to_gaps(requests: pd.DataFrame) -> Gaps:
     """Return the inter-token gaps of the completed requests."""
-    done = requests["end_s"].notna()
-    gap_ms = np.concatenate([*requests.loc[done, "itl_ms"], np.empty(0)])
-    return Gaps(gap_ms / 1e3, np.ones(len(gap_ms), np.int64))
+    done = requests[requests["end_s"].notna()]
+    gap_s = np.concatenate([*done["itl_ms"], np.empty(0)]) / 1e3
+    times_s = [
+        first_s + np.cumsum(itl_ms) / 1e3
+        for first_s, itl_ms in zip(done["first_token_s"], done["itl_ms"], strict=True)
+    ]
+    end_s = np.concatenate([*times_s, np.empty(0)])
+    return Gaps(gap_s, np.ones(len(gap_s), np.int64), end_s)

@@ -1,17 +1,19 @@
-"""What is reported of a run, defined as in ``vllm bench serve``, and how predictions are scored.
+"""The service that a run gives, the benchmark's figures of it, and errors of prediction.
 
-Throughputs count completed requests only. TTFT runs from a request's arrival to its first token,
-TPOT is its mean time per token after the first, ITL pools the gaps of all completed requests.
+`service` is the one definition, and counts every arrival. `summarize` counts completed requests
+only, as ``vllm bench serve`` and so the measured tables do. TTFT runs from a request's arrival to
+its first token, TPOT is its mean time per token after the first, ITL pools the gaps of all
+completed requests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import stdtrit
 
 from adapter_twin.workload.strict import require
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from adapter_twin.twin.records import Gaps, Records
-    from adapter_twin.workload.scenario import Slo
+    from adapter_twin.workload.scenario import Adapter, Slo
 
 Floats = NDArray[np.float64]
 
@@ -27,6 +29,164 @@ STARVATION_THRESHOLD = 0.9
 """Share of the offered tokens per second below which the reference study calls a run starved."""
 
 PERCENTILES: Mapping[str, float] = {"median": 50.0, "p99": 99.0}
+
+RESAMPLES = 2000
+"""Bootstrap samples of an interval."""
+
+
+class Service(dict[str, Any]):
+    """A run's figures by name, as `service` tells them; it shows itself as a table."""
+
+    def _shown(self) -> dict[str, str]:
+        return {
+            name: f"{value:,.1f}" if isinstance(value, float) else str(value)
+            for name, value in self.items()
+        }
+
+    def __repr__(self) -> str:
+        width = max(map(len, self), default=0)
+        return "\n".join(f"{name:{width}}  {text}" for name, text in self._shown().items())
+
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
+        return str(pd.DataFrame({"service": self._shown()}).to_html())
+
+
+def service(
+    records: Records,
+    gaps: Gaps | None,
+    duration_s: float,
+    *,
+    warm_up_s: float = 0.0,
+    slo: Slo | None = None,
+    adapters: Sequence[Adapter] = (),
+) -> Service:
+    """Return the service of a run from the end of its warm-up on.
+
+    TTFT is over every request that arrives in this window. One without a first token, dropped or
+    still waiting, counts with its wait so far. Where more than 1 % of them are without, the p99 is
+    such a wait: it and the mean are lower bounds.
+
+    Parameters
+    ----------
+    records : Records
+    gaps : Gaps, optional
+        Left out, the mean ITL is taken from the records, and there is no median or p99 of it.
+    duration_s : float
+        End of the run, in s.
+    warm_up_s : float
+        Begin of the window, in s.
+    slo : Slo, optional
+    adapters : sequence of Adapter
+        Those of the workload, for the name of the worst-served one; without them it is an index.
+
+    Returns
+    -------
+    Service
+        - ``arrived_requests``: ``completed_requests``, ``unfinished_requests`` (of which
+          ``never_started_requests`` have no first token) and ``dropped_requests``, which the
+          client's cap refused;
+        - ``offered_tokens_per_s``, prompt and output tokens of the arrivals;
+          ``request_throughput`` in requests/s, ``input_throughput``, ``output_throughput`` and
+          ``total_throughput`` in tokens/s of what completes in the window, whenever it came;
+          ``starved``, by `is_starved`; with an SLO ``slo_attainment``;
+        - ``mean_ttft_ms``, ``median_ttft_ms``, ``p99_ttft_ms``, ``ttft_is_lower_bound``;
+        - the benchmark's figures, of the completed requests: ``completed_mean_ttft_ms``,
+          ``completed_median_ttft_ms``, ``completed_p99_ttft_ms``; mean, median and p99 of
+          ``tpot_ms`` and of ``itl_ms``, of the gaps that end in the window;
+        - ``worst_adapter``, the one with the longest mean TTFT; its ``worst_adapter_requests``,
+          ``worst_adapter_mean_ttft_ms`` and ``worst_adapter_p99_ttft_ms``.
+
+        NaN, or None for the adapter, where there is nothing to count.
+
+    Raises
+    ------
+    AdapterTwinError
+        The warm-up leaves no window.
+
+    Examples
+    --------
+    >>> from adapter_twin.twin.records import Records
+    >>> whole, nan = np.zeros(2, np.int32), float("nan")
+    >>> records = Records(
+    ...     arrival_s=np.array([0.0, 4.0]),
+    ...     adapter=whole,
+    ...     prompt_tokens=whole + 30,
+    ...     output_tokens=whole + 20,
+    ...     scheduled_s=np.array([0.0, nan]),
+    ...     first_token_s=np.array([0.5, nan]),
+    ...     end_s=np.array([2.4, nan]),
+    ...     preemptions=whole,
+    ...     load_wait_s=np.zeros(2),
+    ...     rejected=whole > 0,
+    ... )
+    >>> found = service(records, None, 10.0)
+    >>> found["mean_ttft_ms"], found["completed_mean_ttft_ms"], found["ttft_is_lower_bound"]
+    (3250.0, 500.0, True)
+    >>> found["offered_tokens_per_s"], found["total_throughput"]
+    (10.0, 5.0)
+    """
+    window_s = duration_s - warm_up_s
+    require(window_s > 0, f"warm_up_s: {warm_up_s:g} s leave no window of {duration_s:g} s")
+    arrived = records[records.arrival_s >= warm_up_s]
+    ended = records[records.end_s >= warm_up_s]  # false for those without an end
+    completed = arrived[np.isfinite(arrived.end_s)]
+    started, ttft_ms = np.isfinite(arrived.first_token_s), waits_ms(arrived, duration_s)
+    dropped = int(arrived.rejected.sum())
+    offered = _throughput(arrived, window_s)["total_throughput"]
+    throughput = _throughput(ended, window_s)
+    p99_place = math.ceil(PERCENTILES["p99"] / 100 * (len(arrived) - 1))
+    return Service(
+        arrived_requests=len(arrived),
+        completed_requests=len(completed),
+        unfinished_requests=len(arrived) - len(completed) - dropped,
+        never_started_requests=int((~started).sum()) - dropped,
+        dropped_requests=dropped,
+        offered_tokens_per_s=offered,
+        **throughput,
+        starved=bool(is_starved(throughput["total_throughput"], offered)),
+        **({} if slo is None else {"slo_attainment": slo_attainment(arrived, slo, duration_s)}),
+        **_statistics("ttft_ms", ttft_ms),
+        ttft_is_lower_bound=bool(len(arrived) > 0 and p99_place >= started.sum()),
+        **{f"completed_{k}": v for k, v in _statistics("ttft_ms", 1e3 * ttft_s(completed)).items()},
+        **_itl_ms(completed, gaps, warm_up_s),
+        **_tpot_ms(completed),
+        **_worst_adapter(arrived.adapter, ttft_ms, adapters),
+    )
+
+
+def waits_ms(records: Records, until_s: float) -> Floats:
+    """Return each request's TTFT in ms; one without a first token counts with its wait so far."""
+    told_s = np.where(np.isfinite(records.first_token_s), records.first_token_s, until_s)
+    return np.asarray(1e3 * (told_s - records.arrival_s))
+
+
+def worst_served(adapter: NDArray[np.int32], ttft_ms: Floats) -> int | None:
+    """Return the adapter with the longest mean TTFT, None where only the base model was asked.
+
+    An adapter without a slot is passed over by the requests of those that have one, so means over
+    all requests hide it.
+    """
+    own = adapter >= 0
+    if not own.any():
+        return None
+    waited_ms, requests = np.bincount(adapter[own], ttft_ms[own]), np.bincount(adapter[own])
+    return int(np.argmax(waited_ms / np.maximum(requests, 1)))
+
+
+def _worst_adapter(
+    adapter: NDArray[np.int32], ttft_ms: Floats, adapters: Sequence[Adapter]
+) -> dict[str, Any]:
+    worst = worst_served(adapter, ttft_ms)
+    own_ms = ttft_ms[adapter == worst] if worst is not None else ttft_ms[:0]
+    told = _statistics("ttft_ms", own_ms)
+    return {
+        "worst_adapter": adapters[worst].name if adapters and worst is not None else worst,
+        "worst_adapter_requests": len(own_ms),
+        "worst_adapter_mean_ttft_ms": told["mean_ttft_ms"],
+        "worst_adapter_p99_ttft_ms": told["p99_ttft_ms"],
+    }
 
 
 def summarize(records: Records, gaps: Gaps, duration_s: float) -> dict[str, float]:
@@ -47,21 +207,39 @@ def summarize(records: Records, gaps: Gaps, duration_s: float) -> dict[str, floa
         ``output_throughput`` and ``total_throughput`` in tokens/s; ``mean_``, ``median_`` and
         ``p99_`` of ``ttft_ms``, ``tpot_ms`` and ``itl_ms`` (NaN where no request completed).
     """
-    done = np.isfinite(records.end_s)
-    input_tokens = int(records.prompt_tokens[done].sum(dtype=np.int64))
-    output_tokens = int(records.output_tokens[done].sum(dtype=np.int64))
-    ttft_ms, tpot_ms = 1e3 * ttft_s(records)[done], 1e3 * tpot_s(records)
-    tpot_ms = tpot_ms[np.isfinite(tpot_ms)]
+    completed = records[np.isfinite(records.end_s)]
     return {
-        "completed_requests": int(done.sum()),
-        "request_throughput": int(done.sum()) / duration_s,
-        "input_throughput": input_tokens / duration_s,
-        "output_throughput": output_tokens / duration_s,
-        "total_throughput": (input_tokens + output_tokens) / duration_s,
-        **_statistics("ttft_ms", ttft_ms, np.ones(len(ttft_ms), np.int64)),
-        **_statistics("tpot_ms", tpot_ms, np.ones(len(tpot_ms), np.int64)),
+        "completed_requests": len(completed),
+        **_throughput(completed, duration_s),
+        **_statistics("ttft_ms", 1e3 * ttft_s(completed)),
+        **_tpot_ms(completed),
         **_statistics("itl_ms", 1e3 * gaps.gap_s, gaps.count),
     }
+
+
+def _throughput(completed: Records, window_s: float) -> dict[str, float]:
+    input_tokens = int(completed.prompt_tokens.sum(dtype=np.int64))
+    output_tokens = int(completed.output_tokens.sum(dtype=np.int64))
+    return {
+        "request_throughput": len(completed) / window_s,
+        "input_throughput": input_tokens / window_s,
+        "output_throughput": output_tokens / window_s,
+        "total_throughput": (input_tokens + output_tokens) / window_s,
+    }
+
+
+def _tpot_ms(completed: Records) -> dict[str, float]:
+    tpot_ms = 1e3 * tpot_s(completed)
+    return _statistics("tpot_ms", tpot_ms[np.isfinite(tpot_ms)])
+
+
+def _itl_ms(completed: Records, gaps: Gaps | None, since_s: float) -> dict[str, float]:
+    if gaps is not None:
+        late = gaps.end_s >= since_s
+        return _statistics("itl_ms", 1e3 * gaps.gap_s[late], gaps.count[late])
+    count = int(completed.output_tokens.sum(dtype=np.int64)) - len(completed)
+    decode_s = float((completed.end_s - completed.first_token_s).sum())
+    return {"mean_itl_ms": 1e3 * decode_s / count if count else math.nan}
 
 
 def adapter_loading(steps: Any, duration_s: float) -> dict[str, float]:
@@ -102,7 +280,10 @@ def tpot_s(records: Records) -> Floats:
     )
 
 
-def _statistics(name: str, values: Floats, counts: NDArray[np.int64]) -> dict[str, float]:
+def _statistics(
+    name: str, values: Floats, counts: NDArray[np.int64] | None = None
+) -> dict[str, float]:
+    counts = np.ones(len(values), np.int64) if counts is None else counts
     total = int(counts.sum())
     mean = float(values @ counts) / total if total else float("nan")
     ranks = weighted_percentile(values, counts, list(PERCENTILES.values()))
@@ -174,12 +355,13 @@ def per_adapter(records: Records, duration_s: float) -> pd.DataFrame:
 
 
 def is_starved(
-    total_throughput: float,
-    offered_tokens_per_s: float,
-    threshold: float = STARVATION_THRESHOLD,
-) -> bool:
-    """Return whether the throughput (tokens/s) falls below `threshold` of the offered load."""
-    return bool(total_throughput < threshold * offered_tokens_per_s)
+    total_throughput: Any, offered_tokens_per_s: Any, threshold: float = STARVATION_THRESHOLD
+) -> Any:
+    """Return whether throughput falls below `threshold` of the offered load, both in tokens/s.
+
+    Of numbers or of columns; a run without figures (NaN) is starved.
+    """
+    return np.logical_not(total_throughput >= threshold * offered_tokens_per_s)
 
 
 def slo_attainment(records: Records, slo: Slo, duration_s: float) -> float:
@@ -250,20 +432,12 @@ def _pairs(measured: ArrayLike, predicted: ArrayLike) -> tuple[Floats, Floats]:
     return truth, guess
 
 
-def replication_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Return mean and Student-t confidence interval of a figure over independent replications.
+def mean_interval(values: ArrayLike, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % interval of a mean, by bootstrap; NaN for fewer than two values."""
+    from scipy.stats import bootstrap
 
-    Returns
-    -------
-    mean, low, high : float
-        The interval is infinite for a single replication.
-    """
     sample = np.asarray(values, dtype=np.float64)
-    require(sample.size > 0, "values: need at least one replication")
-    require(0 < confidence < 1, f"confidence: must lie between 0 and 1, got {confidence}")
-    mean = float(sample.mean())
-    if sample.size == 1:
-        return mean, float("-inf"), float("inf")
-    error = float(sample.std(ddof=1)) / np.sqrt(sample.size)
-    half_width = float(stdtrit(sample.size - 1, (1 + confidence) / 2)) * error
-    return mean, mean - half_width, mean + half_width
+    if sample.size < 2:
+        return math.nan, math.nan
+    told = bootstrap((sample,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=seed)
+    return float(told.confidence_interval.low), float(told.confidence_interval.high)

@@ -19,7 +19,6 @@ from adapter_twin.service.metrics import (
     is_starved,
     jain_fairness,
     per_adapter,
-    slo_attainment,
     summarize,
 )
 from adapter_twin.tables.schemas import PREDICTIONS, RUN_CONFIGURATION, validate
@@ -28,6 +27,9 @@ from adapter_twin.twin.simulate import simulate, simulate_run
 from adapter_twin.workload.files import run_to_workload
 from adapter_twin.workload.scenario import Scenario
 from adapter_twin.workload.strict import require
+
+SCHEMA_VERSION = 2
+"""Version of what `predict_scenario` tells: figures of TTFT count every arrival since 2."""
 
 
 def predict_runs(
@@ -130,10 +132,8 @@ def predict_scenario(scenario: Scenario) -> tuple[Simulation, dict[str, Any]]:
     -------
     run : Simulation
     service : dict
-        The figures of `adapter_twin.service.metrics.summarize` and
-        `adapter_twin.service.metrics.adapter_loading`; offered load in tokens/s, and whether it
-        starves; Jain's index over the adapters' served
-        shares; SLO attainment where there is an SLO; KV-cache tokens and start-up seconds;
+        The figures of `adapter_twin.service.metrics.service` and `adapter_twin.service.metrics.adapter_loading`;
+        Jain's index over the adapters' served shares; KV-cache tokens and start-up seconds;
         provenance.
 
     Raises
@@ -144,20 +144,13 @@ def predict_scenario(scenario: Scenario) -> tuple[Simulation, dict[str, Any]]:
     engine, workload = scenario.engine, scenario.workload
     calibration = load_calibration(scenario.calibration, engine.model)
     run = simulate(workload, engine, calibration, seed=scenario.seed, observer=scenario.observer)
-    service: dict[str, Any] = summarize(run.records, run.gaps, run.duration_s)
-    offered = workload.offered_tokens_per_s
     served = per_adapter(run.records, run.duration_s)
     share = served["total_throughput"] / served["offered_tokens_per_s"]
-    service |= {
-        "offered_tokens_per_s": offered,
-        "starved": is_starved(service["total_throughput"], offered),
+    return run, {
+        "schema_version": SCHEMA_VERSION,
+        **run.service(slo=scenario.slo),
         "jain_fairness": jain_fairness(share) if len(share) else float("nan"),
         **adapter_loading(run.steps, run.duration_s),
-    }
-    if scenario.slo is not None:
-        service["slo_attainment"] = slo_attainment(run.records, scenario.slo, run.duration_s)
-    return run, {
-        **service,
         "kv_cache_tokens": calibration.memory.require_start(engine),
         "startup_s": float(calibration.memory.startup_s(engine.max_loras)),
         **run.provenance,

@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.service.metrics import STARVATION_THRESHOLD, half_smape, mape
+from adapter_twin.service.metrics import STARVATION_THRESHOLD, half_smape, is_starved, mape
 from adapter_twin.tables.datasets import replacing, write_table
 
 Floats = NDArray[np.float64]
@@ -155,7 +155,7 @@ def _describe(runs: pd.DataFrame) -> pd.DataFrame:
     """Add ``ratio`` (of the offered load that is served), ``regime`` and ``workload``."""
     tokens = runs["mean_input_tokens"] + runs["mean_requested_output_tokens"]
     ratio = runs["total_throughput"] / (runs["offered_request_rate"] * tokens)
-    cases = [runs["client_collapsed"], ratio < STARVATION_THRESHOLD, runs["waiting_mean"] < 1]
+    cases = [runs["client_collapsed"], is_starved(ratio, 1.0), runs["waiting_mean"] < 1]
     regime = np.select(cases, [COLLAPSED, STARVED, LIGHT], NEAR)
     workload = runs["model"] + " " + runs["rates_per_adapter"] + " " + runs["ranks"]
     campaign = runs["campaign"]
@@ -173,7 +173,7 @@ def _pair(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
             continue
         counts = (runs[figure] > 0) & runs["run_id"].isin(predictions.index)
         if FIGURES[figure] == "not starved":
-            counts &= runs["ratio"] >= STARVATION_THRESHOLD
+            counts &= ~is_starved(runs["ratio"], 1.0)
         part = runs.loc[counts, [*MODEL_RUNS, figure]].rename(columns={figure: "measured"})
         guess = predictions.loc[part["run_id"], figure].fillna(0).to_numpy()
         parts.append(part.assign(figure=figure, predicted=guess))
@@ -292,7 +292,7 @@ def _starvation_bar(runs: pd.DataFrame, predictions: pd.DataFrame) -> dict[str, 
     clear = (runs["ratio"] - STARVATION_THRESHOLD).abs() > UNDECIDED
     decided = runs[clear & (runs["regime"] != COLLAPSED)]
     predicted = predictions.set_index("run_id").loc[decided["run_id"], "starved"].to_numpy(bool)
-    starved = (decided["ratio"] < STARVATION_THRESHOLD).to_numpy()
+    starved = is_starved(decided["ratio"], 1.0).to_numpy()
     score = float(f1_score(starved, predicted, average="macro")) if len(decided) else float("nan")
     return _bar("all", "starved", "macro_f1", score, 0.99, len(decided))
 

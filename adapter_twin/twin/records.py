@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin import __version__
+from adapter_twin.service.metrics import Service, service
 from adapter_twin.twin.policies import Policy
 from adapter_twin.twin.session import Session
-from adapter_twin.workload.scenario import EngineConfig, Workload, config_hash
+from adapter_twin.workload.scenario import EngineConfig, Slo, Workload, config_hash
 from adapter_twin.workload.trace import BASE_MODEL
 
 if TYPE_CHECKING:
@@ -56,6 +57,10 @@ class Records:
     def __len__(self) -> int:
         return len(self.arrival_s)
 
+    def __getitem__(self, chosen: NDArray[np.bool_]) -> Records:
+        """Return some of the requests."""
+        return Records(*(getattr(self, column.name)[chosen] for column in fields(self)))
+
     def to_frame(self) -> pd.DataFrame:
         """Return the records as a table."""
         import pandas as pd
@@ -65,10 +70,11 @@ class Records:
 
 @dataclass(frozen=True, slots=True)
 class Gaps:
-    """Inter-token gaps of the completed requests: `count` gaps of length `gap_s`."""
+    """Inter-token gaps of the completed requests: `count` gaps of `gap_s` that end at `end_s`."""
 
     gap_s: Floats
     count: NDArray[np.int64]
+    end_s: Floats
 
 
 def client_time_s(session: Session, time_s: Floats) -> Floats:
@@ -121,11 +127,11 @@ def make_gaps(session: Session) -> Gaps:
     A decoding request gets a token from every step, so the gaps are the steps' intervals, weighted
     by the requests that decode. Tokens that pile up while the front end is paused leave it
     together. A preempted request adds the gap until its next token (the mean one, if it was
-    preempted more than once).
+    preempted more than once), told as if it ended with the request.
     """
     requests, steps = session.requests, session.steps[: session.clock.steps]
     if len(steps) == 0:
-        return Gaps(np.empty(0), np.empty(0, np.int64))
+        return Gaps(np.empty(0), np.empty(0, np.int64), np.empty(0))
     count = steps.decodes.astype(np.int64)
     unfinished = (requests.first_step >= 0) & np.isnan(requests.end_s)
     started = np.bincount(requests.first_step[unfinished] + 1, minlength=len(steps) + 1)
@@ -145,10 +151,12 @@ def make_gaps(session: Session) -> Gaps:
     stalled = (requests.stalls > 0) & np.isfinite(requests.end_s)
     stalls = requests.stalls[stalled].astype(np.int64)
     stall_s = requests.stalled_s[stalled] / stalls
-    kept = count > 0
+    kept, piled = count > 0, in_a_row > 0
+    left_s = delivered_s[first]
     return Gaps(
-        np.concatenate((gap_s[kept], stall_s, [0.0])),
-        np.concatenate((count[kept], stalls, [in_a_row.sum()])),
+        np.concatenate((gap_s[kept], stall_s, np.zeros(piled.sum()))),
+        np.concatenate((count[kept], stalls, in_a_row[piled])),
+        np.concatenate((left_s[kept], requests.end_s[stalled], left_s[piled])),
     )
 
 
@@ -187,6 +195,25 @@ class Simulation:
     def duration_s(self) -> float:
         """The window."""
         return self.workload.duration_s
+
+    def service(self, *, slo: Slo | None = None, warm_up_s: float = 0.0) -> Service:
+        """Return what `adapter_twin.service.metrics.service` tells of the run."""
+        return service(
+            self.records,
+            self.gaps,
+            self.duration_s,
+            warm_up_s=warm_up_s,
+            slo=slo,
+            adapters=self.workload.adapters,
+        )
+
+    def __repr__(self) -> str:
+        done = int(np.isfinite(self.records.end_s).sum())
+        return (
+            f"Simulation of {self.duration_s:g} s: {len(self.workload.adapters)} adapters on "
+            f"{self.engine.max_loras} slots, {len(self.records):,} requests, {done:,} completed "
+            f"({self.calibration}, seed {self.seed})"
+        )
 
     @property
     def provenance(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from adapter_twin.laws import Calibration
 from adapter_twin.plan.grid import simulate_quietly
-from adapter_twin.service.metrics import STARVATION_THRESHOLD, summarize
+from adapter_twin.service.metrics import is_starved, summarize
 from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, deal_adapters
 from study.figures.style import LABELS, SERIES, finish, legend_outside, shades
 
@@ -77,7 +77,7 @@ def caching_problem(runs: pd.DataFrame) -> pd.DataFrame:
 
 def most_served(points: pd.DataFrame) -> pd.DataFrame:
     """Return the last point of each line of `caching_problem` up to which none starves."""
-    served = points["total_throughput"] >= STARVATION_THRESHOLD * points["offered_tokens_per_s"]
+    served = ~is_starved(points["total_throughput"], points["offered_tokens_per_s"])
     lines = points.assign(served=served).groupby(["varied", "level"])
     before = points[lines["served"].cummin()]
     return before.groupby(["varied", "level"]).tail(1).reset_index(drop=True)
