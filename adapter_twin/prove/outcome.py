@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 WARM_UP = 0.25
-"""Share of a run before the window of its figures. Over a whole short run even a server that keeps
-up completes too little, for it begins empty and ends with requests under way."""
+"""Share of a window after which starvation is judged. Over a whole short window even a server that
+keeps up completes too little, for it begins empty and ends with requests under way."""
 
 RUN = ["workload", "adapter_slots", "repeat"]
 """What tells the runs of a study apart."""
@@ -113,8 +113,8 @@ def service(outcome: Outcome) -> pd.DataFrame:
     -------
     pandas.DataFrame
         A row per run: `RUN`; ``starts``, ``starved`` and ``serves`` (starts, is not starved, and
-        meets the SLO), `FIGURES`; and the same with the prefix ``predicted_``. All are of
-        `adapter_twin.service.metrics.service`, after the `WARM_UP`.
+        meets the SLO), `FIGURES`; and the same with the prefix ``predicted_``. All are those of
+        `adapter_twin.service.metrics.service`; starvation is judged after the `WARM_UP`.
     """
     import pandas as pd
 
@@ -152,12 +152,13 @@ def _predicted(outcome: Outcome, run: pd.Series[Any]) -> Records | None:
 def _figures(records: Records | None, slo: Slo | None, duration_s: float) -> dict[str, Any]:
     if records is None:
         return {"starts": False, "starved": True, "serves": False, **dict.fromkeys(FIGURES, np.nan)}
-    told = metrics.service(records, None, duration_s, warm_up_s=WARM_UP * duration_s, slo=slo)
-    attained = told.get("slo_attainment", np.nan)
+    told = metrics.service(records, None, duration_s, slo=slo)
+    warm = metrics.service(records, None, duration_s, warm_up_s=WARM_UP * duration_s)
+    met = slo is None or told["slo_attainment"] >= slo.percentile / 100
     return {
         "starts": True,
-        "starved": told["starved"],
-        "serves": not told["starved"] and (slo is None or attained >= slo.percentile / 100),
+        "starved": warm["starved"],
+        "serves": met and not warm["starved"],
         **{name: told.get(name, np.nan) for name in FIGURES},
     }
 

@@ -283,10 +283,15 @@ def tpot_s(records: Records) -> Floats:
 def _statistics(
     name: str, values: Floats, counts: NDArray[np.int64] | None = None
 ) -> dict[str, float]:
-    counts = np.ones(len(values), np.int64) if counts is None else counts
-    total = int(counts.sum())
-    mean = float(values @ counts) / total if total else float("nan")
-    ranks = weighted_percentile(values, counts, list(PERCENTILES.values()))
+    percentiles = list(PERCENTILES.values())
+    total = len(values) if counts is None else int(counts.sum())
+    if not total:
+        mean, ranks = math.nan, np.full(len(percentiles), np.nan)
+    elif counts is None:
+        mean, ranks = float(values.mean()), np.percentile(values, percentiles)
+    else:
+        mean = float(values @ counts) / total
+        ranks = weighted_percentile(values, counts, percentiles)
     named = zip(PERCENTILES, ranks, strict=True)
     return {f"mean_{name}": mean} | {f"{label}_{name}": float(rank) for label, rank in named}
 

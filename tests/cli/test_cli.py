@@ -180,7 +180,10 @@ def test_simulate_prints_the_service_as_json(run: Cli, tmp_path: Path) -> None:
     status, out, err = run("simulate", config, "--json")
     assert (status, err) == (0, "")
     service = json.loads(out)
+    assert service["schema_version"] == 2
     assert service["completed_requests"] > 0
+    assert service["completed_mean_ttft_ms"] > 0
+    assert service["worst_adapter"].startswith("adapter-")
     assert service["adapter_loads"] > service["adapter_loads_per_step"] > 0
     assert 0 < service["loading_share"] < 1
     assert {"config_hash", "seed", "version", "calibration"} <= set(service)

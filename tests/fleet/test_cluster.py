@@ -17,7 +17,6 @@ from adapter_twin.fleet.cluster import (
     ClusterRun,
     Failure,
     Move,
-    select,
     simulate_cluster,
 )
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
@@ -125,7 +124,7 @@ def conserved(run: ClusterRun, requests: int) -> None:
     assert (records.end_s[done] >= records.first_token_s[done]).all()
     assert (records.scheduled_s[done] >= records.arrival_s[done]).all()
     by_replica = run.by_replica()
-    assert by_replica.requests.sum() == given.sum()
+    assert by_replica.arrived_requests.sum() == given.sum()
     assert by_replica.completed_requests.sum() == done.sum()
 
 
@@ -309,7 +308,12 @@ def test_an_adapter_that_fits_no_slot_is_named(laws: Calibration) -> None:
         simulate_cluster(workload(), narrow, laws, Random())
 
 
-def test_some_records_are_selected(laws: Calibration) -> None:
-    run = simulate_cluster(workload(), everywhere(12, 2), laws, RoundRobin())
-    own = select(run.records, run.replica == 1)
-    assert len(own) == (run.replica == 1).sum()
+def test_service_of_a_cluster_counts_what_no_replica_could_take(laws: Calibration) -> None:
+    down = [Failure(replica=k, at_s=10.0, down_s=1e3) for k in (0, 1)]
+    run = simulate_cluster(workload(), everywhere(12, 2), laws, RoundRobin(), failures=down)
+    told, summary = run.service(), run.summary()
+    assert (run.replica == NOWHERE).any()
+    assert told["arrived_requests"] == len(run.records)
+    assert summary["served"] < summary["worst_served"]
+    assert summary["mean_ttft_ms"] == told["mean_ttft_ms"]
+    assert f"2 replicas, {len(run.records):,} requests" in repr(run)

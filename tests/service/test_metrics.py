@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from scipy.stats import t
 
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.service.metrics import (
@@ -13,14 +12,15 @@ from adapter_twin.service.metrics import (
     is_starved,
     jain_fairness,
     mape,
+    mean_interval,
     per_adapter,
-    replication_interval,
+    service,
     slo_attainment,
     summarize,
     weighted_percentile,
 )
 from adapter_twin.twin.records import Gaps, Records
-from adapter_twin.workload.scenario import Slo
+from adapter_twin.workload.scenario import Slo, deal_adapters
 
 NAN = float("nan")
 WINDOW_S = 10.0
@@ -44,16 +44,17 @@ def records(rows):
     }
     for name in ("adapter", "prompt_tokens", "output_tokens"):
         columns[name] = columns[name].astype(np.int32)
-    unused = {"scheduled_s": None, "preemptions": None, "load_wait_s": None}
+    unused = dict.fromkeys(("scheduled_s", "preemptions", "load_wait_s"), np.zeros(len(rows)))
     return Records(**columns, **unused)
 
 
-def gaps(values, counts):
-    return Gaps(gap_s=np.array(values, float), count=np.array(counts, np.int64))
+def gaps(values, counts, ends=None):
+    ends = [0.0] * len(values) if ends is None else ends
+    return Gaps(np.array(values, float), np.array(counts, np.int64), np.array(ends, float))
 
 
 RECORDS = records(REQUESTS)
-GAPS = gaps([0.1, 0.2], [4, 3])
+GAPS = gaps([0.1, 0.2], [4, 3], [0.5, 1.9])
 
 
 # ---------------------------------------------------------------- a run
@@ -159,10 +160,98 @@ def test_adapters_add_up_to_the_run():
 # ---------------------------------------------------------------- service
 
 
+def test_service_counts_every_arrival_once():
+    told = service(RECORDS, GAPS, WINDOW_S)
+    assert told["arrived_requests"] == 6
+    assert told["completed_requests"] == 3
+    assert told["unfinished_requests"] == 2
+    assert told["never_started_requests"] == 1
+    assert told["dropped_requests"] == 1
+    assert told["offered_tokens_per_s"] == pytest.approx((210 + 37) / 10)
+    assert told["total_throughput"] == pytest.approx(7.0)
+    assert told["input_throughput"] == pytest.approx(6.0)
+    assert told["output_throughput"] == pytest.approx(1.0)
+    assert told["request_throughput"] == pytest.approx(0.3)
+    assert told["starved"]
+
+
+def test_a_request_without_a_first_token_counts_with_its_wait_so_far():
+    told = service(RECORDS, GAPS, WINDOW_S)
+    waits = [100, 300, 200, 6000, 6000, 5000]
+    assert told["mean_ttft_ms"] == pytest.approx(np.mean(waits))
+    assert told["median_ttft_ms"] == pytest.approx((300 + 5000) / 2)
+    assert told["p99_ttft_ms"] == pytest.approx(np.percentile(waits, 99))
+    assert told["completed_mean_ttft_ms"] == pytest.approx(200)
+    assert told["completed_median_ttft_ms"] == pytest.approx(200)
+    assert told["completed_p99_ttft_ms"] == pytest.approx(np.percentile([100, 200, 300], 99))
+
+
+@pytest.mark.parametrize(("waiting", "bound"), [(0, False), (1, False), (2, True), (3, True)])
+def test_ttft_is_a_lower_bound_where_the_p99_is_a_wait_that_goes_on(waiting, bound):
+    rows = [(0, 0.0, 0.1, 0.5, 10, 5, False)] * (101 - waiting)
+    rows += [(0, 0.0, NAN, NAN, 10, 5, False)] * waiting
+    told = service(records(rows), None, WINDOW_S)
+    assert told["ttft_is_lower_bound"] is bound
+    assert (told["p99_ttft_ms"] > 5000) == bound
+
+
+def test_latencies_between_tokens_are_those_of_completed_requests():
+    told, summary = service(RECORDS, GAPS, WINDOW_S), summarize(RECORDS, GAPS, WINDOW_S)
+    for label in ("mean", "median", "p99"):
+        for name in ("itl_ms", "tpot_ms"):
+            assert told[f"{label}_{name}"] == summary[f"{label}_{name}"]
+    without = service(RECORDS, None, WINDOW_S)
+    assert without["mean_itl_ms"] == pytest.approx(told["mean_itl_ms"])
+    assert "p99_itl_ms" not in without
+
+
+def test_the_worst_served_adapter_has_the_longest_mean_ttft():
+    told = service(RECORDS, GAPS, WINDOW_S)
+    assert told["worst_adapter"] == 2  # 6000 ms; the mean of adapter 1 is 3100 ms
+    assert told["worst_adapter_requests"] == 1
+    assert told["worst_adapter_mean_ttft_ms"] == pytest.approx(6000)
+    started = service(records(REQUESTS[:4]), GAPS, WINDOW_S, adapters=deal_adapters(2, [1.0], [8]))
+    assert started["worst_adapter"] == "adapter-1"
+    assert started["worst_adapter_requests"] == 2
+    assert started["worst_adapter_p99_ttft_ms"] == pytest.approx(np.percentile([200, 6000], 99))
+
+
+def test_a_window_leaves_out_what_the_warm_up_served():
+    told = service(RECORDS, GAPS, WINDOW_S, warm_up_s=1.5)
+    assert told["arrived_requests"] == 4
+    assert told["completed_requests"] == 1
+    # of request 1, which came before the window and ends in it, and of request 2
+    assert told["total_throughput"] == pytest.approx((24 + 31) / 8.5)
+    assert told["offered_tokens_per_s"] == pytest.approx((31 + 49 + 59 + 69) / 8.5)
+    assert told["mean_ttft_ms"] == pytest.approx(np.mean([200, 6000, 6000, 5000]))
+    assert told["completed_mean_ttft_ms"] == pytest.approx(200)
+    assert told["mean_itl_ms"] == pytest.approx(200)  # the gaps of 100 ms ended before
+
+
+def test_service_without_arrivals_or_adapters_has_no_figures():
+    none = service(records([(0, 5.0, 5.1, 5.2, 1, 1, False)])[np.array([False])], None, WINDOW_S)
+    assert none["arrived_requests"] == none["offered_tokens_per_s"] == 0
+    assert np.isnan([none["mean_ttft_ms"], none["p99_ttft_ms"], none["mean_itl_ms"]]).all()
+    assert not none["starved"]
+    assert not none["ttft_is_lower_bound"]
+    base = service(records([(-1, 0.0, 0.1, 0.5, 10, 5, False)]), None, WINDOW_S)
+    assert none["worst_adapter"] is base["worst_adapter"] is None
+
+
+def test_service_is_shown_as_a_table():
+    told = service(RECORDS, GAPS, WINDOW_S, slo=Slo(ttft_ms=250))
+    assert told["slo_attainment"] == pytest.approx(2 / 6)
+    lines = repr(told).splitlines()
+    assert len(lines) == len(told)
+    assert lines[0].split() == ["arrived_requests", "6"]
+    assert "<td>2,933.3</td>" in told._repr_html_()
+
+
 def test_starvation_is_strictly_below_nine_tenths_of_the_offered_load():
     assert is_starved(89.9, 100)
     assert not is_starved(90, 100)
     assert is_starved(94, 100, threshold=0.95)
+    assert is_starved(np.array([89.9, 90.0, NAN]), 100).tolist() == [True, False, True]
 
 
 def test_slo_attainment_judges_requests_whose_outcome_is_known():
@@ -226,8 +315,7 @@ def test_predicting_zero_as_zero_is_no_error():
         (lambda: half_smape([1, 2], [1]), "predicted"),
         (lambda: jain_fairness([]), "shares"),
         (lambda: jain_fairness([-1, 1]), "shares"),
-        (lambda: replication_interval([]), "values"),
-        (lambda: replication_interval([1, 2], confidence=95), "confidence"),
+        (lambda: service(RECORDS, GAPS, WINDOW_S, warm_up_s=WINDOW_S), "warm_up_s"),
     ],
 )
 def test_figures_without_meaning_are_refused(call, word):
@@ -238,24 +326,12 @@ def test_figures_without_meaning_are_refused(call, word):
 # ---------------------------------------------------------------- replications
 
 
-def test_the_interval_is_students():
-    sample = [9.0, 10.0, 11.0, 14.0]
-    mean, low, high = replication_interval(sample)
-    half_width = t.ppf(0.975, 3) * np.std(sample, ddof=1) / 2
-    assert (mean, low, high) == pytest.approx((11.0, 11 - half_width, 11 + half_width))
-
-
-@pytest.mark.parametrize("confidence", [0.5, 0.8, 0.95])
-def test_intervals_cover_the_truth_as_often_as_they_say(confidence):
-    rng = np.random.default_rng(0)
-    replications = 4000
-    covered = 0
-    for sample in rng.normal(10, 2, (replications, 5)):
-        _, low, high = replication_interval(sample, confidence)
-        covered += low <= 10 <= high
-    deviation = np.sqrt(confidence * (1 - confidence) / replications)
-    assert abs(covered / replications - confidence) < 4 * deviation
+def test_the_interval_of_a_mean_is_about_two_standard_errors_wide():
+    sample = np.random.default_rng(0).normal(10, 2, 400)
+    low, high = mean_interval(sample)
+    assert (low, high) == pytest.approx((sample.mean() - 0.196, sample.mean() + 0.196), abs=0.02)
+    assert mean_interval(sample) == (low, high)
 
 
 def test_one_replication_says_nothing_about_the_spread():
-    assert replication_interval([5.0]) == (5.0, float("-inf"), float("inf"))
+    assert np.isnan(mean_interval([5.0])).all()
