@@ -21,7 +21,7 @@ from adapter_twin.capacity.analytic import predict_analytic
 from adapter_twin.learn.design import Factorial
 from adapter_twin.plan.grid import GRID, grid_runs
 from adapter_twin.service.metrics import STARVATION_THRESHOLD
-from adapter_twin.service.predict import predict_runs
+from adapter_twin.service.predict import predict
 
 MODELS = ("llama-3.1-8b-instruct", "qwen-2.5-7b-instruct")
 WORKLOADS = Factorial(
@@ -91,7 +91,7 @@ def time_rows(runs: pd.DataFrame) -> float:
 def compare(runs: pd.DataFrame, jobs: int) -> pd.DataFrame:
     """Return relative errors, regimes and verdicts, one row per run."""
     ours = predict_analytic(runs)
-    twin = predict_runs(runs, observer=False, jobs=jobs)
+    twin = predict(runs, observer=False, jobs=jobs)
     served = twin.total_throughput / ours.offered_tokens_per_s
     levels = [served >= LIGHT, served >= STARVATION_THRESHOLD]
     gated = (runs.adapter_slots < runs.served_adapters) & (ours.slot_wait_s > 0)

@@ -16,7 +16,7 @@ from adapter_twin.calibrate.step_observations import step_observations
 from adapter_twin.laws import Calibration
 from adapter_twin.laws.step_time import FEATURES, batch_features, multipliers
 from adapter_twin.service.metrics import is_starved, per_adapter
-from adapter_twin.service.predict import predict_runs
+from adapter_twin.service.predict import predict
 from adapter_twin.twin.records import Simulation
 from adapter_twin.twin.simulate import simulate
 from adapter_twin.twin.wiring import step_law
@@ -90,7 +90,7 @@ def offered_tokens_per_s(runs: pd.DataFrame) -> pd.Series[float]:
 
 def sweep(runs: pd.DataFrame, *, jobs: int = 2) -> pd.DataFrame:
     """Return the configurations with their predicted service, without any measurement's effect."""
-    predicted = predict_runs(runs, observer=False, jobs=jobs).drop(columns="run_id")
+    predicted = predict(runs, observer=False, jobs=jobs).drop(columns="run_id")
     swept = pd.concat([runs.reset_index(drop=True), predicted], axis=1)
     return swept.assign(offered_tokens_per_s=offered_tokens_per_s(swept).to_numpy())
 

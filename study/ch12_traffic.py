@@ -10,6 +10,7 @@ import pandas as pd
 
 from adapter_twin.laws import Calibration
 from adapter_twin.plan.demand import Demand
+from adapter_twin.service.metrics import service_of
 from adapter_twin.twin.policies import CostAware, Drain, Merge, Policy, UnifiedPool
 from adapter_twin.twin.simulate import simulate
 from adapter_twin.workload.scenario import EngineConfig, Workload, zipf_adapters
@@ -98,7 +99,7 @@ def _under(
     name: str, workload: Workload, engine: EngineConfig, laws: Calibration, seed: int
 ) -> dict[str, Any]:
     run = simulate(workload, engine, laws, seed=seed, policy=POLICIES[name])
-    service = run.service()
+    service = service_of(run)
     return {
         "policy": name,
         "served": 100 * service["total_throughput"] / service["offered_tokens_per_s"],

@@ -22,7 +22,7 @@ from adapter_twin.laws.memory import MemoryLaw
 from adapter_twin.laws.step_time import StepTimeLaw
 from adapter_twin.parallel import workers
 from adapter_twin.plan.steady_state import TWIN_ERROR
-from adapter_twin.service.predict import predict_runs
+from adapter_twin.service.predict import predict
 from adapter_twin.service.validate import error_measures, pair_runs
 from study.ch01_to_06 import configurations
 from study.ch07_campaign import FIGURES as SERVICE
@@ -119,7 +119,7 @@ def _extrapolate(
 ) -> pd.DataFrame:
     column, highest = cut
     beyond = runs[runs[column] > highest]
-    left_out = predict_runs(beyond, refit_below(calibration, tables, cut), jobs=1)
+    left_out = predict(beyond, refit_below(calibration, tables, cut), jobs=1)
     by = ["model", "column", "highest", "value", "times", "figure"]
     errors = []
     for predictions in (seen, left_out):
@@ -164,7 +164,7 @@ def seed_spread(
             for load in loads
         ]
     )
-    hours = [predict_runs(runs, seed=seed, observer=False) for seed in seeds]
+    hours = [predict(runs, seed=seed, observer=False) for seed in seeds]
     ttft_ms = np.array([hour.median_ttft_ms for hour in hours])
     low, middle, high = np.percentile(ttft_ms, [10, 50, 90], axis=0)
     return pd.DataFrame(
@@ -284,6 +284,6 @@ def _calibrate_on(measured: Mapping[str, pd.DataFrame], steps: pd.DataFrame) -> 
             {**measured, "micro_steps": steps}, model, gpu="part", engine_version="", source={}
         )
     runs = measured["runs"].query("status == 'ok' and held_out")
-    pairs = pair_runs(runs, predict_runs(runs, calibration, jobs=1))
+    pairs = pair_runs(runs, predict(runs, calibration, jobs=1))
     errors = pairs.assign(error=pairs.error.abs()).groupby("figure").error.mean()
     return {"form": calibration.step_time.form_, **{name: errors[name] for name in SERVICE}}

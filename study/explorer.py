@@ -36,7 +36,7 @@ from adapter_twin.workload.scenario import EngineConfig, Slo, Workload
 TABLE = datasets.REPOSITORY / "data" / "sweeps" / "explorer.parquet"
 
 DURATION_S, SEED = 3600.0, 0
-"""Of every run, as in `adapter_twin.plan.optimum.find_optimum`."""
+"""Of every run, as in `adapter_twin.plan.optimum.optimum`."""
 
 RATES = (
     "0.003125",

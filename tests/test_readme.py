@@ -57,3 +57,11 @@ def test_the_command_line_runs(
 def test_nothing_else_is_asked() -> None:
     kinds = {command.split()[0] for command in COMMANDS}
     assert kinds == {"make", "adapter-twin", "."}
+
+
+def test_the_run_made_by_hand_is_as_told(capsys: pytest.CaptureFixture[str]) -> None:
+    code = re.search(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    *lines, last = code.group(1).splitlines()
+    exec("\n".join([*lines, f"print({last})"]), {})
+    assert "worst_adapter_mean_ttft_ms" in capsys.readouterr().out

@@ -61,7 +61,7 @@ def optimum(
 
     from adapter_twin.plan.criterion import MARGIN, Criterion
     from adapter_twin.plan.grid import GRID
-    from adapter_twin.plan.optimum import find_optimum
+    from adapter_twin.plan.optimum import optimum
     from adapter_twin.workload.files import load_slo, parse_grid, parse_rates
 
     parse_rates(rates, "rates")  # an error names the option, not the workload's key
@@ -72,7 +72,7 @@ def optimum(
         "mean_input_tokens": mean_input_tokens,
         "mean_requested_output_tokens": mean_output_tokens,
     }
-    found = find_optimum(
+    found = optimum(
         workload,
         calibration,
         served_grid=GRID if served_grid is None else parse_grid("served_grid", served_grid),

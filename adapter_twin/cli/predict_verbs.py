@@ -42,11 +42,11 @@ def predict(
     ] = Observer.recorded,
 ) -> None:
     """Predict a table of runs from its configuration columns alone."""
-    from adapter_twin.service.predict import predict_runs
+    from adapter_twin.service.predict import predict
     from adapter_twin.tables import datasets
 
     check_target(out, ".parquet", ".csv")
-    predictions = predict_runs(
+    predictions = predict(
         datasets.read_runs(runs),
         calibration,
         seed=seed,
@@ -78,16 +78,14 @@ def validate(
     as_json: JSON = False,
 ) -> None:
     """Predict measured runs, and compare."""
-    from adapter_twin.service.predict import predict_runs, predict_starts
+    from adapter_twin.service.predict import predict, predict_starts
     from adapter_twin.service.validate import summary, validate_runs, write_validation
     from adapter_twin.tables import datasets
 
     if out is not None:
         check_target(out)
     measured = datasets.read_measured_runs(runs)
-    predictions = predict_runs(
-        measured, calibration, seed=seed, jobs=jobs, progress=sys.stderr.isatty()
-    )
+    predictions = predict(measured, calibration, seed=seed, jobs=jobs, progress=sys.stderr.isatty())
     starts = authors = None
     if datasets.find("memory") is not None:
         memory = datasets.load("memory")

@@ -14,7 +14,7 @@ from adapter_twin.laws import Calibration
 from adapter_twin.plan.candidates import HOUR_S
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import simulate_quietly
-from adapter_twin.service.metrics import tpot_s, waits_ms
+from adapter_twin.service.metrics import service_of, tpot_s, waits_ms
 from adapter_twin.twin.records import Records
 from adapter_twin.twin.simulate import draw_requests
 from adapter_twin.workload.scenario import Slo, Workload
@@ -127,7 +127,7 @@ def _serve(
     seed: int,
 ) -> dict[str, Any]:
     run = simulate_quietly(workload, plan.engine, calibration, seed, trace)
-    service = run.service(slo=slo)
+    service = service_of(run, slo=slo)
     row: dict[str, Any] = {
         "adapters": len(plan.adapters),
         "adapter_slots": plan.engine.max_loras,

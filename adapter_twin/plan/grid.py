@@ -11,7 +11,7 @@ import joblib
 
 from adapter_twin.capacity.analytic import predict_analytic
 from adapter_twin.laws import Calibration
-from adapter_twin.service.metrics import slo_attainment
+from adapter_twin.service.metrics import service_of, slo_attainment
 from adapter_twin.twin.records import Simulation
 from adapter_twin.twin.simulate import draw_requests, simulate
 from adapter_twin.workload.files import parse_ranks, records, run_to_workload
@@ -150,7 +150,7 @@ def _serve_each(
         if trace is None:
             trace = draw_requests(run_to_workload(row)[1], calibration, seed=seed)
         run = simulate_row(row, calibration, seed, trace)
-        service = run.service()
+        service = service_of(run)
         attained = {
             name: slo_attainment(run.records, slo, run.duration_s)
             for name, slo in slos.items()

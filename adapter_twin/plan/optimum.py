@@ -19,7 +19,7 @@ ALTERNATIVES = 10
 """So many of the next best configurations are shown beside those that tie."""
 
 
-def find_optimum(
+def optimum(
     workload: Mapping[str, Any],
     calibration: str = "auto",
     *,
@@ -71,7 +71,7 @@ def find_optimum(
     ...     "mean_requested_output_tokens": 198,
     ... }
     >>> grids = {"served_grid": [16, 32, 128], "slots_grid": [8, 16, 32]}
-    >>> found = find_optimum(workload, **grids, duration_s=300, jobs=1)
+    >>> found = optimum(workload, **grids, duration_s=300, jobs=1)
     >>> found["served_adapters"], found["adapter_slots"]
     (32, 32)
     """

@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 from adapter_twin.laws import Calibration
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import simulate_quietly
-from adapter_twin.service.metrics import slo_attainment, waits_ms, worst_served
+from adapter_twin.service.metrics import service_of, slo_attainment, waits_ms, worst_served
 from adapter_twin.twin.records import Records
 from adapter_twin.twin.simulate import draw_requests
 from adapter_twin.workload.scenario import EngineConfig, Slo, Workload
@@ -127,7 +127,7 @@ def draw_traffic(
 def serve(traffic: WindowTraffic, engine: EngineConfig, calibration: Calibration) -> Window:
     """Simulate an engine on one window's requests; the caller warns of extrapolations, once."""
     run = simulate_quietly(traffic.workload, engine, calibration, traffic.seed, traffic.trace)
-    service = run.service(slo=traffic.slo, warm_up_s=WARM_UP_S)
+    service = service_of(run, slo=traffic.slo, warm_up_s=WARM_UP_S)
     names = FIGURES if traffic.slo is None else (*FIGURES, "slo_attainment")
     own = run.records[run.records.arrival_s >= WARM_UP_S]
     return Window({name: service[name] for name in names}, own, run.duration_s)
@@ -179,7 +179,7 @@ def _attained(windows: Sequence[Window], slo: Slo, scale: int) -> Floats:
 
 
 def worst_adapter(demand: Demand, windows: Sequence[Window]) -> dict[str, Any] | None:
-    """Return `adapter_twin.service.metrics.worst_served` of all windows together, and how it is served."""
+    """Return the worst-served adapter of all windows together, and its service."""
     adapter = np.concatenate([window.records.adapter for window in windows])
     ttft_ms = np.concatenate([waits_ms(window.records, window.duration_s) for window in windows])
     worst = worst_served(adapter, ttft_ms)

@@ -20,7 +20,7 @@ from adapter_twin.workload.strict import require
 if TYPE_CHECKING:
     import pandas as pd
 
-    from adapter_twin.twin.records import Gaps, Records
+    from adapter_twin.twin.records import Gaps, Records, Simulation
     from adapter_twin.workload.scenario import Adapter, Slo
 
 Floats = NDArray[np.float64]
@@ -153,6 +153,18 @@ def service(
         **_itl_ms(completed, gaps, warm_up_s),
         **_tpot_ms(completed),
         **_worst_adapter(arrived.adapter, ttft_ms, adapters),
+    )
+
+
+def service_of(run: Simulation, *, slo: Slo | None = None, warm_up_s: float = 0.0) -> Service:
+    """Return the `service` of a simulated run, its adapters by name."""
+    return service(
+        run.records,
+        run.gaps,
+        run.duration_s,
+        warm_up_s=warm_up_s,
+        slo=slo,
+        adapters=run.workload.adapters,
     )
 
 

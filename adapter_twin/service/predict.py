@@ -19,6 +19,7 @@ from adapter_twin.service.metrics import (
     is_starved,
     jain_fairness,
     per_adapter,
+    service_of,
     summarize,
 )
 from adapter_twin.tables.schemas import PREDICTIONS, RUN_CONFIGURATION, validate
@@ -32,7 +33,7 @@ SCHEMA_VERSION = 2
 """Version of what `predict_scenario` tells: figures of TTFT count every arrival since 2."""
 
 
-def predict_runs(
+def predict(
     runs: pd.DataFrame,
     calibration: str | Calibration = "auto",
     *,
@@ -92,7 +93,7 @@ def predict_runs(
     ...         "mean_requested_output_tokens": 198.0,
     ...     }
     ... )
-    >>> predict_runs(runs, jobs=1)[["run_id", "starved"]]
+    >>> predict(runs, jobs=1)[["run_id", "starved"]]
       run_id  starved
     0    few    False
     1   many     True
@@ -132,7 +133,8 @@ def predict_scenario(scenario: Scenario) -> tuple[Simulation, dict[str, Any]]:
     -------
     run : Simulation
     service : dict
-        The figures of `adapter_twin.service.metrics.service` and `adapter_twin.service.metrics.adapter_loading`;
+        The figures of `adapter_twin.service.metrics.service` and
+        `adapter_twin.service.metrics.adapter_loading`;
         Jain's index over the adapters' served shares; KV-cache tokens and start-up seconds;
         provenance.
 
@@ -148,7 +150,7 @@ def predict_scenario(scenario: Scenario) -> tuple[Simulation, dict[str, Any]]:
     share = served["total_throughput"] / served["offered_tokens_per_s"]
     return run, {
         "schema_version": SCHEMA_VERSION,
-        **run.service(slo=scenario.slo),
+        **service_of(run, slo=scenario.slo),
         "jain_fairness": jain_fairness(share) if len(share) else float("nan"),
         **adapter_loading(run.steps, run.duration_s),
         "kv_cache_tokens": calibration.memory.require_start(engine),
@@ -202,7 +204,7 @@ def _start(calibration: Calibration, max_loras: int, max_lora_rank: int) -> tupl
 def predict_run(
     row: Mapping[str, Any], calibration: Calibration, seed: int, observer: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Predict one run, as `predict_runs` does.
+    """Predict one run, as `predict` does.
 
     Returns
     -------

@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin import __version__
-from adapter_twin.service.metrics import Service, service
 from adapter_twin.twin.policies import Policy
 from adapter_twin.twin.session import Session
-from adapter_twin.workload.scenario import EngineConfig, Slo, Workload, config_hash
+from adapter_twin.workload.scenario import EngineConfig, Workload, config_hash
 from adapter_twin.workload.trace import BASE_MODEL
 
 if TYPE_CHECKING:
@@ -195,17 +194,6 @@ class Simulation:
     def duration_s(self) -> float:
         """The window."""
         return self.workload.duration_s
-
-    def service(self, *, slo: Slo | None = None, warm_up_s: float = 0.0) -> Service:
-        """Return what `adapter_twin.service.metrics.service` tells of the run."""
-        return service(
-            self.records,
-            self.gaps,
-            self.duration_s,
-            warm_up_s=warm_up_s,
-            slo=slo,
-            adapters=self.workload.adapters,
-        )
 
     def __repr__(self) -> str:
         done = int(np.isfinite(self.records.end_s).sum())

@@ -17,7 +17,7 @@ from adapter_twin.calibrate.from_tables import calibrate_tables, device_name
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.service.metrics import summarize
-from adapter_twin.service.predict import predict_runs
+from adapter_twin.service.predict import predict
 from adapter_twin.service.validate import validate_runs
 from adapter_twin.tables import datasets
 from adapter_twin.twin.simulate import simulate_run
@@ -215,7 +215,7 @@ def test_held_out_runs_are_scored_apart_and_by_bars_of_their_own(
     tables: dict[str, pd.DataFrame], fitted: Calibration
 ) -> None:
     measured = tables["runs"]
-    checked = validate_runs(measured, predict_runs(measured, fitted, jobs=1))
+    checked = validate_runs(measured, predict(measured, fitted, jobs=1))
     bars = checked.bars.set_index(["figure", "measure"])
     assert bars.loc[("median_ttft_ms", "mape"), "bar"] == 25
     assert bars.loc[("mean_itl_ms", "mape"), "n_runs"] == 2

@@ -14,7 +14,7 @@ from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
 from adapter_twin.laws.step_time import batch_features
 from adapter_twin.plan.grid import grid_runs
-from adapter_twin.service.predict import predict_runs
+from adapter_twin.service.predict import predict
 from adapter_twin.workload.files import records, run_to_workload
 from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, deal_adapters
 
@@ -43,7 +43,7 @@ def grid(rates: str, served: list[int], slots: list[int]) -> pd.DataFrame:
 )
 def test_it_agrees_with_the_twin_where_it_holds(rates: str, served: int, slots: int) -> None:
     runs = grid(rates, [served], [slots])
-    ours, twin = predict_analytic(runs).iloc[0], predict_runs(runs, observer=False, jobs=1).iloc[0]
+    ours, twin = predict_analytic(runs).iloc[0], predict(runs, observer=False, jobs=1).iloc[0]
     assert ours["holds"]
     assert ours["total_throughput"] == pytest.approx(twin["total_throughput"], rel=0.03)
     assert ours["mean_itl_ms"] == pytest.approx(twin["mean_itl_ms"], rel=0.06)
@@ -52,7 +52,7 @@ def test_it_agrees_with_the_twin_where_it_holds(rates: str, served: int, slots: 
 
 def test_an_overloaded_engine_serves_its_capacity() -> None:
     runs = grid("1.6", [16], [16]).assign(rates_per_adapter="3.2")
-    ours, twin = predict_analytic(runs).iloc[0], predict_runs(runs, observer=False, jobs=1).iloc[0]
+    ours, twin = predict_analytic(runs).iloc[0], predict(runs, observer=False, jobs=1).iloc[0]
     assert ours["starved"]
     assert ours["capacity_tokens_per_s"] == pytest.approx(twin["total_throughput"], rel=0.05)
 

@@ -413,7 +413,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     def work(*_: object, **__: object) -> None:
         pytest.fail("the work began")
 
-    for name in ("predict_runs", "predict_scenario"):
+    for name in ("predict", "predict_scenario"):
         monkeypatch.setattr(f"adapter_twin.service.predict.{name}", work)
     places = {"RUNS": write_runs(tmp_path), "CONFIG": write_config(tmp_path)}
     assert word in refused(*(places.get(argument, argument) for argument in arguments))

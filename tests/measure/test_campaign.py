@@ -30,7 +30,7 @@ from adapter_twin.measure.machine import describe_machine
 from adapter_twin.measure.micro import LOAD_COLUMNS, STEP_COLUMNS, EngineProfile
 from adapter_twin.measure.pieces import groups
 from adapter_twin.measure.serving import ServedRun
-from adapter_twin.service.predict import predict_runs
+from adapter_twin.service.predict import predict
 from adapter_twin.tables import datasets
 from adapter_twin.tables.campaign_schemas import CAMPAIGN_TABLES
 from adapter_twin.twin.simulate import simulate
@@ -579,7 +579,7 @@ def test_live_the_server_never_runs_more_adapters_than_slots(
 def test_live_what_was_measured_can_be_calibrated_and_predicted(smoke: Path) -> None:
     calibration = calibrate_tables(smoke)
     runs = datasets.read_measured_runs(smoke / "runs.parquet")
-    predicted = predict_runs(runs, calibration)
+    predicted = predict(runs, calibration)
     assert calibration.model == "tiny"
     assert np.allclose(predicted["total_throughput"], runs["total_throughput"], rtol=0.5)
 

@@ -23,9 +23,9 @@ from adapter_twin.learn.labels import label
 from adapter_twin.learn.sweep import read_sweep, run_sweep
 from adapter_twin.plan.criterion import TIE, Criterion
 from adapter_twin.plan.grid import evaluate, grid_runs
-from adapter_twin.plan.optimum import find_optimum
+from adapter_twin.plan.optimum import optimum
 from adapter_twin.service.metrics import STARVATION_THRESHOLD
-from adapter_twin.service.predict import predict_runs
+from adapter_twin.service.predict import predict
 from adapter_twin.workload.files import run_to_workload
 from adapter_twin.workload.scenario import Slo
 
@@ -102,7 +102,7 @@ def test_a_grid_holds_no_more_slots_than_adapters_and_reserves_the_largest_rank(
 def test_evaluating_a_grid_gives_what_predict_gives() -> None:
     table = grid_runs(MIX, [16, 32], [16, 32], 60.0)
     ours = evaluate(table, load_calibration("auto", LLAMA))
-    theirs = predict_runs(table, observer=False, jobs=1)
+    theirs = predict(table, observer=False, jobs=1)
     assert ours["simulated"].all()
     for column in ("total_throughput", "mean_itl_ms", "p99_itl_ms", "kv_cache_tokens"):
         np.testing.assert_array_equal(ours[column], theirs[column])
@@ -117,7 +117,7 @@ def test_hopeless_and_refused_runs_are_not_simulated() -> None:
 
 
 def test_the_optimum_satisfies_the_rule_and_lists_what_came_next() -> None:
-    found = find_optimum(MIX, served_grid=[16, 32, 64, 128], slots_grid=[16, 64], duration_s=600.0)
+    found = optimum(MIX, served_grid=[16, 32, 64, 128], slots_grid=[16, 64], duration_s=600.0)
     assert found["served_adapters"] in (16, 32, 64, 128)
     assert found["adapter_slots"] <= found["served_adapters"]
     assert found["starved"] is False
@@ -148,7 +148,7 @@ def test_what_cannot_be_answered_says_why(
 ) -> None:
     options = {"served_grid": [16, 32], "slots_grid": [16], "duration_s": 600.0} | options
     with pytest.raises(AdapterTwinError, match=message):
-        find_optimum(MIX | change, **options)
+        optimum(MIX | change, **options)
 
 
 DESIGN: dict[str, Any] = {

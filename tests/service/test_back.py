@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from adapter_twin.service.predict import predict_runs
+from adapter_twin.service.predict import predict
 from study.ch01_to_06 import configurations
 from study.results import rounded
 
@@ -31,7 +31,7 @@ def predictions() -> pd.DataFrame:
         ignore_index=True,
     )
     parts = [
-        predict_runs(runs, observer=observer, jobs=1).assign(observer=observer)
+        predict(runs, observer=observer, jobs=1).assign(observer=observer)
         for observer in (True, False)
     ]
     return rounded(pd.concat(parts, ignore_index=True).drop(columns="wall_s"))

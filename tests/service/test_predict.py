@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.service.predict import predict_runs, predict_scenario, predict_starts
+from adapter_twin.service.predict import predict, predict_scenario, predict_starts
 from adapter_twin.tables.datasets import write_table
 from adapter_twin.tables.schemas import PREDICTIONS
 from adapter_twin.workload.files import Scenario, run_to_workload
@@ -42,14 +42,14 @@ def table(*runs: dict[str, object]) -> pd.DataFrame:
     return pd.DataFrame(list(runs or (RUN,)))
 
 
-def predict(*runs: dict[str, object], seed: int = 0, observer: bool = True) -> pd.DataFrame:
+def forecast(*runs: dict[str, object], seed: int = 0, observer: bool = True) -> pd.DataFrame:
     """Predict in this process, without the one column that differs each time."""
-    predicted = predict_runs(table(*runs), seed=seed, jobs=1, observer=observer)
+    predicted = predict(table(*runs), seed=seed, jobs=1, observer=observer)
     return predicted.drop(columns="wall_s")
 
 
 def test_one_row_per_run_with_exactly_the_agreed_columns() -> None:
-    predicted = predict_runs(table(REFUSED, RUN), jobs=1)
+    predicted = predict(table(REFUSED, RUN), jobs=1)
     assert list(predicted.columns) == list(PREDICTIONS.columns)
     assert predicted["run_id"].tolist() == ["refused", "light"]
     assert (predicted["wall_s"] > 0).all()
@@ -65,31 +65,31 @@ def test_measured_columns_are_never_read() -> None:
         sent_requests=[1, 2],
     )
     swapped = measured.assign(total_throughput=measured["total_throughput"].to_numpy()[::-1])
-    expected = predict_runs(runs, jobs=1).drop(columns="wall_s")
+    expected = predict(runs, jobs=1).drop(columns="wall_s")
     for frame in (measured, swapped, measured[measured.columns[::-1]]):
-        got = predict_runs(frame, jobs=1).drop(columns="wall_s")
+        got = predict(frame, jobs=1).drop(columns="wall_s")
         pd.testing.assert_frame_equal(got, expected)
 
 
 def test_a_prediction_does_not_depend_on_the_other_rows_or_the_processes() -> None:
-    alone = predict(RUN)
-    among = predict_runs(table(REFUSED, OVERLOADED, RUN), jobs=2).drop(columns="wall_s")
+    alone = forecast(RUN)
+    among = predict(table(REFUSED, OVERLOADED, RUN), jobs=2).drop(columns="wall_s")
     pd.testing.assert_frame_equal(among.tail(1).reset_index(drop=True), alone)
 
 
 def test_rows_of_one_workload_serve_the_very_same_requests() -> None:
     # With slots for all, the load is served whole: as many tokens whatever the engine.
     more_slots = {**RUN, "run_id": "more slots", "adapter_slots": 32, "max_num_seqs": 256}
-    assert predict(RUN, more_slots)["completed_requests"].nunique() == 1
+    assert forecast(RUN, more_slots)["completed_requests"].nunique() == 1
 
 
 def test_the_seed_decides() -> None:
-    pd.testing.assert_frame_equal(predict(RUN, seed=1), predict(RUN, seed=1))
-    assert predict(RUN, seed=1)["total_throughput"][0] != predict(RUN)["total_throughput"][0]
+    pd.testing.assert_frame_equal(forecast(RUN, seed=1), forecast(RUN, seed=1))
+    assert forecast(RUN, seed=1)["total_throughput"][0] != forecast(RUN)["total_throughput"][0]
 
 
 def test_a_refused_start_has_no_figures_but_its_kv_cache() -> None:
-    refused = predict(REFUSED).iloc[0]
+    refused = forecast(REFUSED).iloc[0]
     assert not refused["feasible_start"]
     assert refused["starved"]
     assert refused["kv_cache_tokens"] >= 0
@@ -98,15 +98,15 @@ def test_a_refused_start_has_no_figures_but_its_kv_cache() -> None:
 
 
 def test_starvation_is_measured_against_the_offered_tokens() -> None:
-    light, overloaded = predict(RUN, OVERLOADED)["total_throughput"]
+    light, overloaded = forecast(RUN, OVERLOADED)["total_throughput"]
     run = {**RUN, "duration_s": 600.0}
     _, workload = run_to_workload(run)
     assert light < workload.offered_tokens_per_s < overloaded
-    assert predict(run, OVERLOADED)["starved"].tolist() == [False, True]
+    assert forecast(run, OVERLOADED)["starved"].tolist() == [False, True]
 
 
 def test_the_measurements_own_effect_can_be_left_out() -> None:
-    recorded, none = (predict(RUN, observer=observer) for observer in (True, False))
+    recorded, none = (forecast(RUN, observer=observer) for observer in (True, False))
     assert recorded["mean_itl_ms"][0] > none["mean_itl_ms"][0]
     assert recorded["feasible_start"][0]
 
@@ -114,12 +114,12 @@ def test_the_measurements_own_effect_can_be_left_out() -> None:
 def test_an_extrapolation_is_warned_of_once() -> None:
     long = {**RUN, "mean_input_tokens": 800.0}
     with pytest.warns(UserWarning, match="mean_input_tokens") as caught:
-        predict(long, {**long, "run_id": "again"})
+        forecast(long, {**long, "run_id": "again"})
     assert len(caught) == 1
 
 
 def test_the_provenance_goes_into_the_file(tmp_path: Path) -> None:
-    path = write_table(predict_runs(table(), seed=3, jobs=1), tmp_path / "predictions.parquet")
+    path = write_table(predict(table(), seed=3, jobs=1), tmp_path / "predictions.parquet")
     provenance = pd.read_parquet(path).attrs
     assert provenance["seed"] == 3
     assert provenance["calibrations"] == [f"{LLAMA}@h100-64gb-vllm0.8.5"]
@@ -139,22 +139,22 @@ def test_the_provenance_goes_into_the_file(tmp_path: Path) -> None:
 )
 def test_bad_configuration_is_refused(change: dict[str, object], field: str) -> None:
     with pytest.raises(AdapterTwinError, match=field):
-        predict({**RUN, **change})
+        forecast({**RUN, **change})
 
 
 def test_bad_options_are_refused() -> None:
     with pytest.raises(AdapterTwinError, match="seed"):
-        predict_runs(table(), seed=-1)
+        predict(table(), seed=-1)
     with pytest.raises(AdapterTwinError, match="jobs"):
-        predict_runs(table(), jobs=0)
+        predict(table(), jobs=0)
     with pytest.raises(AdapterTwinError, match="calibration"):
-        predict_runs(table(), "nonesuch")
+        predict(table(), "nonesuch")
 
 
 def test_starts_are_predicted_from_model_slots_and_rank() -> None:
     starts = predict_starts(table(RUN, REFUSED)[["model", "adapter_slots", "max_lora_rank"]])
     assert starts["predicted_start"].tolist() == [True, False]
-    assert starts["predicted_kv_cache_tokens"][0] == predict(RUN)["kv_cache_tokens"][0]
+    assert starts["predicted_kv_cache_tokens"][0] == forecast(RUN)["kv_cache_tokens"][0]
 
 
 def test_a_scenario_reports_service_and_provenance() -> None:

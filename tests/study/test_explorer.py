@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.plan.criterion import MARGIN, Criterion
 from adapter_twin.plan.grid import GRID, MAX_NUM_SEQS
-from adapter_twin.plan.optimum import find_optimum
+from adapter_twin.plan.optimum import optimum
 from adapter_twin.plan.recommend import vllm_args
 from adapter_twin.tables import datasets
 from adapter_twin.tables.schemas import EXPLORER
@@ -77,9 +77,9 @@ def test_the_table_recommends_what_the_command_does(
     options = {"served_grid": served, "criterion": criterion, "jobs": 1}
     if ranked.empty:
         with pytest.raises(AdapterTwinError):
-            find_optimum(workload, **options)
+            optimum(workload, **options)
         return
-    found, best = find_optimum(workload, **options), ranked.iloc[0]
+    found, best = optimum(workload, **options), ranked.iloc[0]
     for name in ("served_adapters", "adapter_slots"):
         assert found[name] == best[name]
     for name in ("total_throughput", "mean_ttft_ms", "p99_ttft_ms"):

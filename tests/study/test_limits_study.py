@@ -7,7 +7,7 @@ import pytest
 
 from adapter_twin.laws import list_calibrations, load_calibration
 from adapter_twin.plan.steady_state import TWIN_ERROR
-from adapter_twin.service.predict import predict_runs
+from adapter_twin.service.predict import predict
 from adapter_twin.service.validate import FIGURES
 from adapter_twin.tables import datasets
 from study import ch14_limits
@@ -79,7 +79,7 @@ def test_a_refit_sees_nothing_beyond_the_cut(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_runs_beyond_a_cut_are_scored_with_both_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = configurations(LLAMA, [64], [16, 32, 64], duration_s=120.0)
-    seen = predict_runs(asked, observer=True, jobs=1)
+    seen = predict(asked, observer=True, jobs=1)
     runs = measured([1.0, 1.0, 1.0]).assign(**asked.to_dict("series"))
     runs = runs.drop(columns=list(FIGURES), errors="ignore").join(seen[list(FIGURES)])
     # the refit is the calibration itself here: it errs like the one that has seen the runs

@@ -14,7 +14,7 @@ from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import evaluate, grid_runs
 from adapter_twin.plan.steady_state import WARM_UP_S, draw_traffic, serve, worst_adapter
 from adapter_twin.prove import outcome
-from adapter_twin.service.metrics import Service, service
+from adapter_twin.service.metrics import Service, service, service_of
 from adapter_twin.service.predict import predict_scenario
 from adapter_twin.twin.simulate import simulate
 from adapter_twin.workload.files import run_to_workload
@@ -88,7 +88,7 @@ def test_the_optimum_tells_it(laws: Calibration) -> None:
     runs = grid_runs(mix, [24], [2], DURATION_S)
     found = evaluate(runs, laws, seed=SEED, slo=SLO).loc[0]
     engine, workload = run_to_workload(runs.loc[0].to_dict())
-    run = simulate(workload, engine, laws, seed=SEED).service(slo=SLO)
+    run = service_of(simulate(workload, engine, laws, seed=SEED), slo=SLO)
     for name in ("total_throughput", "mean_ttft_ms", "p99_ttft_ms", "p99_itl_ms", "slo_attainment"):
         assert found[name] == run[name]
 
@@ -97,7 +97,7 @@ def test_a_recommendation_tells_it_after_the_warm_up(laws: Calibration) -> None:
     traffic = draw_traffic(ASKED, laws, seed=SEED)
     window = serve(traffic, ENGINE, laws)
     run = simulate(traffic.workload, ENGINE, laws, seed=SEED, trace=traffic.trace)
-    told = run.service(slo=SLO, warm_up_s=WARM_UP_S)
+    told = service_of(run, slo=SLO, warm_up_s=WARM_UP_S)
     assert window.figures == {name: told[name] for name in window.figures}
     worst = worst_adapter(ASKED, [window])
     assert worst is not None
