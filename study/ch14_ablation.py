@@ -21,10 +21,11 @@ from adapter_twin.service.metrics import summarize
 from adapter_twin.service.validate import error_measures, pair_runs
 from adapter_twin.twin.clock import FrontEnd, turn
 from adapter_twin.twin.compiled import entry, helper
+from adapter_twin.twin.policy import Policy
 from adapter_twin.twin.records import make_gaps, make_records
 from adapter_twin.twin.session import Session, arguments, new_session
 from adapter_twin.twin.simulate import draw_requests
-from adapter_twin.twin.state import Batch, Limits, Requests, Rules, State
+from adapter_twin.twin.state import Batch, Limits, Requests, State
 from adapter_twin.twin.step_law import StepLaw, step_seconds
 from adapter_twin.twin.wiring import front_end_law, step_law
 from adapter_twin.workload.files import records, run_to_workload
@@ -107,7 +108,7 @@ def run_with_free_prompts(
     limits: Limits,
     requests: Requests,
     state: State,
-    rules: Rules | None,
+    policy: Policy,
     clock: Any,
     law: StepLaw,
     front_end: FrontEnd,
@@ -119,7 +120,7 @@ def run_with_free_prompts(
     """Turn the engine loop as `adapter_twin.twin.clock.run` does, but take prompts' time back."""
     while clock.steps + 1 < len(steps):
         event_s = turn(
-            limits, requests, state, rules, clock, law, front_end, steps, pauses, seen, used
+            limits, requests, state, policy, clock, law, front_end, steps, pauses, seen, used
         )
         if state.count.running > 0:  # a step has begun
             row = steps[clock.steps]

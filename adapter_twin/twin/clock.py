@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin.twin.compiled import entry, helper
+from adapter_twin.twin.policy import Policy
 from adapter_twin.twin.queues import enqueue
 from adapter_twin.twin.scheduler import complete_step, schedule
-from adapter_twin.twin.state import Limits, Requests, Rules, State
+from adapter_twin.twin.state import Limits, Requests, State
 from adapter_twin.twin.step_law import StepLaw, step_seconds
 
 STEPS = np.dtype(
@@ -114,6 +115,7 @@ def _deliver_arrivals(
     limits: Limits,
     requests: Requests,
     state: State,
+    policy: Policy,
     clock: Any,
     front_end: FrontEnd,
     pauses: Any,
@@ -136,7 +138,7 @@ def _deliver_arrivals(
             _accept(requests, clock, front_end, pauses, used)
     while clock.delivered < clock.accepted and requests.ready_s[clock.delivered] <= clock.now_s:
         if not requests.rejected[clock.delivered]:
-            enqueue(limits, requests, state, clock.delivered)
+            enqueue(limits, requests, state, policy, clock.delivered)
         clock.delivered += 1
 
 
@@ -177,13 +179,13 @@ def _begin_step(
     limits: Limits,
     requests: Requests,
     state: State,
-    rules: Rules | None,
+    policy: Policy,
     clock: Any,
     law: StepLaw,
     steps: Any,
 ) -> float:
     """Schedule a batch, note it, and return the step's duration in seconds."""
-    batch = schedule(limits, requests, state, rules, clock.now_s)
+    batch = schedule(limits, requests, state, policy, clock.now_s)
     model_s, scheduling_s = step_seconds(law, batch, state.count.running, state.count.waiting)
     row = steps[clock.steps]
     row.tokens = batch.tokens
@@ -204,14 +206,14 @@ def _end_step(
     limits: Limits,
     requests: Requests,
     state: State,
-    rules: Rules | None,
+    policy: Policy,
     clock: Any,
     steps: Any,
 ) -> None:
     """Emit the tokens of the current step at ``clock.now_s``."""
     steps[clock.steps].end_s = clock.now_s
     clock.steps += 1
-    clock.in_flight -= complete_step(limits, requests, state, rules, clock.now_s)
+    clock.in_flight -= complete_step(limits, requests, state, policy, clock.now_s)
 
 
 @entry
@@ -219,7 +221,7 @@ def turn(
     limits: Limits,
     requests: Requests,
     state: State,
-    rules: Rules | None,
+    policy: Policy,
     clock: Any,
     law: StepLaw,
     front_end: FrontEnd,
@@ -239,13 +241,13 @@ def turn(
     """
     in_step = state.count.running > 0
     if in_step:
-        _end_step(limits, requests, state, rules, clock, steps)
-    _deliver_arrivals(limits, requests, state, clock, front_end, pauses, used)
+        _end_step(limits, requests, state, policy, clock, steps)
+    _deliver_arrivals(limits, requests, state, policy, clock, front_end, pauses, used)
     if in_step and len(seen) > 0:  # what arrived in the step waits when its metrics are written
         _note_label(state, clock, seen)
     if state.count.waiting + state.count.running == 0:
         return _next_delivery_s(requests, clock)
-    step_s = _begin_step(limits, requests, state, rules, clock, law, steps)
+    step_s = _begin_step(limits, requests, state, policy, clock, law, steps)
     return float(clock.now_s + step_s)
 
 
@@ -254,7 +256,7 @@ def run(
     limits: Limits,
     requests: Requests,
     state: State,
-    rules: Rules | None,
+    policy: Policy,
     clock: Any,
     law: StepLaw,
     front_end: FrontEnd,
@@ -266,7 +268,7 @@ def run(
     """Turn the engine loop until the window ends (True) or `steps` is full (False)."""
     while clock.steps + 1 < len(steps):
         event_s = turn(
-            limits, requests, state, rules, clock, law, front_end, steps, pauses, seen, used
+            limits, requests, state, policy, clock, law, front_end, steps, pauses, seen, used
         )
         if event_s > front_end.duration_s or state.count.out_of_slots:
             return True

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from adapter_twin.twin.compiled import helper
-from adapter_twin.twin.eviction_chain import join_batch, leave_batch
 from adapter_twin.twin.lists import add_member, append, drop_member
-from adapter_twin.twin.policies.cost_aware import note_use
-from adapter_twin.twin.policies.drain import first_to_pass, is_drained
-from adapter_twin.twin.policies.merge import is_excluded
-from adapter_twin.twin.residency import become_idle, make_resident
-from adapter_twin.twin.state import (
-    COST_AWARE,
-    DRAIN,
-    MERGE,
-    NOT_RUNNING,
-    Limits,
-    Requests,
-    Rules,
-    State,
-)
+from adapter_twin.twin.policy import Policy
+from adapter_twin.twin.state import NOT_RUNNING, Limits, Requests, State
 
 
 @helper
@@ -30,13 +15,17 @@ def blocks_for(tokens: int, block_size: int) -> int:
 
 
 @helper
-def enqueue(limits: Limits, requests: Requests, state: State, request: int) -> None:
-    """Let an arrived request wait, behind all others of its adapter."""
+def enqueue(limits: Limits, requests: Requests, state: State, policy: Policy, request: int) -> None:
+    """Let an arrived request wait, behind those of its adapter that go before it."""
     count = state.count
     count.arrivals += 1
     state.order[request] = count.arrivals
     adapter = requests.adapter[request]
-    append(state.next, state.previous, request, len(requests.adapter) + adapter)
+    behind = sentinel = len(requests.adapter) + adapter
+    before = state.previous[behind]
+    while before != sentinel and _goes_before(requests, state, policy, request, before):
+        behind, before = before, state.previous[before]
+    append(state.next, state.previous, request, behind)
     count_waiting(limits, state, adapter, 1)
 
 
@@ -60,18 +49,31 @@ def count_waiting(limits: Limits, state: State, adapter: int, change: int) -> No
 
 
 @helper
-def _candidate(requests: Requests, state: State, rules: Rules | None, adapter: int) -> int:
-    """Return the request that an adapter would be the next to admit; -1 if a policy forbids any."""
-    if rules is not None and rules.code == DRAIN and is_drained(state, adapter):
-        return first_to_pass(requests, state, rules, adapter)
-    if rules is not None and rules.code == MERGE and is_excluded(state, adapter):
-        return -1
-    return int(state.next[len(requests.adapter) + adapter])
+def _goes_before(
+    requests: Requests, state: State, policy: Policy, request: int, other: int
+) -> bool:
+    """Return whether a waiting request goes before another: those preempted last go first."""
+    order, others = state.order[request], state.order[other]
+    if order > 0 and others > 0:  # neither was preempted
+        priority = policy.priority(requests, state, request)
+        highest = policy.priority(requests, state, other)
+        if priority != highest:
+            return bool(priority < highest)
+    return bool(order < others)
 
 
 @helper
-def next_waiting(limits: Limits, requests: Requests, state: State, rules: Rules | None) -> int:
-    """Return the oldest waiting request whose adapter may join the batch, or -1."""
+def _first_of(requests: Requests, state: State, policy: Policy, best: int, adapter: int) -> int:
+    """Return what an adapter would admit if it goes before `best`, which it else returns."""
+    request = policy.candidate(requests, state, adapter)
+    if request >= 0 and (best < 0 or _goes_before(requests, state, policy, request, best)):
+        return request
+    return best
+
+
+@helper
+def next_waiting(limits: Limits, requests: Requests, state: State, policy: Policy) -> int:
+    """Return the first waiting request whose adapter may join the batch, or -1."""
     count = state.count
     slot_left = count.active < limits.max_loras
     if count.waiting == 0 or (count.eligible_waiting == 0 and not slot_left):
@@ -80,19 +82,15 @@ def next_waiting(limits: Limits, requests: Requests, state: State, rules: Rules 
     candidates, n = state.active_list, count.active
     if slot_left or count.waiting_adapters < n:
         candidates, n = state.waiting_list, count.waiting_adapters
-    best, best_order = -1, np.iinfo(np.int64).max
+    best = -1
     for i in range(n):
         adapter = candidates[i]
         if state.waiting_by_adapter[adapter] > 0 and (
             slot_left or state.running_by_adapter[adapter] > 0
         ):
-            request = _candidate(requests, state, rules, adapter)
-            if request >= 0 and state.order[request] < best_order:
-                best, best_order = request, state.order[request]
+            best = _first_of(requests, state, policy, best, adapter)
     if state.waiting_by_adapter[limits.base_model] > 0:
-        request = _candidate(requests, state, rules, limits.base_model)
-        if request >= 0 and state.order[request] < best_order:
-            best = request
+        best = _first_of(requests, state, policy, best, limits.base_model)
     return best
 
 
@@ -101,14 +99,11 @@ def start_running(
     limits: Limits,
     requests: Requests,
     state: State,
-    rules: Rules | None,
+    policy: Policy,
     request: int,
     now_s: float,
 ) -> tuple[int, int, float]:
-    """Put a request at the end of the running ones; returns as `make_resident`.
-
-    vLLM makes the adapters of a batch resident together, once it is complete (`bring_batch`).
-    """
+    """Put a request at the end of the running ones; returns as `Policy.join`."""
     count = state.count
     if count.stack_top == len(state.stack):
         _compact_stack(state)
@@ -118,18 +113,14 @@ def start_running(
     count.running += 1
     adapter = requests.adapter[request]
     state.running_by_adapter[adapter] += 1
-    if rules is not None and rules.code == COST_AWARE:
-        note_use(state, rules, adapter, 1, now_s)
+    policy.admit(state, adapter, now_s)
     if adapter == limits.base_model or state.running_by_adapter[adapter] > 1:
         return 0, 0, 0.0
     add_member(state.active_list, state.active_index, count.active, adapter)
     count.active += 1
     count.eligible_waiting += state.waiting_by_adapter[adapter]
     count.label_hash ^= state.running_label[adapter]
-    if rules is None:
-        join_batch(state, adapter, request)
-        return 0, 0, 0.0
-    return make_resident(limits, state, rules, adapter, now_s)
+    return policy.join(limits, state, adapter, request, now_s)
 
 
 @helper
@@ -137,7 +128,7 @@ def stop_running(
     limits: Limits,
     requests: Requests,
     state: State,
-    rules: Rules | None,
+    policy: Policy,
     request: int,
     now_s: float,
 ) -> None:
@@ -153,14 +144,7 @@ def stop_running(
     count.active -= 1
     count.eligible_waiting -= state.waiting_by_adapter[adapter]
     count.label_hash ^= state.running_label[adapter]
-    if rules is not None and rules.code == DRAIN:
-        state.drained_for[adapter] = NOT_RUNNING
-    if rules is not None and rules.code == COST_AWARE:
-        note_use(state, rules, adapter, 0, now_s)
-    if rules is None:
-        leave_batch(limits, state, adapter)
-    else:
-        become_idle(limits, state, adapter)
+    policy.leave(limits, state, adapter, now_s)
 
 
 @helper

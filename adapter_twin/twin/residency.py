@@ -1,62 +1,81 @@
-"""Adapters in host memory and on the GPU under policies beyond vLLM's.
+"""Policies beyond vLLM's that load an adapter as its first request is admitted.
 
-An adapter is made resident as its first request is admitted, and only idle ones are evicted. What
-vLLM itself does is in `adapter_twin.twin.eviction_chain`.
+Only idle adapters are evicted. What vLLM itself does is in `adapter_twin.twin.eviction_chain`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 from adapter_twin.twin.compiled import helper
 from adapter_twin.twin.lists import Links, append, remove
-from adapter_twin.twin.policies.cost_aware import least_valuable
-from adapter_twin.twin.policies.unified_pool import (
-    give_back,
-    next_to_prefetch,
-    rest_of_prefetch_s,
-)
-from adapter_twin.twin.state import COST_AWARE, Limits, Requests, Rules, State
+from adapter_twin.twin.policy import Policy
+from adapter_twin.twin.state import Limits, Requests, State
 
 
-@helper
-def _victim(
-    limits: Limits, state: State, rules: Rules, following: Links, is_host: bool, now_s: float
-) -> int:
-    """Return the idle adapter of a cache that leaves it: mostly the least recently used one."""
-    sentinel = limits.base_model + 1
-    if rules.code == COST_AWARE:
-        return least_valuable(state, rules, following, sentinel, is_host, now_s)
-    return int(following[sentinel])
+@dataclass(frozen=True)
+class LoadsAtAdmission(Policy, new_hooks=True):
+    """vLLM's policy but for its caches: the idle adapter that was used least recently leaves."""
+
+    heeds_pins: ClassVar[bool] = False
+
+    def join(
+        self, limits: Limits, state: State, adapter: int, request: int, now_s: float
+    ) -> tuple[int, int, float]:
+        """Bring an adapter to the GPU."""
+        return make_resident(self, limits, state, adapter, now_s)
+
+    def leave(self, limits: Limits, state: State, adapter: int, now_s: float) -> None:
+        """Let an adapter be evicted."""
+        become_idle(limits, state, adapter)
+
+    def complete_batch(
+        self, limits: Limits, requests: Requests, state: State, continuing: int, now_s: float
+    ) -> tuple[int, int, float]:
+        """Do nothing: all adapters of the batch are on the GPU."""
+        return 0, 0, 0.0
+
+    def victim(
+        self, limits: Limits, state: State, following: Links, is_host: bool, now_s: float
+    ) -> int:
+        """Return the idle adapter that leaves a cache, of the host memory or of the GPU."""
+        return int(following[limits.base_model + 1])
+
+    def arrive(self, state: State, adapter: int, now_s: float) -> float:
+        """Return how many seconds an adapter that has a slot is yet to be waited for."""
+        return 0.0
+
+    def evict(self, state: State, adapter: int) -> None:
+        """Note that an idle adapter leaves the GPU."""
 
 
 @helper
 def make_resident(
-    limits: Limits, state: State, rules: Rules, adapter: int, now_s: float
+    policy: LoadsAtAdmission, limits: Limits, state: State, adapter: int, now_s: float
 ) -> tuple[int, int, float]:
     """Bring an adapter to the GPU; return (loads from host, reads from disk, seconds)."""
     count = state.count
     if state.on_gpu[adapter]:
         remove(state.gpu_next, state.gpu_previous, adapter)
         remove(state.host_next, state.host_previous, adapter)
-        rest_s = 0.0
-        if rules.prefetch:
-            rest_s = rest_of_prefetch_s(state, adapter, now_s)
-        return 0, 0, rest_s
+        return 0, 0, policy.arrive(state, adapter, now_s)
     seconds, reads = state.load_s[adapter], 0
     if state.on_host[adapter]:
         remove(state.host_next, state.host_previous, adapter)
     else:
         seconds, reads = seconds + state.read_s[adapter], 1
         if count.host_adapters == limits.max_cpu_loras:
-            leaving = _victim(limits, state, rules, state.host_next, True, now_s)
+            leaving = policy.victim(limits, state, state.host_next, True, now_s)
             remove(state.host_next, state.host_previous, leaving)
             state.on_host[leaving] = False
             if state.on_gpu[leaving]:
-                give_back(state, leaving)
+                leave_gpu(policy, state, leaving)
         else:
             count.host_adapters += 1
         state.on_host[adapter] = True
     if count.gpu_adapters == limits.gpu_slots:
-        give_back(state, _victim(limits, state, rules, state.gpu_next, False, now_s))
+        leave_gpu(policy, state, policy.victim(limits, state, state.gpu_next, False, now_s))
     count.gpu_adapters += 1
     count.free_blocks -= state.adapter_blocks[adapter]
     state.on_gpu[adapter] = True
@@ -71,15 +90,11 @@ def become_idle(limits: Limits, state: State, adapter: int) -> None:
 
 
 @helper
-def prefetch(
-    limits: Limits, requests: Requests, state: State, rules: Rules, now_s: float
-) -> tuple[int, int]:
-    """Begin to copy the adapter of a waiting request; return (loads from host, reads from disk)."""
-    adapter = next_to_prefetch(limits, requests, state, now_s)
-    if adapter < 0:
-        return 0, 0
-    loads, reads, seconds = make_resident(limits, state, rules, adapter, now_s)
-    become_idle(limits, state, adapter)
-    state.count.prefetching = adapter
-    state.count.prefetched_s = now_s + seconds
-    return loads, reads
+def leave_gpu(policy: LoadsAtAdmission, state: State, adapter: int) -> None:
+    """Let an idle adapter leave the GPU: its slot is free, and its KV blocks if it has any."""
+    count = state.count
+    remove(state.gpu_next, state.gpu_previous, adapter)
+    state.on_gpu[adapter] = False
+    count.gpu_adapters -= 1
+    count.free_blocks += state.adapter_blocks[adapter]
+    policy.evict(state, adapter)

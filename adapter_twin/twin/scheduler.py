@@ -18,7 +18,7 @@ Waiting requests stand in one first-in-first-out list per adapter. The engine's 
 skipping and these lists admit the same requests in the same order: the next one is the oldest head
 among the adapters that may run.
 
-Policies of other engines (`adapter_twin.twin.policies`) decide otherwise where `rules` is not None.
+What other policies may decide otherwise is asked of `adapter_twin.twin.policy.Policy`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,8 @@ from __future__ import annotations
 import numpy as np
 
 from adapter_twin.twin.compiled import helper
-from adapter_twin.twin.eviction_chain import bring_batch
 from adapter_twin.twin.lists import append, remove
-from adapter_twin.twin.policies.drain import drain_for_starving
-from adapter_twin.twin.policies.merge import choose_merged
-from adapter_twin.twin.policies.unified_pool import blocks_to_load, make_room
+from adapter_twin.twin.policy import Policy
 from adapter_twin.twin.queues import (
     blocks_for,
     count_waiting,
@@ -39,17 +36,7 @@ from adapter_twin.twin.queues import (
     start_running,
     stop_running,
 )
-from adapter_twin.twin.residency import prefetch
-from adapter_twin.twin.state import (
-    DRAIN,
-    MERGE,
-    UNIFIED_POOL,
-    Batch,
-    Limits,
-    Requests,
-    Rules,
-    State,
-)
+from adapter_twin.twin.state import Batch, Limits, Requests, State
 
 
 @helper
@@ -77,7 +64,7 @@ def _preempt(
     limits: Limits,
     requests: Requests,
     state: State,
-    rules: Rules | None,
+    policy: Policy,
     request: int,
     now_s: float,
 ) -> None:
@@ -95,7 +82,7 @@ def _preempt(
         requests.stalled_s[request] -= now_s
     count.free_blocks += blocks_for(tokens, limits.block_size)
     count.stack_top -= 1
-    stop_running(limits, requests, state, rules, request, now_s)
+    stop_running(limits, requests, state, policy, request, now_s)
     requests.preemptions[request] += 1
     count.preemptions += 1
     state.order[request] = -count.preemptions
@@ -105,20 +92,16 @@ def _preempt(
 
 
 @helper
-def _have_room(
-    limits: Limits, state: State, rules: Rules | None, blocks: int, adapter: int
-) -> bool:
+def _have_room(limits: Limits, state: State, policy: Policy, blocks: int, adapter: int) -> bool:
     """Return whether so many KV blocks are free, if need be those of idle adapters but this one."""
     if blocks <= state.count.free_blocks:
         return True
-    if rules is not None and rules.code == UNIFIED_POOL:
-        return make_room(limits, state, blocks, adapter)
-    return False
+    return policy.make_room(limits, state, blocks, adapter)
 
 
 @helper
 def schedule(
-    limits: Limits, requests: Requests, state: State, rules: Rules | None, now_s: float
+    limits: Limits, requests: Requests, state: State, policy: Policy, now_s: float
 ) -> Batch:
     """Choose the batch of the next step and allocate its KV blocks and slots.
 
@@ -128,8 +111,7 @@ def schedule(
     requests : Requests
     state : State
         Changed in place, as are the records of the requests admitted.
-    rules : Rules, optional
-        A policy beyond vLLM's.
+    policy : Policy
     now_s : float
         Start of the step.
 
@@ -142,11 +124,7 @@ def schedule(
     size, budget = limits.block_size, limits.max_num_batched_tokens
     prompts = left = chunk = chunk_blocks = context = 0
     count.prefilled = 0
-    load_s = 0.0
-    if rules is not None and rules.code == DRAIN:
-        drain_for_starving(limits, requests, state, rules, now_s)
-    if rules is not None and rules.code == MERGE:
-        load_s += choose_merged(limits, requests, state, rules, now_s)
+    load_s = policy.begin_step(limits, requests, state, now_s)
 
     if count.chunked >= 0:
         request = count.chunked
@@ -157,11 +135,11 @@ def schedule(
 
     preempted = 0
     opened = count.step % size
-    while not _have_room(limits, state, rules, state.opens_block[opened] + chunk_blocks, -1):
+    while not _have_room(limits, state, policy, state.opens_block[opened] + chunk_blocks, -1):
         request = last_running(state)
         if request == count.chunked:
             chunk = chunk_blocks = 0
-        _preempt(limits, requests, state, rules, request, now_s)
+        _preempt(limits, requests, state, policy, request, now_s)
         preempted += 1
     count.free_blocks -= state.opens_block[opened] + chunk_blocks
 
@@ -178,7 +156,7 @@ def schedule(
     loads = reads = scanned = 0
     continuing = count.active
     while preempted == 0 and tokens < budget and count.running < limits.max_num_seqs:
-        request = next_waiting(limits, requests, state, rules)
+        request = next_waiting(limits, requests, state, policy)
         if request < 0:
             scanned = count.waiting
             break
@@ -186,14 +164,13 @@ def schedule(
         chunk = min(needed, budget - tokens)
         adapter = requests.adapter[request]
         needed_blocks = blocks_for(needed if limits.reserves_prompts else chunk, size)
-        if rules is not None and rules.code == UNIFIED_POOL:
-            needed_blocks += blocks_to_load(state, adapter)
-        if not _have_room(limits, state, rules, needed_blocks, adapter):
+        needed_blocks += policy.blocks_to_load(state, adapter)
+        if not _have_room(limits, state, policy, needed_blocks, adapter):
             break
         count.free_blocks -= blocks_for(chunk, size)
         remove(state.next, state.previous, request)
         new_loads, new_reads, seconds = start_running(
-            limits, requests, state, rules, request, now_s
+            limits, requests, state, policy, request, now_s
         )
         count_waiting(limits, state, adapter, -1)
         loads, reads, load_s = loads + new_loads, reads + new_reads, load_s + seconds
@@ -208,11 +185,10 @@ def schedule(
             count.chunked = request
         tokens, prompts, context = tokens + chunk, prompts + 1, context + chunk
 
-    if rules is None and count.active > continuing:
-        loads, reads, load_s = bring_batch(limits, requests, state, continuing)
-    if rules is not None and rules.prefetch:
-        new_loads, new_reads = prefetch(limits, requests, state, rules, now_s)
-        loads, reads = loads + new_loads, reads + new_reads
+    new_loads, new_reads, seconds = policy.complete_batch(
+        limits, requests, state, continuing, now_s
+    )
+    loads, reads, load_s = loads + new_loads, reads + new_reads, load_s + seconds
 
     return Batch(
         tokens,
@@ -224,13 +200,13 @@ def schedule(
         reads,
         load_s,
         scanned,
-        bool(rules is not None and count.merged),
+        policy.is_merged(state),
     )
 
 
 @helper
 def complete_step(
-    limits: Limits, requests: Requests, state: State, rules: Rules | None, end_s: float
+    limits: Limits, requests: Requests, state: State, policy: Policy, end_s: float
 ) -> int:
     """Emit the tokens of the scheduled batch at time `end_s`, and end what is complete.
 
@@ -241,8 +217,7 @@ def complete_step(
         ``first_token_s`` and ``end_s`` are set for the requests concerned.
     state : State
         Changed in place; moves on to the next step.
-    rules : Rules, optional
-        A policy beyond vLLM's.
+    policy : Policy
     end_s : float
 
     Returns
@@ -277,7 +252,7 @@ def complete_step(
         _stop_decoding(limits, state, request)
         count.context_tokens -= tokens
         count.free_blocks += blocks_for(tokens, limits.block_size)
-        stop_running(limits, requests, state, rules, request, end_s)
+        stop_running(limits, requests, state, policy, request, end_s)
         requests.end_s[request] = end_s
         completed += 1
     return completed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.twin import clock as engine_clock
 from adapter_twin.twin.clock import CLOCK, PAUSES, STEPS, FrontEnd
-from adapter_twin.twin.policies import Merge, Policy, UnifiedPool
-from adapter_twin.twin.state import COUNTERS, NOT_RUNNING, Limits, Requests, Rules, State
+from adapter_twin.twin.policy import Policy
+from adapter_twin.twin.state import COUNTERS, NOT_RUNNING, Limits, Requests, State
 from adapter_twin.twin.step_law import StepLaw
 from adapter_twin.workload.scenario import EngineConfig
 from adapter_twin.workload.strict import require
@@ -31,7 +31,7 @@ class Session:
     limits: Limits
     requests: Requests
     state: State
-    rules: Rules | None  # of a policy beyond vLLM's
+    policy: Policy
     clock: Any  # one record of CLOCK
     law: StepLaw
     front_end: FrontEnd
@@ -82,6 +82,15 @@ def _record(dtype: Any) -> Any:
     return _table(1, dtype)[0]
 
 
+def _notes(first: Mapping[str, float], size: int) -> Any:
+    """Return what a policy notes, as it begins."""
+    dtype = [(name, np.dtype(type(value))) for name, value in first.items()]
+    notes = _table(size, dtype or [("nothing", np.bool_)])
+    for name, value in first.items():
+        notes[name] = value
+    return notes
+
+
 def new_session(
     trace: Trace,
     engine: EngineConfig,
@@ -113,12 +122,12 @@ def new_session(
     policy : Policy, optional
         Left out, it is vLLM's own.
     adapter_blocks : int64, shape (adapters,), optional
-        KV blocks that each adapter takes on the GPU (`UnifiedPool` only).
+        KV blocks that each adapter takes on the GPU, where it has no slot.
     places : int, shape (adapters,), optional
         Place of each adapter in the order in which a step touches its own (a permutation, vLLM's
-        own policy only); left out, that of their indices.
+        own caches only); left out, that of their indices.
     pinned : bool, shape (adapters,), optional
-        Adapters that are never evicted, in a slot from the start (vLLM's own policy only).
+        Adapters that are never evicted, in a slot from the start.
     reserves_prompts : bool
         Admit a prompt when KV blocks for all of it are free, not for its first chunk.
 
@@ -128,23 +137,24 @@ def new_session(
         A request is longer than the KV cache, or more adapters are pinned than there are slots.
     """
     n_adapters, n = len(load_s), len(trace)
-    pooled = isinstance(policy, UnifiedPool)
-    require(pooled == (adapter_blocks is not None), "adapter_blocks: give them to a UnifiedPool")
+    policy = policy or Policy()
+    pooled, name = not policy.reserves_slots, type(policy).__name__
+    require(pooled == (adapter_blocks is not None), f"adapter_blocks: {name} takes none, or needs")
     if adapter_blocks is None:
         adapter_blocks = np.zeros(n_adapters, np.int64)
     blocks = np.append(adapter_blocks, 0)  # the base model takes none
     check_lengths(trace, engine, kv_cache_tokens, blocks)
     places = np.arange(n_adapters) if places is None else places
     pinned = np.zeros(n_adapters, np.bool_) if pinned is None else pinned
-    require(not pinned.any() or policy is None, "pinned: only vLLM's own policy can; leave it out")
+    require(not pinned.any() or policy.heeds_pins, f"pinned: {name} cannot; leave `pinned` out")
     require(
         pinned.sum() <= engine.max_loras,
         f"pinned: {pinned.sum()} adapters exceed the max_loras = {engine.max_loras} slots; "
         "pin fewer or raise max_loras",
     )
-    if isinstance(policy, Merge):
+    if policy.merges:
         regimes = len(law.token_breaks) + 1
-        require(len(law.coefficients) == 2 * regimes, "law: Merge needs that of a merged adapter")
+        require(len(law.coefficients) == 2 * regimes, f"law: {name} needs that of a merged adapter")
     limits = Limits(
         max_loras=engine.max_loras,
         gpu_slots=n_adapters if pooled else engine.max_loras,
@@ -170,8 +180,9 @@ def new_session(
             n,
             kv_blocks(kv_cache_tokens, engine.block_size),
             (load_s, read_s, blocks, places, pinned),
+            policy,
         ),
-        rules=None if policy is None else policy.rules(),
+        policy=policy,
         clock=clock,
         law=_typed_law(law),
         front_end=_typed_front_end(front_end),
@@ -253,13 +264,13 @@ def _new_state(
     n_requests: int,
     free_blocks: int,
     adapters: tuple[NDArray[Any], ...],
+    policy: Policy,
 ) -> State:
     n = limits.base_model
     load_s, read_s, adapter_blocks, places, pinned = adapters
     count = _record(COUNTERS)
     count.free_blocks, count.chunked = free_blocks, NOT_RUNNING
     count.gpu_adapters = count.host_adapters = pinned.sum()
-    count.prefetching = count.merging = NOT_RUNNING
     # A list that is empty points to its own sentinel.
     nodes = np.arange(n_requests + n + 1 + limits.horizon, dtype=np.int32)
     idle = np.arange(n + 2, dtype=np.int32)
@@ -295,15 +306,12 @@ def _new_state(
         waiting_index=np.zeros(n + 1, np.int32),
         running_label=labels[0],
         waiting_label=labels[1],
-        drained_for=np.full(n + 1, NOT_RUNNING, np.int32),
-        drained_by=np.full(n + 1, NOT_RUNNING, np.int32),
-        remaining=np.zeros(n + 1, np.int64),
-        uses=np.zeros(n + 1),
-        used_s=np.zeros(n + 1),
+        adapter_notes=_notes(policy.adapter_notes, n + 1),
         gpu_next=idle,
         gpu_previous=idle.copy(),
         host_next=idle.copy(),
         host_previous=idle.copy(),
+        notes=_notes(policy.notes, 1)[0],
         stack=np.zeros(2 * limits.max_num_seqs, np.int32),
         opens_block=np.zeros(limits.block_size, np.int64),
         prefilled=np.zeros(limits.max_num_batched_tokens + 1, np.int32),

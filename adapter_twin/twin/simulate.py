@@ -10,7 +10,7 @@ import numpy as np
 
 from adapter_twin.laws import Calibration
 from adapter_twin.twin.in_simpy import run_in_simpy
-from adapter_twin.twin.policies import Merge, Policy, UnifiedPool
+from adapter_twin.twin.policy import Policy
 from adapter_twin.twin.records import Simulation, make_gaps, make_records
 from adapter_twin.twin.session import new_session
 from adapter_twin.twin.wiring import front_end_law, step_law
@@ -49,7 +49,7 @@ def simulate(
     trace : Trace, optional
         What `draw_requests` returns for these arguments, where several engines share it.
     policy : Policy, optional
-        One of `adapter_twin.twin.policies`; left out, it is vLLM's own.
+        One of `adapter_twin.twin.policies`, or of your own; left out, it is vLLM's.
 
     Returns
     -------
@@ -75,8 +75,9 @@ def simulate(
     >>> service["total_throughput"] > 0.9 * workload.offered_tokens_per_s
     True
     """
-    pooled = isinstance(policy, UnifiedPool)
-    kv_cache_tokens = calibration.memory.require_start(engine, slots=not pooled)
+    policy = policy or Policy()
+    slots = policy.reserves_slots
+    kv_cache_tokens = calibration.memory.require_start(engine, slots=slots)
     calibration.warn_outside_range(engine, workload)
     if trace is None:
         trace = draw_requests(workload, calibration, seed=seed, observer=observer)
@@ -85,13 +86,13 @@ def simulate(
     session = new_session(
         trace,
         engine,
-        step_law(calibration, engine, merging=isinstance(policy, Merge)),
+        step_law(calibration, engine, merging=policy.merges),
         front_end_law(calibration, workload.duration_s, observer),
         kv_cache_tokens,
-        calibration.loading.load_s(ranks, ranks if pooled else engine.max_lora_rank),
+        calibration.loading.load_s(ranks, engine.max_lora_rank if slots else ranks),
         calibration.loading.read_s(ranks),
         policy,
-        calibration.memory.adapter_blocks(ranks, engine.block_size) if pooled else None,
+        None if slots else calibration.memory.adapter_blocks(ranks, engine.block_size),
         places=order.permutation(len(ranks)),
         pinned=np.array([adapter.pinned for adapter in workload.adapters], bool),
         reserves_prompts=calibration.reserves_prompts,

@@ -9,9 +9,6 @@ from numpy.typing import NDArray
 
 NOT_RUNNING = -1
 
-DRAIN, COST_AWARE, UNIFIED_POOL, MERGE = range(1, 5)
-"""Codes of the policies beyond vLLM's (`adapter_twin.twin.policies`)."""
-
 COUNTERS = np.dtype(
     [
         ("step", np.int64),  # number of the current step
@@ -32,34 +29,8 @@ COUNTERS = np.dtype(
         ("waiting_adapters", np.int64),  # adapters with a waiting request
         ("label_hash", np.uint64),  # identifies the sets of running and waiting adapters
         ("out_of_slots", np.bool_),  # pinned adapters leave too few slots for the batch
-        # of policies beyond vLLM's
-        ("prefetching", np.int64),  # the adapter being copied while the model runs, or -1
-        ("prefetched_s", np.float64),  # when that is done
-        ("merging", np.int64),  # the only adapter that admits requests, or -1
-        ("merged", np.bool_),  # its weights are merged
     ]
 )
-
-
-class Rules(NamedTuple):
-    """A policy beyond vLLM's as the scheduler reads it: its code, and its own parameters.
-
-    vLLM's own is None. That is a type of its own, so numba drops the branches on ``rules is None``
-    and compiles it without a trace of the others.
-    """
-
-    code: int
-    max_wait_s: float = 0.0
-    tolerance: float = 0.0
-    frequency: float = 0.0
-    recency: float = 0.0
-    cost: float = 0.0
-    window_s: float = 0.0
-    prefetch: bool = False
-    merge_share: float = 0.0
-    unmerge_share: float = 0.0
-    switch_s: float = 0.0
-    max_lead_s: float = 0.0
 
 
 class Limits(NamedTuple):
@@ -143,11 +114,7 @@ class State(NamedTuple):
     waiting_index: NDArray[np.int32]
     running_label: NDArray[np.uint64]
     waiting_label: NDArray[np.uint64]
-    drained_for: NDArray[np.int32]  # the adapter that it makes room for, or -1
-    drained_by: NDArray[np.int32]  # the adapter last drained for it, or -1
-    remaining: NDArray[np.int64]  # tokens that its longest running request has yet to emit
-    uses: NDArray[np.float64]  # requests admitted, faded until `used_s`
-    used_s: NDArray[np.float64]
+    adapter_notes: Any  # a record each, of what the policy notes
     # least recently used first: adapters in a slot, and in the host cache, that no step has used
     # since they left the batch
     gpu_next: NDArray[np.int32]
@@ -155,6 +122,7 @@ class State(NamedTuple):
     host_next: NDArray[np.int32]
     host_previous: NDArray[np.int32]
     # others
+    notes: Any  # one record, of what the policy notes of the run
     stack: NDArray[np.int32]  # running requests in order of admission, with holes
     opens_block: NDArray[np.int64]  # decodes that need a block, by step modulo block size
     prefilled: NDArray[np.int32]  # requests whose prompt ends with the current step

@@ -14,18 +14,21 @@ idle adapter leaves: vLLM's rule without its chain of evictions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from adapter_twin.twin.compiled import helper
 from adapter_twin.twin.lists import Links
-from adapter_twin.twin.state import COST_AWARE, Rules, State
+from adapter_twin.twin.residency import LoadsAtAdmission, become_idle
+from adapter_twin.twin.state import Limits, State
 from adapter_twin.workload.strict import require, require_positive, require_rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CostAware:
+class CostAware(LoadsAtAdmission):
     """Evict the idle adapter with the lowest score.
 
     Parameters
@@ -42,6 +45,9 @@ class CostAware:
     cost: float = 0.45
     window_s: float = 300.0
 
+    # requests admitted, faded until `used_s`
+    adapter_notes: ClassVar[Mapping[str, float]] = {"uses": 0.0, "used_s": 0.0}
+
     def __post_init__(self) -> None:
         weights = ("frequency", "recency", "cost")
         for name in weights:
@@ -49,58 +55,57 @@ class CostAware:
         require(any(getattr(self, n) > 0 for n in weights), "frequency: one weight must be above 0")
         require_positive(self, "window_s")
 
-    def rules(self) -> Rules:
-        """Return the compiled form."""
-        return Rules(
-            code=COST_AWARE,
-            frequency=float(self.frequency),
-            recency=float(self.recency),
-            cost=float(self.cost),
-            window_s=float(self.window_s),
-        )
+    def admit(self, state: State, adapter: int, now_s: float) -> None:
+        """Count a use, and let the others fade."""
+        _note_use(state, self.window_s, adapter, 1, now_s)
+
+    def leave(self, limits: Limits, state: State, adapter: int, now_s: float) -> None:
+        """Let the uses fade until now, when the adapter becomes idle."""
+        _note_use(state, self.window_s, adapter, 0, now_s)
+        become_idle(limits, state, adapter)
+
+    def victim(
+        self, limits: Limits, state: State, following: Links, is_host: bool, now_s: float
+    ) -> int:
+        """Return the idle adapter with the lowest score, the oldest of equals."""
+        sentinel = limits.base_model + 1
+        most_uses = longest_s = 0.0
+        adapter = following[sentinel]
+        while adapter != sentinel:
+            uses = state.adapter_notes[adapter].uses * _freshness(
+                state, self.window_s, adapter, now_s
+            )
+            most_uses = max(most_uses, uses)
+            longest_s = max(longest_s, _reload_s(state, adapter, is_host))
+            adapter = following[adapter]
+        best, best_score = sentinel, np.inf
+        adapter = following[sentinel]
+        while adapter != sentinel:
+            freshness = _freshness(state, self.window_s, adapter, now_s)
+            score = self.recency * freshness
+            if most_uses > 0.0:
+                score += self.frequency * state.adapter_notes[adapter].uses * freshness / most_uses
+            if longest_s > 0.0:
+                score += self.cost * _reload_s(state, adapter, is_host) / longest_s
+            if score < best_score:
+                best, best_score = adapter, score
+            adapter = following[adapter]
+        return int(best)
 
 
 @helper
-def _freshness(state: State, rules: Rules, adapter: int, now_s: float) -> float:
+def _freshness(state: State, window_s: float, adapter: int, now_s: float) -> float:
     """Return what is left of a use after the time since the adapter's last one."""
-    window_s = rules.window_s
-    return float(window_s / (window_s + now_s - state.used_s[adapter]))
+    return float(window_s / (window_s + now_s - state.adapter_notes[adapter].used_s))
 
 
 @helper
-def note_use(state: State, rules: Rules, adapter: int, requests: int, now_s: float) -> None:
-    """Count requests admitted (or none, as an adapter becomes idle) and let the others fade."""
-    state.uses[adapter] = requests + state.uses[adapter] * _freshness(state, rules, adapter, now_s)
-    state.used_s[adapter] = now_s
+def _note_use(state: State, window_s: float, adapter: int, requests: int, now_s: float) -> None:
+    note = state.adapter_notes[adapter]
+    note.uses = requests + note.uses * _freshness(state, window_s, adapter, now_s)
+    note.used_s = now_s
 
 
 @helper
 def _reload_s(state: State, adapter: int, is_host: bool) -> float:
     return float(state.load_s[adapter] + (state.read_s[adapter] if is_host else 0.0))
-
-
-@helper
-def least_valuable(
-    state: State, rules: Rules, following: Links, sentinel: int, is_host: bool, now_s: float
-) -> int:
-    """Return the member with the lowest score of a list of idle adapters, the oldest of equals."""
-    most_uses = longest_s = 0.0
-    adapter = following[sentinel]
-    while adapter != sentinel:
-        uses = state.uses[adapter] * _freshness(state, rules, adapter, now_s)
-        most_uses = max(most_uses, uses)
-        longest_s = max(longest_s, _reload_s(state, adapter, is_host))
-        adapter = following[adapter]
-    best, best_score = sentinel, np.inf
-    adapter = following[sentinel]
-    while adapter != sentinel:
-        freshness = _freshness(state, rules, adapter, now_s)
-        score = rules.recency * freshness
-        if most_uses > 0.0:
-            score += rules.frequency * state.uses[adapter] * freshness / most_uses
-        if longest_s > 0.0:
-            score += rules.cost * _reload_s(state, adapter, is_host) / longest_s
-        if score < best_score:
-            best, best_score = adapter, score
-        adapter = following[adapter]
-    return int(best)

@@ -14,19 +14,22 @@ here only for one without a slot.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from adapter_twin.twin.compiled import helper
-from adapter_twin.twin.state import DRAIN, Limits, Requests, Rules, State
+from adapter_twin.twin.residency import LoadsAtAdmission, become_idle
+from adapter_twin.twin.state import Limits, Requests, State
 from adapter_twin.workload.strict import require_rate
 
 NOBODY = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drain:
+class Drain(LoadsAtAdmission):
     """Drain an adapter of the batch for one without a slot that has waited too long.
 
     Parameters
@@ -41,58 +44,62 @@ class Drain:
     max_wait_s: float
     tolerance: float = 1.2
 
+    adapter_notes: ClassVar[Mapping[str, float]] = {
+        "drained_for": NOBODY,  # the adapter that it makes room for
+        "drained_by": NOBODY,  # the adapter last drained for it
+        "remaining": 0,  # tokens that its longest running request has yet to emit
+    }
+
     def __post_init__(self) -> None:
         require_rate(self, "max_wait_s")
         require_rate(self, "tolerance")
 
-    def rules(self) -> Rules:
-        """Return the compiled form."""
-        return Rules(code=DRAIN, max_wait_s=float(self.max_wait_s), tolerance=float(self.tolerance))
+    def begin_step(self, limits: Limits, requests: Requests, state: State, now_s: float) -> float:
+        """Choose the adapters to drain."""
+        _measure_remaining(requests, state)
+        starving = _most_starving(limits, requests, state, self.max_wait_s, now_s)
+        while starving != NOBODY and state.count.active == limits.max_loras:
+            drained = _nearest_to_its_end(state)
+            if drained == NOBODY:
+                break
+            state.adapter_notes[drained].drained_for = starving
+            state.adapter_notes[starving].drained_by = drained
+            starving = _most_starving(limits, requests, state, self.max_wait_s, now_s)
+        return 0.0
+
+    def candidate(self, requests: Requests, state: State, adapter: int) -> int:
+        """Return the oldest waiting request that a drained adapter still admits, or -1."""
+        note, sentinel = state.adapter_notes[adapter], len(requests.adapter) + adapter
+        request = state.next[sentinel]
+        if note.drained_for == NOBODY:
+            return int(request)
+        longest = self.tolerance * note.remaining
+        while request != sentinel and requests.output_tokens[request] > longest:
+            request = state.next[request]
+        return int(request) if request != sentinel else NOBODY
+
+    def leave(self, limits: Limits, state: State, adapter: int, now_s: float) -> None:
+        """End the drain with the batch."""
+        state.adapter_notes[adapter].drained_for = NOBODY
+        become_idle(limits, state, adapter)
 
 
 @helper
-def is_drained(state: State, adapter: int) -> bool:
-    """Return whether an adapter of the batch is being drained."""
-    return bool(state.drained_for[adapter] != NOBODY)
-
-
-@helper
-def first_to_pass(requests: Requests, state: State, rules: Rules, adapter: int) -> int:
-    """Return the oldest waiting request that a drained adapter still admits, or -1."""
-    longest = rules.tolerance * state.remaining[adapter]
-    sentinel = len(requests.adapter) + adapter
-    request = state.next[sentinel]
-    while request != sentinel and requests.output_tokens[request] > longest:
-        request = state.next[request]
-    return int(request) if request != sentinel else NOBODY
-
-
-@helper
-def drain_for_starving(
-    limits: Limits, requests: Requests, state: State, rules: Rules, now_s: float
-) -> None:
-    """Choose the adapters to drain, at the start of a step."""
-    count = state.count
-    _measure_remaining(requests, state)
-    starving = _most_starving(limits, requests, state, rules, now_s)
-    while starving != NOBODY and count.active == limits.max_loras:
-        drained = NOBODY
-        for i in range(count.active):
-            adapter = state.active_list[i]
-            if not is_drained(state, adapter) and (
-                drained == NOBODY or state.remaining[adapter] < state.remaining[drained]
-            ):
-                drained = adapter
-        if drained == NOBODY:
-            return
-        state.drained_for[drained] = starving
-        state.drained_by[starving] = drained
-        starving = _most_starving(limits, requests, state, rules, now_s)
+def _nearest_to_its_end(state: State) -> int:
+    """Return the adapter of the batch with the fewest tokens left that is not drained, or -1."""
+    notes, best = state.adapter_notes, NOBODY
+    for i in range(state.count.active):
+        adapter = state.active_list[i]
+        if notes[adapter].drained_for == NOBODY and (
+            best == NOBODY or notes[adapter].remaining < notes[best].remaining
+        ):
+            best = adapter
+    return int(best)
 
 
 @helper
 def _most_starving(
-    limits: Limits, requests: Requests, state: State, rules: Rules, now_s: float
+    limits: Limits, requests: Requests, state: State, max_wait_s: float, now_s: float
 ) -> int:
     """Return the starving adapter that has waited longest and that none is drained for, or -1."""
     best, best_order = NOBODY, np.iinfo(np.int64).max
@@ -101,10 +108,10 @@ def _most_starving(
         if adapter == limits.base_model or state.running_by_adapter[adapter] > 0:
             continue
         head = state.next[len(requests.adapter) + adapter]
-        drained = state.drained_by[adapter]
+        drained = state.adapter_notes[adapter].drained_by
         if (
-            now_s - requests.ready_s[head] > rules.max_wait_s
-            and (drained == NOBODY or state.drained_for[drained] != adapter)
+            now_s - requests.ready_s[head] > max_wait_s
+            and (drained == NOBODY or state.adapter_notes[drained].drained_for != adapter)
             and state.order[head] < best_order
         ):
             best, best_order = adapter, state.order[head]
@@ -116,12 +123,12 @@ def _measure_remaining(requests: Requests, state: State) -> None:
     """Note for each adapter of the batch the tokens that its longest request has yet to emit."""
     count = state.count
     for i in range(count.active):
-        state.remaining[state.active_list[i]] = 0
+        state.adapter_notes[state.active_list[i]].remaining = 0
     for i in range(count.stack_top):
         request = state.stack[i]
         if state.stack_index[request] == i:
             left = requests.output_tokens[request] - state.emitted[request]
             if request != count.chunked:  # its prefill and every step since emitted a token
                 left -= 1 + count.step - state.base_step[request]
-            adapter = requests.adapter[request]
-            state.remaining[adapter] = max(state.remaining[adapter], left)
+            note = state.adapter_notes[requests.adapter[request]]
+            note.remaining = max(note.remaining, left)

@@ -14,15 +14,18 @@ and lets them run past a threshold; here the lead over them is limited.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from adapter_twin.twin.compiled import helper
-from adapter_twin.twin.state import MERGE, NOT_RUNNING, Limits, Requests, Rules, State
+from adapter_twin.twin.residency import LoadsAtAdmission
+from adapter_twin.twin.state import NOT_RUNNING, Limits, Requests, State
 from adapter_twin.workload.strict import require, require_rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Merge:
+class Merge(LoadsAtAdmission):
     """Merge an adapter that has nearly all of the load into the model's weights.
 
     Parameters
@@ -43,6 +46,12 @@ class Merge:
     switch_s: float = 0.02
     max_lead_s: float = 60.0
 
+    notes: ClassVar[Mapping[str, float]] = {
+        "merging": NOT_RUNNING,  # the only adapter that admits requests
+        "merged": False,  # its weights are merged
+    }
+    merges: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         low, high = self.unmerge_share, self.merge_share
         require(0 < high <= 1, f"merge_share: must be above 0 and at most 1, got {high}")
@@ -50,22 +59,42 @@ class Merge:
         require_rate(self, "switch_s")
         require(self.max_lead_s >= 0, f"max_lead_s: must be zero or more, got {self.max_lead_s}")
 
-    def rules(self) -> Rules:
-        """Return the compiled form."""
-        return Rules(
-            code=MERGE,
-            merge_share=float(self.merge_share),
-            unmerge_share=float(self.unmerge_share),
-            switch_s=float(self.switch_s),
-            max_lead_s=float(self.max_lead_s),
-        )
+    def begin_step(self, limits: Limits, requests: Requests, state: State, now_s: float) -> float:
+        """Decide what is merged; return the seconds that switching takes."""
+        count, note = state.count, state.notes
+        total = count.running + count.waiting
+        seconds = 0.0
+        merging, share = note.merging, self.unmerge_share
+        if merging == NOT_RUNNING:
+            merging, share = _busiest(limits, state), self.merge_share
+        if (
+            merging != NOT_RUNNING
+            and _load(state, merging) >= share * total
+            and not _leads_too_far(requests, state, self.max_lead_s, merging, now_s)
+        ):
+            note.merging = merging
+        else:
+            if note.merged:
+                seconds += self.switch_s
+            note.merging, note.merged = NOT_RUNNING, False
+        if (
+            note.merging != NOT_RUNNING
+            and not note.merged
+            and count.running == state.running_by_adapter[note.merging]
+        ):
+            note.merged = True
+            seconds += self.switch_s
+        return seconds
 
+    def candidate(self, requests: Requests, state: State, adapter: int) -> int:
+        """Return an adapter's oldest request, or -1 while another is merged, or about to be."""
+        if state.notes.merging != NOT_RUNNING and state.notes.merging != adapter:
+            return -1
+        return int(state.next[len(requests.adapter) + adapter])
 
-@helper
-def is_excluded(state: State, adapter: int) -> bool:
-    """Return whether an adapter's requests wait because another one is merged, or is about to."""
-    merging = state.count.merging
-    return bool(merging != NOT_RUNNING and merging != adapter)
+    def is_merged(self, state: State) -> bool:
+        """Return whether an adapter is merged."""
+        return bool(state.notes.merged)
 
 
 @helper
@@ -90,7 +119,7 @@ def _busiest(limits: Limits, state: State) -> int:
 
 @helper
 def _leads_too_far(
-    requests: Requests, state: State, rules: Rules, adapter: int, now_s: float
+    requests: Requests, state: State, max_lead_s: float, adapter: int, now_s: float
 ) -> bool:
     """Return whether another adapter's (or the base model's) oldest request is overtaken by far."""
     lists = len(requests.adapter)
@@ -99,37 +128,6 @@ def _leads_too_far(
         next_s = requests.ready_s[state.next[lists + adapter]]
     for i in range(state.count.waiting_adapters):
         overtaken_s = requests.ready_s[state.next[lists + state.waiting_list[i]]]
-        if next_s - overtaken_s > rules.max_lead_s:
+        if next_s - overtaken_s > max_lead_s:
             return True
     return False
-
-
-@helper
-def choose_merged(
-    limits: Limits, requests: Requests, state: State, rules: Rules, now_s: float
-) -> float:
-    """Decide at the start of a step what is merged; return the seconds that switching takes."""
-    count = state.count
-    total = count.running + count.waiting
-    seconds = 0.0
-    merging, share = count.merging, rules.unmerge_share
-    if merging == NOT_RUNNING:
-        merging, share = _busiest(limits, state), rules.merge_share
-    if (
-        merging != NOT_RUNNING
-        and _load(state, merging) >= share * total
-        and not _leads_too_far(requests, state, rules, merging, now_s)
-    ):
-        count.merging = merging
-    else:
-        if count.merged:
-            seconds += rules.switch_s
-        count.merging, count.merged = NOT_RUNNING, False
-    if (
-        count.merging != NOT_RUNNING
-        and not count.merged
-        and count.running == state.running_by_adapter[count.merging]
-    ):
-        count.merged = True
-        seconds += rules.switch_s
-    return seconds

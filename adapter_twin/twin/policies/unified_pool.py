@@ -16,17 +16,24 @@ as one that fills its slot.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from adapter_twin.twin.compiled import helper
-from adapter_twin.twin.lists import remove
-from adapter_twin.twin.state import NOT_RUNNING, UNIFIED_POOL, Limits, Requests, Rules, State
+from adapter_twin.twin.residency import (
+    LoadsAtAdmission,
+    become_idle,
+    leave_gpu,
+    make_resident,
+)
+from adapter_twin.twin.state import NOT_RUNNING, Limits, Requests, State
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnifiedPool:
+class UnifiedPool(LoadsAtAdmission):
     """Let adapters and KV cache share the GPU's memory.
 
     Parameters
@@ -37,57 +44,68 @@ class UnifiedPool:
 
     prefetch: bool = False
 
-    def rules(self) -> Rules:
-        """Return the compiled form."""
-        return Rules(code=UNIFIED_POOL, prefetch=bool(self.prefetch))
+    reserves_slots: ClassVar[bool] = False
+    notes: ClassVar[Mapping[str, float]] = {
+        "prefetching": NOT_RUNNING,  # the adapter being copied while the model runs
+        "prefetched_s": 0.0,  # when that is done
+    }
+
+    def blocks_to_load(self, state: State, adapter: int) -> int:
+        """Return the blocks that bringing an adapter to the GPU takes: none if it is there."""
+        return 0 if state.on_gpu[adapter] else int(state.adapter_blocks[adapter])
+
+    def make_room(self, limits: Limits, state: State, blocks: int, kept: int) -> bool:
+        """Have idle adapters but `kept` give blocks back until `blocks` are free, if they can."""
+        count, sentinel = state.count, limits.base_model + 1
+        available = count.free_blocks
+        adapter = state.gpu_next[sentinel]
+        while adapter != sentinel and available < blocks:
+            if adapter != kept:
+                available += state.adapter_blocks[adapter]
+            adapter = state.gpu_next[adapter]
+        if available < blocks:
+            return False
+        adapter = state.gpu_next[sentinel]
+        while count.free_blocks < blocks:
+            following = state.gpu_next[adapter]
+            if adapter != kept:
+                leave_gpu(self, state, adapter)
+            adapter = following
+        return True
+
+    def complete_batch(
+        self, limits: Limits, requests: Requests, state: State, continuing: int, now_s: float
+    ) -> tuple[int, int, float]:
+        """Begin to copy the adapter of a waiting request."""
+        adapter = _next_to_prefetch(limits, requests, state, now_s) if self.prefetch else -1
+        if adapter < 0:
+            return 0, 0, 0.0
+        loads, reads, seconds = make_resident(self, limits, state, adapter, now_s)
+        become_idle(limits, state, adapter)
+        state.notes.prefetching = adapter
+        state.notes.prefetched_s = now_s + seconds
+        return loads, reads, 0.0
+
+    def arrive(self, state: State, adapter: int, now_s: float) -> float:
+        """Return how long a request has yet to wait for its adapter's prefetch, and end that."""
+        if adapter != state.notes.prefetching:
+            return 0.0
+        state.notes.prefetching = NOT_RUNNING
+        return float(max(state.notes.prefetched_s - now_s, 0.0))
+
+    def evict(self, state: State, adapter: int) -> None:
+        """End the prefetch of an adapter that leaves the GPU."""
+        if adapter == state.notes.prefetching:
+            state.notes.prefetching = NOT_RUNNING
 
 
 @helper
-def give_back(state: State, adapter: int) -> None:
-    """Let an idle adapter leave the GPU: its slot is free, and its KV blocks if it has any."""
-    count = state.count
-    remove(state.gpu_next, state.gpu_previous, adapter)
-    state.on_gpu[adapter] = False
-    count.gpu_adapters -= 1
-    count.free_blocks += state.adapter_blocks[adapter]
-    if adapter == count.prefetching:
-        count.prefetching = NOT_RUNNING
-
-
-@helper
-def blocks_to_load(state: State, adapter: int) -> int:
-    """Return the blocks that bringing an adapter to the GPU takes: none if it is there."""
-    return 0 if state.on_gpu[adapter] else int(state.adapter_blocks[adapter])
-
-
-@helper
-def make_room(limits: Limits, state: State, needed: int, kept: int) -> bool:
-    """Have idle adapters but `kept` give blocks back until `needed` are free, if they suffice."""
-    count, sentinel = state.count, limits.base_model + 1
-    available = count.free_blocks
-    adapter = state.gpu_next[sentinel]
-    while adapter != sentinel and available < needed:
-        if adapter != kept:
-            available += state.adapter_blocks[adapter]
-        adapter = state.gpu_next[adapter]
-    if available < needed:
-        return False
-    adapter = state.gpu_next[sentinel]
-    while count.free_blocks < needed:
-        following = state.gpu_next[adapter]
-        if adapter != kept:
-            give_back(state, adapter)
-        adapter = following
-    return True
-
-
-@helper
-def next_to_prefetch(limits: Limits, requests: Requests, state: State, now_s: float) -> int:
+def _next_to_prefetch(limits: Limits, requests: Requests, state: State, now_s: float) -> int:
     """Return the adapter whose copy is to begin now, or -1."""
     count = state.count
-    if count.prefetching != NOT_RUNNING and now_s < count.prefetched_s:
+    if state.notes.prefetching != NOT_RUNNING and now_s < state.notes.prefetched_s:
         return NOT_RUNNING
-    count.prefetching = NOT_RUNNING
+    state.notes.prefetching = NOT_RUNNING
     best, best_order = NOT_RUNNING, np.iinfo(np.int64).max
     for i in range(count.waiting_adapters):
         adapter = state.waiting_list[i]
@@ -99,13 +117,3 @@ def next_to_prefetch(limits: Limits, requests: Requests, state: State, now_s: fl
     if not state.on_host[best] and count.host_adapters == limits.max_cpu_loras:
         return NOT_RUNNING
     return int(best)
-
-
-@helper
-def rest_of_prefetch_s(state: State, adapter: int, now_s: float) -> float:
-    """Return how long a request has yet to wait for its adapter's prefetch, and end that."""
-    count = state.count
-    if adapter != count.prefetching:
-        return 0.0
-    count.prefetching = NOT_RUNNING
-    return float(max(count.prefetched_s - now_s, 0.0))
