@@ -121,9 +121,20 @@ def simulate(
     records: Annotated[
         Path | None, typer.Option(metavar="OUT.parquet", help="Write one row per request.")
     ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="'NAME [KEY=VALUE ...]'",
+            help="In place of engine.policy: vllm, drain, cost_aware, unified_pool, merge, or your "
+            "own as module:Class.",
+        ),
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Simulate one configuration and summarise the service it gives."""
+    from dataclasses import replace
+
+    from adapter_twin.named import parse_named
     from adapter_twin.service.perfetto import write_trace
     from adapter_twin.service.predict import predict_scenario
     from adapter_twin.tables import datasets
@@ -133,7 +144,10 @@ def simulate(
         check_target(trace, ".json")
     if records is not None:
         check_target(records, ".parquet", ".csv")
-    run, content = predict_scenario(load_scenario(config))
+    scenario = load_scenario(config)
+    if policy is not None:
+        scenario = replace(scenario, policy=parse_named(policy))
+    run, content = predict_scenario(scenario)
     if records is not None:
         frame = run.records.to_frame()
         frame.attrs.update(run.provenance)

@@ -23,6 +23,7 @@ from adapter_twin.service.metrics import (
     summarize,
 )
 from adapter_twin.tables.schemas import PREDICTIONS, RUN_CONFIGURATION, validate
+from adapter_twin.twin.policies import make_policy
 from adapter_twin.twin.records import Simulation
 from adapter_twin.twin.simulate import simulate, simulate_run
 from adapter_twin.workload.files import run_to_workload
@@ -145,7 +146,15 @@ def predict_scenario(scenario: Scenario) -> tuple[Simulation, dict[str, Any]]:
     """
     engine, workload = scenario.engine, scenario.workload
     calibration = load_calibration(scenario.calibration, engine.model)
-    run = simulate(workload, engine, calibration, seed=scenario.seed, observer=scenario.observer)
+    policy = make_policy(scenario.policy, "engine.policy")
+    run = simulate(
+        workload,
+        engine,
+        calibration,
+        seed=scenario.seed,
+        observer=scenario.observer,
+        policy=policy,
+    )
     served = per_adapter(run.records, run.duration_s)
     share = served["total_throughput"] / served["offered_tokens_per_s"]
     return run, {
@@ -153,7 +162,7 @@ def predict_scenario(scenario: Scenario) -> tuple[Simulation, dict[str, Any]]:
         **service_of(run, slo=scenario.slo),
         "jain_fairness": jain_fairness(share) if len(share) else float("nan"),
         **adapter_loading(run.steps, run.duration_s),
-        "kv_cache_tokens": calibration.memory.require_start(engine),
+        "kv_cache_tokens": calibration.memory.require_start(engine, slots=policy.reserves_slots),
         "startup_s": float(calibration.memory.startup_s(engine.max_loras)),
         **run.provenance,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import numba
@@ -16,8 +16,7 @@ OPTIONS: dict[str, Any] = {"error_model": "numpy", "_nrt": False, "forceinline":
 
 
 def _compile(function: Function, **options: bool) -> Function:
-    njit: Any = numba.njit  # its type hints lack half of the options
-    return cast(Function, njit(**OPTIONS, **options)(function))
+    return cast(Function, numba.njit(**OPTIONS, **options)(function))
 
 
 def entry(function: Function) -> Function:
@@ -32,3 +31,13 @@ def entry(function: Function) -> Function:
 def helper(function: Function) -> Function:
     """Compile a function that only compiled code may call (half the time to compile)."""
     return _compile(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+def for_arguments(function: Function, arguments: Sequence[Any]) -> Function:
+    """Return what an `entry` runs for arguments of these types, and does not look at them again."""
+    if numba.config.DISABLE_JIT:
+        return function
+    types: Any = tuple(map(numba.typeof, arguments))
+    compiled: Any = function
+    compiled.compile(types)
+    return cast(Function, compiled.get_overload(types))

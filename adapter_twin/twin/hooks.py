@@ -54,7 +54,7 @@ class Hooks:
                 _compile_calls_of(name, signature)
 
 
-class PolicyType(numba.types.Type):  # type: ignore[misc]
+class PolicyType(numba.types.Type):
     """The type of a policy in compiled code: its class by name, and a digest of all sources.
 
     What numba keeps on disk is found by the types of the arguments, so what was compiled from other
@@ -68,7 +68,7 @@ class PolicyType(numba.types.Type):  # type: ignore[misc]
 
 
 @register_model(PolicyType)
-class _Model(models.StructModel):  # type: ignore[misc]
+class _Model(models.StructModel):
     def __init__(self, manager: Any, policy: PolicyType) -> None:
         super().__init__(manager, policy, list(policy.fields))
 
@@ -81,12 +81,12 @@ _SCHEDULER = Path(__file__).parent
 
 
 @typeof_impl.register(Hooks)
-def _typeof(policy: Hooks, _: Any) -> PolicyType:
-    return type_of(type(policy))
+def _typeof(policy: Any, _: Any) -> PolicyType:
+    return type_of(policy.__class__)
 
 
 @cache
-def type_of(cls: type) -> PolicyType:
+def type_of(cls: type[Any]) -> PolicyType:
     """Return the type of a policy class: a change of the scheduler or of its own file makes it new.
 
     Raises

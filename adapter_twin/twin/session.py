@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.twin import clock as engine_clock
 from adapter_twin.twin.clock import CLOCK, PAUSES, STEPS, FrontEnd
+from adapter_twin.twin.compiled import for_arguments
 from adapter_twin.twin.policy import Policy
 from adapter_twin.twin.state import COUNTERS, NOT_RUNNING, Limits, Requests, State
 from adapter_twin.twin.step_law import StepLaw
@@ -53,9 +55,13 @@ class Session:
         # fields by name: attributes of a record take ten times as long
         if self.clock["steps"] + 1 >= len(self.steps):
             self._grow()
-        event_s = engine_clock.turn(*arguments(self))
+        event_s = self._turn(*arguments(self))
         self._check_slots()
         return event_s
+
+    @cached_property
+    def _turn(self) -> Callable[..., float]:
+        return for_arguments(engine_clock.turn, arguments(self))
 
     def _check_slots(self) -> None:
         require(

@@ -42,7 +42,8 @@ def load_scenario(path: str | Path) -> Scenario:
 
     Adapters are a list of ``{name, rank, request_rate}``, with ``pinned: true`` where one is, or
     one of the short forms ``{count, request_rates, ranks}`` and ``{count, total_request_rate,
-    zipf_exponent, ranks}``. The path of a trace is relative to the file.
+    zipf_exponent, ranks}``. The path of a trace is relative to the file. ``engine.policy`` is the
+    name of a policy, or ``{name, ...}`` with its parameters.
 
     Raises
     ------
@@ -58,6 +59,11 @@ def load_scenario(path: str | Path) -> Scenario:
         arrivals = workload.get("arrivals")
         if isinstance(arrivals, dict) and isinstance(arrivals.get("path"), str):
             arrivals["path"] = str(file.parent / arrivals["path"])
+    if isinstance(content, dict):
+        require("policy" not in content, "policy: unknown key; did you mean engine.policy?")
+        engine = content.get("engine")
+        if isinstance(engine, dict) and "policy" in engine:
+            content["policy"] = engine.pop("policy")
     return build(Scenario, content, "")
 
 

@@ -256,6 +256,8 @@ class Scenario:
     observer : bool
         Include the effect that the reference measurement had on itself.
     slo : Slo, optional
+    policy : str or mapping, optional
+        ``engine.policy`` of the file, for `adapter_twin.twin.policies.make_policy`.
     """
 
     engine: EngineConfig
@@ -264,6 +266,7 @@ class Scenario:
     seed: int = 0
     observer: bool = False
     slo: Slo | None = None
+    policy: Any = "vllm"
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed: must be zero or more, got {self.seed}")

@@ -100,6 +100,8 @@ def _signature(
 
 def convert(hint: Any, value: object, path: str) -> Any:
     """Return `value` as the annotation `hint` asks, or raise `AdapterTwinError` naming `path`."""
+    if hint is Any:
+        return value
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return None if value is None else convert(arguments[0], value, path)

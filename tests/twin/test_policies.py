@@ -47,18 +47,17 @@ def lay_out(
     flags |= {"block_size": 1, **engine}
     step_s = np.zeros((2, 9))
     step_s[:, 0] = 1.0, 0.5
-    regimes = 2 if isinstance(policy, Merge) else 1
-    pooled = isinstance(policy, UnifiedPool)
+    policy = policy or Policy()
     return new_session(
         Trace(arrival_s.astype(float), *(column.astype(np.int32) for column in columns)),
         EngineConfig(model="any", max_lora_rank=8, **flags),
-        StepLaw(np.empty(0), step_s[:regimes], 128, 0.0, np.zeros(3)),
+        StepLaw(np.empty(0), step_s if policy.merges else step_s[:1], 128, 0.0, np.zeros(3)),
         FrontEnd(1e6, 10**6, 0.0, np.inf, 0.0, 0.0, 0.0),
         kv_cache_tokens + flags["block_size"],
         np.broadcast_to(load_s, ADAPTERS),
         np.broadcast_to(read_s, ADAPTERS),
         policy,
-        np.array(adapter_blocks) if pooled else None,
+        None if policy.reserves_slots else np.array(adapter_blocks),
     )
 
 
