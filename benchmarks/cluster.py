@@ -13,9 +13,7 @@ from pathlib import Path
 
 from adapter_twin.fleet.cluster import simulate_cluster
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
-from adapter_twin.fleet.routers import Router
-from adapter_twin.fleet.routers.adapter_affinity import AdapterAffinity
-from adapter_twin.fleet.routers.least_outstanding import LeastOutstanding
+from adapter_twin.fleet.routers import AdapterAffinity, LeastOutstanding, Router
 from adapter_twin.laws import load_calibration
 from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, zipf_adapters
 

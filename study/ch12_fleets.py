@@ -15,13 +15,7 @@ from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.packing import Groups, best_greedy, first_fit_decreasing
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
 from adapter_twin.fleet.proof.bound import lower_bound
-from adapter_twin.fleet.routers import Router
-from adapter_twin.fleet.routers.adapter_affinity import AdapterAffinity
-from adapter_twin.fleet.routers.least_outstanding import LeastOutstanding
-from adapter_twin.fleet.routers.placed import Placed
-from adapter_twin.fleet.routers.random import Random
-from adapter_twin.fleet.routers.rank_aware import RankAware
-from adapter_twin.fleet.routers.round_robin import RoundRobin
+from adapter_twin.fleet.routers import ROUTERS
 from adapter_twin.fleet.strategies import place_and_hold
 from adapter_twin.laws import load_calibration
 from adapter_twin.parallel import workers
@@ -161,16 +155,9 @@ def _route(
 ) -> dict[str, Any]:
     laws = warmed_up(load_calibration(asked.calibration, asked.model))
     placement = _shared(asked, gpus) if name != "placed" else _apart(asked, gpus)
-    routers: dict[str, Router] = {
-        "random": Random(),
-        "round robin": RoundRobin(),
-        "least outstanding": LeastOutstanding(),
-        "adapter affinity": AdapterAffinity(),
-        "rank-aware": RankAware(asked.adapters),
-        "placed": Placed(placement),
-    }
+    router = ROUTERS[name.replace(" ", "_").replace("-", "_")]()
     run = simulate_cluster(
-        asked.workload(duration_s), placement, laws, routers[name], seed=seed, failures=failures
+        asked.workload(duration_s), placement, laws, router, seed=seed, failures=failures
     )
     loads = 100 * sum(run.adapter_loads) / len(run.records)
     return {"router": name, **run.summary(), "loads": loads}

@@ -29,8 +29,8 @@ KINDS: dict[str, Drift] = {
 }
 """Traffic of the same mean; an epoch is five minutes, the swing's period an hour."""
 
-POLICIES: dict[str, Policy | None] = {
-    "vLLM": None,
+POLICIES: dict[str, Policy] = {
+    "vLLM": Policy(),
     "drain (SGLang)": Drain(max_wait_s=2.0),
     "cost-aware eviction (Chameleon)": CostAware(),
     "shared pool (S-LoRA)": UnifiedPool(),

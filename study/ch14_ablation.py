@@ -23,11 +23,11 @@ from adapter_twin.twin.clock import FrontEnd, turn
 from adapter_twin.twin.compiled import entry, helper
 from adapter_twin.twin.policy import Policy
 from adapter_twin.twin.records import make_gaps, make_records
-from adapter_twin.twin.session import Session, arguments, new_session
+from adapter_twin.twin.session import Session, arguments
 from adapter_twin.twin.simulate import draw_requests
 from adapter_twin.twin.state import Batch, Limits, Requests, State
 from adapter_twin.twin.step_law import StepLaw, step_seconds
-from adapter_twin.twin.wiring import front_end_law, step_law
+from adapter_twin.twin.wiring import begin
 from adapter_twin.workload.files import records, run_to_workload
 from adapter_twin.workload.trace import Trace, generators
 
@@ -156,18 +156,15 @@ def simulate_with(
     if assumptions.one_slot_count:
         law = OneSlotCount.from_dict(calibration.step_time.to_dict())
         calibration = replace(calibration, step_time=law)
-    ranks = np.array([adapter.rank for adapter in workload.adapters])
     *_, order = generators(0)
-    session = new_session(
+    session = begin(
         trace,
         engine,
-        step_law(calibration, engine),
-        front_end_law(calibration, workload.duration_s, observer=True),
-        calibration.memory.require_start(engine),
-        calibration.loading.load_s(ranks, engine.max_lora_rank),
-        calibration.loading.read_s(ranks),
-        places=order.permutation(len(ranks)),
-        reserves_prompts=calibration.reserves_prompts,
+        calibration,
+        workload.adapters,
+        order,
+        duration_s=workload.duration_s,
+        observer=True,
     )
     if assumptions.free_prompts:
         session = FreePrompts(*arguments(session))

@@ -24,7 +24,7 @@ from study.ch01_to_06 import CURVE_RATES, MEAN_INPUT_TOKENS, MEAN_OUTPUT_TOKENS
 ONE_LINE = CostAware(frequency=0.0, recency=1.0, cost=0.0)
 """vLLM with one line changed: least recently used among the adapters that a step does not need."""
 
-RULES: dict[str, Policy | None] = {"vLLM": None, "one line changed": ONE_LINE}
+RULES: dict[str, Policy] = {"vLLM": Policy(), "one line changed": ONE_LINE}
 
 SERVICE = ("total_throughput", "mean_itl_ms", "p99_ttft_ms")
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from adapter_twin.fleet.balance import rebalance, spread
 from adapter_twin.fleet.cluster import Move, simulate_cluster
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
-from adapter_twin.fleet.routers.placed import Placed
+from adapter_twin.fleet.routers import Placed
 from adapter_twin.laws import Calibration
 from adapter_twin.plan.candidates import HOUR_S
 from adapter_twin.plan.demand import Demand
@@ -141,7 +141,7 @@ def place_again(
     first = homes(rates, engine, gpus)
     moves, moved = _moves(trace, first, every_s, duration_s, len(rates))
     run = simulate_cluster(
-        demand.workload(duration_s), first, laws, Placed(first), seed=seed, moves=moves, trace=trace
+        demand.workload(duration_s), first, laws, Placed(), seed=seed, moves=moves, trace=trace
     )
     return {"moved": float(moved)} | run.summary()
 

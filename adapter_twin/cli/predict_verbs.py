@@ -134,11 +134,11 @@ def simulate(
     """Simulate one configuration and summarise the service it gives."""
     from dataclasses import replace
 
-    from adapter_twin.named import parse_named
     from adapter_twin.service.perfetto import write_trace
     from adapter_twin.service.predict import predict_scenario
     from adapter_twin.tables import datasets
     from adapter_twin.workload.files import load_scenario
+    from adapter_twin.workload.named import parse_named
 
     if trace is not None:
         check_target(trace, ".json")

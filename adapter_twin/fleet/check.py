@@ -65,7 +65,7 @@ def check_placement(
     """Simulate every GPU of a placement with the requests that are routed to it.
 
     The same as a cluster whose router follows the placement
-    (`adapter_twin.fleet.routers.placed.Placed`), but in the compiled loop and on all cores.
+    (`adapter_twin.fleet.routers.Placed`), but in the compiled loop and on all cores.
 
     Parameters
     ----------

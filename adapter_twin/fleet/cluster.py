@@ -21,6 +21,7 @@ from adapter_twin.fleet.routers import Router
 from adapter_twin.laws import Calibration
 from adapter_twin.service.metrics import Service, service
 from adapter_twin.twin.feed import Feed
+from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.records import Gaps, Records, make_gaps, make_records
 from adapter_twin.twin.session import check_lengths
 from adapter_twin.twin.simulate import draw_requests
@@ -152,6 +153,7 @@ def simulate_cluster(
     failures: Sequence[Failure] = (),
     moves: Sequence[Move] = (),
     trace: Trace | None = None,
+    policy: Policy = VLLM,
 ) -> ClusterRun:
     """Predict how a cluster serves a workload.
 
@@ -172,6 +174,8 @@ def simulate_cluster(
     moves : sequence of Move
     trace : Trace, optional
         What `adapter_twin.twin.simulate.draw_requests` returns, where clusters share requests.
+    policy : Policy
+        Of every replica.
 
     Returns
     -------
@@ -188,7 +192,7 @@ def simulate_cluster(
         calibrations = [calibrations] * len(engines)
     if trace is None:
         trace = draw_requests(workload, calibrations[0], seed=seed)
-    cluster = Cluster(workload, placement, calibrations, router, trace, seed)
+    cluster = Cluster(workload, placement, calibrations, router, trace, seed, policy)
     for failure in failures:
         require(
             0 <= failure.replica < len(engines),
@@ -214,11 +218,14 @@ class Cluster:
         router: Router,
         trace: Trace,
         seed: int,
+        policy: Policy,
     ) -> None:
         self.env = simpy.Environment()
         self.workload = workload
         self.router = router
+        router.start(workload, placement)
         self.trace = trace
+        self.policy = policy
         self.longest_output = int(np.max(trace.output_tokens, initial=1))
         self.rng = np.random.default_rng([seed, 1])
         *_, self.order = generators(seed)
@@ -230,10 +237,11 @@ class Cluster:
         for index, (plan, calibration) in enumerate(
             zip(placement.replicas, calibrations, strict=True)
         ):
-            check_lengths(trace, plan.engine, calibration.memory.require_start(plan.engine))
             served = frozenset(plan.adapters)
             self._check(index, plan.engine, served)
             feed = self._feed(plan.engine, calibration)
+            tokens = calibration.memory.require_start(plan.engine, slots=policy.reserves_slots)
+            check_lengths(trace, plan.engine, tokens, feed.session.state.adapter_blocks)
             replica = Replica(self.env, index, plan.engine, calibration, served, feed)
             self.replicas.append(replica)
 
@@ -246,6 +254,7 @@ class Cluster:
             longest_output=self.longest_output,
             order=self.order,
             now_s=float(self.env.now),
+            policy=self.policy,
         )
 
     def _check(self, index: int, engine: EngineConfig, adapters: frozenset[int]) -> None:
@@ -272,7 +281,7 @@ class Cluster:
         if not candidates:
             self.backlog.append(request)
             return
-        replica, adapter = self.router.route(adapter, candidates, self.rng)
+        replica = self.router.route(adapter, candidates, self.rng)
         trace = self.trace
         self.given_to[request] = replica.give(
             request,

@@ -101,6 +101,8 @@ def predict(
     """
     require(seed >= 0, f"seed: must be zero or more, got {seed}")
     require(jobs == -1 or jobs >= 1, f"jobs: must be -1 (all cores) or at least 1, got {jobs}")
+    own = "a table of runs is predicted for vLLM's own; leave the column out, or use simulate"
+    require("policy" not in runs, f"policy: {own}")
     checked = validate(runs, RUN_CONFIGURATION, "runs")
     configurations = checked[[name for name in RUN_CONFIGURATION.columns if name in checked]]
     calibrations = load_calibrations(calibration, configurations["model"])

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin.laws import Calibration
-from adapter_twin.twin.session import Session, new_session
+from adapter_twin.twin.policy import VLLM, Policy
+from adapter_twin.twin.session import Session
 from adapter_twin.twin.state import NOT_RUNNING, Requests, State
-from adapter_twin.twin.wiring import front_end_law, step_law
+from adapter_twin.twin.wiring import begin
 from adapter_twin.workload.scenario import Adapter, EngineConfig
 from adapter_twin.workload.strict import require
 from adapter_twin.workload.trace import Trace
@@ -35,6 +36,7 @@ class Feed:
         Draws the order in which the server's steps touch adapters.
     now_s : float
         When the server starts.
+    policy : Policy
 
     Attributes
     ----------
@@ -53,27 +55,19 @@ class Feed:
         longest_output: int,
         order: np.random.Generator,
         now_s: float = 0.0,
+        policy: Policy = VLLM,
         room: int = 1024,
     ) -> None:
         for adapter in adapters:
             require(not adapter.pinned, f"{adapter.name}: a cluster pins none; leave `pinned` out")
-        ranks = np.array([adapter.rank for adapter in adapters])
         nothing = Trace(
             np.full(room, np.inf),
             np.full(room, -1, np.int32),
             np.ones(room, np.int32),
             np.full(room, longest_output, np.int32),
         )
-        self.session: Session = new_session(
-            nothing,
-            engine,
-            step_law(calibration, engine),
-            front_end_law(calibration, duration_s, observer=False),
-            calibration.memory.require_start(engine),
-            calibration.loading.load_s(ranks, engine.max_lora_rank),
-            calibration.loading.read_s(ranks),
-            places=order.permutation(len(ranks)),
-            reserves_prompts=calibration.reserves_prompts,
+        self.session: Session = begin(
+            nothing, engine, calibration, adapters, order, duration_s=duration_s, policy=policy
         )
         self.session.clock.now_s = now_s
         self.pushed = 0

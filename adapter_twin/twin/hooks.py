@@ -95,8 +95,9 @@ def type_of(cls: type[Any]) -> PolicyType:
         A parameter is no number.
     """
     own = {Path(inspect.getfile(base)) for base in cls.__mro__[:-1]}
-    sources = b"".join(path.read_bytes() for path in sorted(own | set(_SCHEDULER.rglob("*.py"))))
-    name = f"{cls.__module__}.{cls.__qualname__} {hashlib.sha256(sources).hexdigest()[:16]}"
+    files = own | set(_SCHEDULER.rglob("*.py"))
+    digest = hashlib.sha256(b"".join(sorted(path.read_bytes() for path in files))).hexdigest()
+    name = f"{cls.__module__}.{cls.__qualname__} {digest[:16]}"
     hints = get_type_hints(cls)
     fields = []
     for field in inspect.signature(cls).parameters:

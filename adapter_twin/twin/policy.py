@@ -99,3 +99,7 @@ class Policy(Hooks, new_hooks=True):
     def is_merged(self, state: State) -> bool:
         """Return whether the weights of the batch's one adapter are merged into the model's."""
         return False
+
+
+VLLM = Policy()
+"""What is in force where no other policy is named."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin import __version__
-from adapter_twin.twin.policy import Policy
+from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.session import Session
 from adapter_twin.workload.scenario import EngineConfig, Workload, config_hash
 from adapter_twin.workload.trace import BASE_MODEL
@@ -187,7 +187,7 @@ class Simulation:
     engine: EngineConfig
     seed: int
     calibration: str
-    policy: Policy = field(default_factory=Policy)
+    policy: Policy = VLLM
 
     @property
     def duration_s(self) -> float:
@@ -205,7 +205,7 @@ class Simulation:
     @property
     def provenance(self) -> dict[str, Any]:
         """Config hashes, seed, package version, calibration name, and a policy beyond vLLM's."""
-        own = {} if self.policy == Policy() else {"policy": repr(self.policy)}
+        own = {} if self.policy == VLLM else {"policy": repr(self.policy)}
         return {
             "config_hash": f"{config_hash(self.workload)}-{config_hash(self.engine)}",
             "seed": self.seed,

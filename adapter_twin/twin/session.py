@@ -15,7 +15,7 @@ from adapter_twin.errors import AdapterTwinError
 from adapter_twin.twin import clock as engine_clock
 from adapter_twin.twin.clock import CLOCK, PAUSES, STEPS, FrontEnd
 from adapter_twin.twin.compiled import for_arguments
-from adapter_twin.twin.policy import Policy
+from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.state import COUNTERS, NOT_RUNNING, Limits, Requests, State
 from adapter_twin.twin.step_law import StepLaw
 from adapter_twin.workload.scenario import EngineConfig
@@ -105,7 +105,7 @@ def new_session(
     kv_cache_tokens: int,
     load_s: NDArray[np.float64],
     read_s: NDArray[np.float64],
-    policy: Policy | None = None,
+    policy: Policy = VLLM,
     adapter_blocks: NDArray[np.int64] | None = None,
     *,
     places: NDArray[np.int64] | None = None,
@@ -125,8 +125,7 @@ def new_session(
         As vLLM reports it: it keeps one block of them to itself.
     load_s, read_s : float64, shape (adapters,)
         Seconds to copy each adapter into a slot, and to read it from disk before that.
-    policy : Policy, optional
-        Left out, it is vLLM's own.
+    policy : Policy
     adapter_blocks : int64, shape (adapters,), optional
         KV blocks that each adapter takes on the GPU, where it has no slot.
     places : int, shape (adapters,), optional
@@ -143,7 +142,6 @@ def new_session(
         A request is longer than the KV cache, or more adapters are pinned than there are slots.
     """
     n_adapters, n = len(load_s), len(trace)
-    policy = policy or Policy()
     pooled, name = not policy.reserves_slots, type(policy).__name__
     require(pooled == (adapter_blocks is not None), f"adapter_blocks: {name} takes none, or needs")
     if adapter_blocks is None:

@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
-
 from adapter_twin.laws import Calibration
 from adapter_twin.twin.in_simpy import run_in_simpy
-from adapter_twin.twin.policy import Policy
+from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.records import Simulation, make_gaps, make_records
-from adapter_twin.twin.session import new_session
-from adapter_twin.twin.wiring import front_end_law, step_law
+from adapter_twin.twin.wiring import begin
 from adapter_twin.workload.files import run_seed, run_to_workload
 from adapter_twin.workload.scenario import Arrivals, EngineConfig, Workload
 from adapter_twin.workload.trace import Trace, generate, generators
@@ -28,7 +25,7 @@ def simulate(
     observer: bool = False,
     clock: Literal["compiled", "simpy"] = "compiled",
     trace: Trace | None = None,
-    policy: Policy | None = None,
+    policy: Policy = VLLM,
 ) -> Simulation:
     """Predict how an engine serves a workload, from configuration alone.
 
@@ -48,8 +45,8 @@ def simulate(
         Who turns the engine loop; the records are the same.
     trace : Trace, optional
         What `draw_requests` returns for these arguments, where several engines share it.
-    policy : Policy, optional
-        One of `adapter_twin.twin.policies`, or of your own; left out, it is vLLM's.
+    policy : Policy
+        vLLM's own, one of `adapter_twin.twin.policies`, or of yours.
 
     Returns
     -------
@@ -75,27 +72,19 @@ def simulate(
     >>> service["total_throughput"] > 0.9 * workload.offered_tokens_per_s
     True
     """
-    policy = policy or Policy()
-    slots = policy.reserves_slots
-    kv_cache_tokens = calibration.memory.require_start(engine, slots=slots)
     calibration.warn_outside_range(engine, workload)
     if trace is None:
         trace = draw_requests(workload, calibration, seed=seed, observer=observer)
-    ranks = np.array([adapter.rank for adapter in workload.adapters])
     *_, order = generators(seed)
-    session = new_session(
+    session = begin(
         trace,
         engine,
-        step_law(calibration, engine, merging=policy.merges),
-        front_end_law(calibration, workload.duration_s, observer),
-        kv_cache_tokens,
-        calibration.loading.load_s(ranks, engine.max_lora_rank if slots else ranks),
-        calibration.loading.read_s(ranks),
-        policy,
-        None if slots else calibration.memory.adapter_blocks(ranks, engine.block_size),
-        places=order.permutation(len(ranks)),
-        pinned=np.array([adapter.pinned for adapter in workload.adapters], bool),
-        reserves_prompts=calibration.reserves_prompts,
+        calibration,
+        workload.adapters,
+        order,
+        duration_s=workload.duration_s,
+        observer=observer,
+        policy=policy,
     )
     if clock == "simpy":
         run_in_simpy(session)

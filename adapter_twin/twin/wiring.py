@@ -1,6 +1,8 @@
-"""A calibration in compiled form, for one engine."""
+"""A run laid out: trace, engine, calibration and policy in compiled form."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -8,8 +10,56 @@ from adapter_twin.laws import Calibration
 from adapter_twin.laws.front_end import UNLIMITED
 from adapter_twin.laws.step_time import TILE
 from adapter_twin.twin.clock import FrontEnd
+from adapter_twin.twin.policy import VLLM, Policy
+from adapter_twin.twin.session import Session, new_session
 from adapter_twin.twin.step_law import StepLaw
-from adapter_twin.workload.scenario import EngineConfig
+from adapter_twin.workload.scenario import Adapter, EngineConfig
+from adapter_twin.workload.trace import Trace
+
+
+def begin(
+    trace: Trace,
+    engine: EngineConfig,
+    calibration: Calibration,
+    adapters: Sequence[Adapter],
+    order: np.random.Generator,
+    *,
+    duration_s: float,
+    observer: bool = False,
+    policy: Policy = VLLM,
+) -> Session:
+    """Lay out a run by a calibration's laws.
+
+    Parameters
+    ----------
+    trace : Trace
+    engine : EngineConfig
+    calibration : Calibration
+    adapters : sequence of Adapter
+        Those that the trace's numbers stand for.
+    order : numpy.random.Generator
+        Draws the order in which the server's steps touch adapters.
+    duration_s : float
+    observer : bool
+        Include what the measurement did to itself.
+    policy : Policy
+    """
+    slots = policy.reserves_slots
+    ranks = np.array([adapter.rank for adapter in adapters])
+    return new_session(
+        trace,
+        engine,
+        step_law(calibration, engine, merging=policy.merges),
+        front_end_law(calibration, duration_s, observer),
+        calibration.memory.require_start(engine, slots=slots),
+        calibration.loading.load_s(ranks, engine.max_lora_rank if slots else ranks),
+        calibration.loading.read_s(ranks),
+        policy,
+        None if slots else calibration.memory.adapter_blocks(ranks, engine.block_size),
+        places=order.permutation(len(ranks)),
+        pinned=np.array([adapter.pinned for adapter in adapters], bool),
+        reserves_prompts=calibration.reserves_prompts,
+    )
 
 
 def step_law(calibration: Calibration, engine: EngineConfig, *, merging: bool = False) -> StepLaw:

@@ -20,14 +20,16 @@ from adapter_twin.fleet.cluster import (
     simulate_cluster,
 )
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
-from adapter_twin.fleet.routers import Router, least_loaded
-from adapter_twin.fleet.routers.adapter_affinity import AdapterAffinity
-from adapter_twin.fleet.routers.cache_affinity import CacheAffinity
-from adapter_twin.fleet.routers.least_outstanding import LeastOutstanding
-from adapter_twin.fleet.routers.placed import Placed
-from adapter_twin.fleet.routers.random import Random
-from adapter_twin.fleet.routers.rank_aware import RankAware
-from adapter_twin.fleet.routers.round_robin import RoundRobin
+from adapter_twin.fleet.routers import (
+    AdapterAffinity,
+    LeastOutstanding,
+    Placed,
+    Random,
+    RankAware,
+    RoundRobin,
+    Router,
+    least_loaded,
+)
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.plan.demand import Demand
 from adapter_twin.twin.records import Records
@@ -94,7 +96,7 @@ def test_a_placement_is_checked_as_the_cluster_would_serve_it(laws: Calibration)
     placement = apart(12, 3)
     checked = check_placement(demand, placement, laws, seed=2, duration_s=200.0, jobs=1)
     cluster = simulate_cluster(
-        demand.workload(200.0), placement, laws, Placed(placement), seed=2
+        demand.workload(200.0), placement, laws, Placed(), seed=2
     ).by_replica()
     for figure in ("offered_tokens_per_s", "total_throughput", "mean_ttft_ms", "mean_itl_ms"):
         np.testing.assert_allclose(checked[figure], cluster[figure], rtol=1e-12)
@@ -199,7 +201,7 @@ def test_after_a_move_requests_go_to_the_new_home(laws: Calibration) -> None:
     swapped = Move(
         at_s=30.0, adapters=tuple(frozenset(p.adapters) for p in placement.replicas)[::-1]
     )
-    run = simulate_cluster(workload(), placement, laws, Placed(placement), moves=[swapped])
+    run = simulate_cluster(workload(), placement, laws, Placed(), moves=[swapped])
     after = run.records.arrival_s >= 30
     odd = run.records.adapter % 2
     assert (run.replica[~after] == odd[~after]).all()
@@ -229,11 +231,12 @@ def replica(index: int, outstanding: int, held: Sequence[int] = (), rank: int = 
 
 
 def chosen(router: Router, adapter: int, *candidates: Any) -> int:
-    return router.route(adapter, candidates, np.random.default_rng(0)).replica.index
+    return router.route(adapter, candidates, np.random.default_rng(0)).index
 
 
 def test_round_robin_goes_on_after_the_last_one() -> None:
     router, two = RoundRobin(), (replica(0, 9), replica(2, 0))
+    router.start(workload(), everywhere(1, 2))
     assert [chosen(router, 0, *two) for _ in range(4)] == [0, 2, 0, 2]
 
 
@@ -250,23 +253,14 @@ def test_affinity_keeps_to_a_resident_adapter_until_it_is_too_busy() -> None:
 
 
 def test_ranks_are_kept_apart_unless_the_narrow_replicas_are_too_busy() -> None:
-    router = RankAware([Adapter(name="a", rank=16, request_rate=1.0)], tolerance=2.0)
+    router = RankAware(tolerance=2.0)
+    only = Adapter(name="a", rank=16, request_rate=1.0)
+    router.start(replace(workload(), adapters=(only,)), everywhere(1, 1))
     narrow, fits, wide = replica(0, 0, rank=8), replica(1, 5, rank=16), replica(2, 2, rank=64)
     assert chosen(router, 0, narrow, fits, wide) == 1
     busy = replica(1, 6, rank=16)
     assert chosen(router, 0, narrow, busy, wide) == 2
     assert chosen(router, BASE_MODEL, narrow, fits, wide) == 0
-
-
-def test_a_loaded_substitute_is_taken_before_an_absent_favourite() -> None:
-    router = CacheAffinity({7: [3, 5]})
-    candidates = (replica(0, 0), replica(1, 9, [5]))
-    route = router.route(7, candidates, np.random.default_rng(0))
-    assert (route.replica.index, route.adapter) == (1, 5)
-    resident = router.route(7, (replica(0, 0), replica(1, 9, [7, 5])), np.random.default_rng(0))
-    assert (resident.replica.index, resident.adapter) == (1, 7)
-    alone = router.route(8, candidates, np.random.default_rng(0))
-    assert (alone.replica.index, alone.adapter) == (0, 8)
 
 
 def test_affinity_loads_less_than_blind_routing(laws: Calibration) -> None:

@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,14 @@ from hypothesis import strategies as st
 
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
+from adapter_twin.twin import hooks
 from adapter_twin.twin.clock import FrontEnd
+from adapter_twin.twin.hooks import type_of
 from adapter_twin.twin.in_simpy import run_in_simpy
 from adapter_twin.twin.policies import CostAware, Drain, Merge, Policy, UnifiedPool
 from adapter_twin.twin.session import Session, new_session
 from adapter_twin.twin.simulate import simulate
+from adapter_twin.twin.state import State
 from adapter_twin.twin.step_law import StepLaw
 from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, zipf_adapters
 from adapter_twin.workload.trace import BASE_MODEL, Trace
@@ -268,8 +272,52 @@ def test_parameters_out_of_range_are_refused(make: Any, message: str) -> None:
         make()
 
 
+@dataclass(frozen=True)
+class LongestFirst(Policy):
+    """Admit the request with the longest prompt, and of an adapter's equals the oldest."""
+
+    def priority(self, requests: Any, state: State, request: int) -> float:
+        return -float(requests.prompt_tokens[request])
+
+
+def test_a_request_of_lower_priority_is_overtaken_in_its_queue_and_by_other_adapters() -> None:
+    requests = [(0, 0, 1, 4), (1, 0, 3, 1), (1, 0, 5, 1), (1, 1, 4, 1), (1, BASE_MODEL, 3, 1)]
+    run = play(requests, LongestFirst(), max_num_seqs=1)
+    assert run.requests.scheduled_s.tolist() == [0, 6, 4, 5, 7]
+
+
+def test_a_method_that_nobody_would_call_is_refused() -> None:
+    with pytest.raises(AdapterTwinError, match=r"prioritise: no hook .* did you mean 'priority'"):
+        type("Misspelt", (Policy,), {"prioritise": lambda self, requests, state, request: 0.0})
+    with pytest.raises(AdapterTwinError, match=r"takes \(self, requests, state, request\), not"):
+        type("Shorter", (Policy,), {"priority": lambda self, request: 0.0})
+    with pytest.raises(AdapterTwinError, match="victim: no hook"):  # of vLLM's own caches
+        type("Evicts", (Policy,), {"victim": lambda self: 0})
+
+
+def test_a_parameter_that_is_no_number_is_refused() -> None:
+    @dataclass(frozen=True)
+    class Worded(Policy):
+        word: str = "a"
+
+    with pytest.raises(AdapterTwinError, match="word: a parameter is annotated int, float or bool"):
+        type_of(Worded)
+
+
+def test_a_change_of_the_scheduler_makes_the_type_of_a_policy_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scheduler.py").write_text("A")
+    monkeypatch.setattr(hooks, "_SCHEDULER", tmp_path)
+    before = type_of.__wrapped__(Drain)
+    assert type_of.__wrapped__(Drain) == before
+    (tmp_path / "scheduler.py").write_text("B")
+    assert type_of.__wrapped__(Drain) != before
+
+
 WEIGHT = st.sampled_from([0.0, 0.1, 1.0])
 POLICIES = st.one_of(
+    st.sampled_from([Policy(), LongestFirst()]),
     st.builds(
         Drain,
         max_wait_s=st.sampled_from([0.0, 2.0, 9.0]),
@@ -374,6 +422,23 @@ def test_every_block_is_held_or_free_in_every_step(case: dict[str, Any], policy:
     assert np.isfinite(session.requests.end_s).all()
 
 
+@settings(max_examples=200, deadline=None)
+@given(cases(), POLICIES)
+def test_preempted_requests_go_first(case: dict[str, Any], policy: Policy) -> None:
+    session = lay_out(policy=policy, **case)
+    state, adapter = session.state, session.requests.adapter
+    order, ended, running = state.order, np.zeros(len(adapter), bool), np.zeros(len(adapter), bool)
+    while (event_s := session.turn()) < np.inf:
+        session.clock.now_s = event_s
+        admitted = (state.stack_index >= 0) & ~running & ~ended
+        running = state.stack_index >= 0
+        ended = np.isfinite(session.requests.end_s)
+        in_batch = (state.running_by_adapter[adapter] > 0) | (adapter == session.limits.base_model)
+        for left in np.flatnonzero((order < 0) & ~running & ~ended & in_batch):
+            if policy.candidate(session.requests, state, adapter[left]) == left:
+                assert not (admitted & (order > order[left])).any()
+
+
 @settings(max_examples=60, deadline=None)
 @given(cases(), POLICIES)
 def test_both_clocks_leave_the_same_records(case: dict[str, Any], policy: Policy) -> None:
@@ -427,6 +492,7 @@ EVERY_POLICY = (
     CostAware(window_s=20.0),
     UnifiedPool(prefetch=True),
     Merge(merge_share=0.6, unmerge_share=0.4),
+    LongestFirst(),
 )
 
 
@@ -435,7 +501,7 @@ def ends_s() -> list[list[float]]:
 
 
 def test_each_policy_changes_something() -> None:
-    assert len({tuple(column) for column in [*ends_s(), busy(None).requests.end_s.tolist()]}) == 5
+    assert len({tuple(column) for column in [*ends_s(), busy(None).requests.end_s.tolist()]}) == 6
 
 
 def test_plain_python_gives_the_same_records() -> None:

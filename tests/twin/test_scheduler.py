@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -324,24 +323,3 @@ def test_plain_python_gives_the_same_records() -> None:
         text=True,
     )
     assert repr(json.loads(plain.stdout)) == repr(records_of(busy_minute(1)))
-
-
-def test_compiled_code_notices_changes_in_the_modules_it_calls(tmp_path: Path) -> None:
-    package = tmp_path / "kernel"
-    package.mkdir()
-    source = Path(__file__).parents[2] / "adapter_twin/twin/compiled.py"
-    (package / "compiled.py").write_text(source.read_text())
-    (package / "outer.py").write_text(
-        "from kernel.compiled import entry\nfrom kernel.inner import answer\n\n"
-        "@entry\ndef ask():\n    return answer()\n"
-    )
-    answers = []
-    for number in (1, 2):
-        inner = (
-            f"from kernel.compiled import helper\n\n@helper\ndef answer():\n    return {number}\n"
-        )
-        (package / "inner.py").write_text(inner)
-        command = [sys.executable, "-c", "from kernel.outer import ask; print(ask())"]
-        run = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, text=True)
-        answers.append(int(run.stdout))
-    assert answers == [1, 2]

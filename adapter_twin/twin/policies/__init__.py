@@ -4,12 +4,12 @@ Each module holds one: a dataclass with its parameters, for `adapter_twin.twin.s
 whose methods decide what `adapter_twin.twin.policy.Policy` would decide as vLLM does.
 """
 
-from adapter_twin.named import make_named
 from adapter_twin.twin.policies.cost_aware import CostAware
 from adapter_twin.twin.policies.drain import Drain
 from adapter_twin.twin.policies.merge import Merge
 from adapter_twin.twin.policies.unified_pool import UnifiedPool
 from adapter_twin.twin.policy import Policy
+from adapter_twin.workload.named import make_named
 
 __all__ = ["POLICIES", "CostAware", "Drain", "Merge", "Policy", "UnifiedPool", "make_policy"]
 
@@ -24,7 +24,7 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def make_policy(given: object, path: str = "policy") -> Policy:
-    """Make a policy of one of the `POLICIES`, or of your own; see `adapter_twin.named.make_named`.
+    """Make a policy of one of the `POLICIES`, or of your own; see `adapter_twin.workload.named.make_named`.
 
     Examples
     --------

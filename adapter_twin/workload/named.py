@@ -36,7 +36,7 @@ def make_named(given: object, known: Mapping[str, type[T]], base: type[T], path:
         Unknown name or parameter, or a module that cannot be imported.
     """
     parameters = dict(given) if isinstance(given, Mapping) else {"name": given}
-    name = parameters.pop("name", None)
+    name: Any = parameters.pop("name", None)
     require(isinstance(name, str), f"{path}.name: give one of {', '.join(known)}, or module:Class")
     if ":" in name:
         return build(_import(name, base, path), parameters, path)
@@ -59,10 +59,10 @@ def parse_named(text: str) -> dict[str, Any]:
 def _import(name: str, base: type[T], path: str) -> type[T]:
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found: Any = getattr(importlib.import_module(module), attribute)
     except Exception as error:
         hint = "; put its folder on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
         raise AdapterTwinError(f"{path}.name: {name}: {one_line(error)}{hint}") from None
-    fits = isinstance(found, type) and issubclass(found, base)
-    require(fits, f"{path}.name: {name} does not inherit from {base.__module__}:{base.__name__}")
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise AdapterTwinError(f"{path}.name: {name} does not inherit from {base.__name__}")
     return found
