@@ -24,7 +24,7 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def make_policy(given: object, path: str = "policy") -> Policy:
-    """Make a policy of one of the `POLICIES`, or of your own; see `adapter_twin.workload.named.make_named`.
+    """Make one of the `POLICIES`, or one of your own, by `adapter_twin.workload.named.make_named`.
 
     Examples
     --------
