@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from adapter_twin.fleet.balance import rebalance, spread
 from adapter_twin.fleet.cluster import Move, simulate_cluster
@@ -16,7 +17,7 @@ from adapter_twin.plan.candidates import HOUR_S
 from adapter_twin.plan.demand import Demand
 from adapter_twin.workload.lengths import draw_lengths
 from adapter_twin.workload.scenario import EngineConfig
-from adapter_twin.workload.strict import require, require_positive
+from adapter_twin.workload.strict import NotNegative, Positive, dataclass, require
 from adapter_twin.workload.trace import Trace
 
 Floats = NDArray[np.float64]
@@ -40,17 +41,11 @@ class Drift:
         Coefficient of variation of each adapter's rate from epoch to epoch, besides; 0 is none.
     """
 
-    epoch_s: float = 300.0
-    churn: float = 0.1
-    swing: float = 0.0
-    period_s: float = 3600.0
-    burst_cv: float = 0.0
-
-    def __post_init__(self) -> None:
-        require_positive(self, "epoch_s", "period_s")
-        require(0 <= self.churn <= 1, f"churn: got {self.churn}, give 0 to 1")
-        require(0 <= self.swing < 1, f"swing: got {self.swing}, give 0 to less than 1")
-        require(self.burst_cv >= 0, f"burst_cv: must be zero or more, got {self.burst_cv}")
+    epoch_s: Positive = 300.0
+    churn: Annotated[float, Field(ge=0, le=1)] = 0.1
+    swing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    period_s: Positive = 3600.0
+    burst_cv: NotNegative = 0.0
 
 
 def drifting_rates(rates: Floats, drift: Drift, duration_s: float, seed: int) -> Floats:

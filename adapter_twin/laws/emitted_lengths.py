@@ -94,11 +94,11 @@ class LengthLaw(Estimator):
         if not hasattr(self, "prompt_quantiles_"):
             return None
         return LengthMarginals(
-            self.prompt_quantiles_,
-            np.diff(self.prompt_levels_).tolist(),
-            self.output_quantiles_,
-            np.diff(self.output_levels_).tolist(),
-            getattr(self, "rank_correlation_", 0.0),
+            prompt_edges=tuple(self.prompt_quantiles_),
+            prompt_counts=tuple(np.diff(self.prompt_levels_).tolist()),
+            output_edges=tuple(self.output_quantiles_),
+            output_counts=tuple(np.diff(self.output_levels_).tolist()),
+            rank_correlation=getattr(self, "rank_correlation_", 0.0),
         )
 
 

@@ -7,15 +7,15 @@ space-filling sample (scrambled Sobol points), or both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import combinations, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import Strict
 
-from adapter_twin.plan.grid import GRID, MAX_NUM_SEQS, check_grid, slot_rank
+from adapter_twin.plan.grid import GRID, MAX_NUM_SEQS, Grid, slot_rank
 from adapter_twin.workload.files import (
     DEFAULT_BATCHED_TOKENS,
     DEFAULT_BLOCK_TOKENS,
@@ -23,11 +23,24 @@ from adapter_twin.workload.files import (
     read_yaml,
 )
 from adapter_twin.workload.models import model_shape
-from adapter_twin.workload.scenario import Slo
-from adapter_twin.workload.strict import build, require, require_positive
+from adapter_twin.workload.scenario import LengthDistribution, MeanTokens, Slo
+from adapter_twin.workload.strict import (
+    Count,
+    NotNegative,
+    Positive,
+    Some,
+    Whole,
+    dataclass,
+    read,
+    require,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+Range = Annotated[tuple[NotNegative, NotNegative], Strict(False)]
+PositiveRange = Annotated[tuple[Positive, Positive], Strict(False)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,19 +58,18 @@ class Factorial:
     mean_input_tokens, mean_output_tokens : float
     """
 
-    rate_values: tuple[float, ...]
-    rates_per_workload: int
-    ranks: tuple[str, ...]
-    mean_input_tokens: float = 223.0
-    mean_output_tokens: float = 200.0
+    rate_values: Some[Positive]
+    rates_per_workload: Count
+    ranks: Some[str]
+    mean_input_tokens: MeanTokens = 223.0
+    mean_output_tokens: MeanTokens = 200.0
 
     def __post_init__(self) -> None:
-        require(bool(self.rate_values), "rate_values: give at least one rate")
-        require(min(self.rate_values) > 0, "rate_values: rates must be above zero")
+        different = len(set(self.rate_values))
         require(
-            1 <= self.rates_per_workload <= len(set(self.rate_values)),
-            f"rates_per_workload: got {self.rates_per_workload}, there are "
-            f"{len(set(self.rate_values))} different rate_values",
+            self.rates_per_workload <= different,
+            f"rates_per_workload: got {self.rates_per_workload}, there are {different} different "
+            "rate_values",
         )
         _check_ranks(self.ranks)
 
@@ -94,24 +106,18 @@ class SpaceFilling:
         Each mix is as likely.
     """
 
-    workloads: int
-    mean_rate: tuple[float, ...]
-    mean_input_tokens: tuple[float, ...]
-    mean_output_tokens: tuple[float, ...]
-    zipf_exponent: tuple[float, ...]
-    arrival_cv: tuple[float, ...]
-    ranks: tuple[str, ...]
+    workloads: Count
+    mean_rate: PositiveRange
+    mean_input_tokens: PositiveRange
+    mean_output_tokens: PositiveRange
+    zipf_exponent: Range
+    arrival_cv: PositiveRange
+    ranks: Some[str]
 
     def __post_init__(self) -> None:
-        require_positive(self, "workloads")
         for name in _RANGES:
-            low_high = getattr(self, name)
-            require(
-                len(low_high) == 2 and 0 <= low_high[0] <= low_high[1] < math.inf,
-                f"{name}: give [low, high], none below zero",
-            )
-            is_log = name in _LOGARITHMIC or name == "arrival_cv"
-            require(low_high[0] > 0 or not is_log, f"{name}: low must be above zero")
+            low, high = getattr(self, name)
+            require(low <= high, f"{name}: give [low, high], got {low:g} above {high:g}")
         _check_ranks(self.ranks)
 
     def draw(self, seed: int) -> Iterator[dict[str, Any]]:
@@ -170,33 +176,28 @@ class Design:
     """
 
     name: str
-    models: tuple[str, ...]
-    served_adapters: tuple[int, ...] = GRID
-    adapter_slots: tuple[int, ...] = GRID
-    max_num_seqs: int = MAX_NUM_SEQS
-    max_num_batched_tokens: int = DEFAULT_BATCHED_TOKENS
-    block_size: int = DEFAULT_BLOCK_TOKENS
-    length_distribution: str = "sharegpt"
-    length_cv: float = 1.0
-    duration_s: float = 3600.0
+    models: Some[str]
+    served_adapters: Grid = GRID
+    adapter_slots: Grid = GRID
+    max_num_seqs: Count = MAX_NUM_SEQS
+    max_num_batched_tokens: Count = DEFAULT_BATCHED_TOKENS
+    block_size: Count = DEFAULT_BLOCK_TOKENS
+    length_distribution: LengthDistribution = "sharegpt"
+    length_cv: Positive = 1.0
+    duration_s: Positive = 3600.0
     slo: Slo | None = None
     factorial: Factorial | None = None
     space_filling: SpaceFilling | None = None
-    seed: int = 0
-    replications: int = 1
+    seed: Whole = 0
+    replications: Count = 1
 
     def __post_init__(self) -> None:
-        require(bool(self.models), "models: give at least one")
         for model in self.models:
             model_shape(model)
-        check_grid("served_adapters", self.served_adapters)
-        check_grid("adapter_slots", self.adapter_slots)
         require(
             min(self.adapter_slots) <= max(self.served_adapters),
             "adapter_slots: all are above served_adapters; slots may not exceed served adapters",
         )
-        require_positive(self, "duration_s", "replications")
-        require(self.seed >= 0, f"seed: must be zero or more, got {self.seed}")
         has_workloads = self.factorial is not None or self.space_filling is not None
         require(has_workloads, "factorial: give factorial or space_filling workloads, or both")
 
@@ -227,10 +228,9 @@ def load_design(path: str | Path) -> Design:
     AdapterTwinError
         The file cannot be read, or has an unknown, missing or wrong key, named by its path.
     """
-    return build(Design, read_yaml(Path(path)), "")
+    return read(Design, read_yaml(Path(path)))
 
 
-def _check_ranks(mixes: Sequence[str]) -> None:
-    require(len(mixes) > 0, "ranks: give at least one mix")
+def _check_ranks(mixes: tuple[str, ...]) -> None:
     for mix in mixes:
         slot_rank(parse_ranks(mix))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,19 @@ from adapter_twin.measure.micro_plan import MicroPlan
 from adapter_twin.measure.model_folder import check_model
 from adapter_twin.workload.files import read_yaml
 from adapter_twin.workload.models import MODEL_CONFIGS, model_shape
-from adapter_twin.workload.scenario import Lengths, Workload, deal_adapters
-from adapter_twin.workload.strict import build, require, require_positive, suggestion
+from adapter_twin.workload.scenario import Lengths, LoraRank, Workload, deal_adapters
+from adapter_twin.workload.strict import (
+    Count,
+    NotNegative,
+    Positive,
+    Some,
+    Text,
+    Whole,
+    dataclass,
+    read,
+    require,
+    suggestion,
+)
 from adapter_twin.workload.trace import Trace, generate, generators
 
 
@@ -30,11 +41,8 @@ class Micro:
     plan : MicroPlan
     """
 
-    engines: tuple[EngineFlags, ...]
+    engines: Some[EngineFlags]
     plan: MicroPlan
-
-    def __post_init__(self) -> None:
-        require(bool(self.engines), "engines: must not be empty; give at least one")
 
     def adapter_ranks(self) -> tuple[int, ...]:
         """Return the rank of every synthetic adapter that the plan needs.
@@ -66,17 +74,15 @@ class ServingRun:
         Times that the very same traffic is served.
     """
 
-    served_adapters: int
-    adapter_slots: int
-    rates: tuple[float, ...]
-    ranks: tuple[int, ...]
-    max_lora_rank: int
+    served_adapters: Count
+    adapter_slots: Count
+    rates: Some[NotNegative]
+    ranks: Some[Count]
+    max_lora_rank: LoraRank
     held_out: bool = False
-    repeats: int = 1
+    repeats: Count = 1
 
     def __post_init__(self) -> None:
-        require_positive(self, "adapter_slots", "repeats")
-        deal_adapters(self.served_adapters, self.rates, self.ranks)
         require(
             self.adapter_slots <= self.served_adapters,
             f"adapter_slots: {self.adapter_slots} exceed served_adapters = {self.served_adapters}; "
@@ -109,13 +115,9 @@ class Serving:
     runs : tuple of ServingRun
     """
 
-    duration_s: float
+    duration_s: Positive
     lengths: Lengths
-    runs: tuple[ServingRun, ...]
-
-    def __post_init__(self) -> None:
-        require_positive(self, "duration_s")
-        require(bool(self.runs), "runs: must not be empty; give at least one")
+    runs: Some[ServingRun]
 
     def workload(self, run: ServingRun) -> Workload:
         """Return a run's adapters and their traffic."""
@@ -171,20 +173,17 @@ class Campaign:
     serving : Serving, optional
     """
 
-    name: str
+    name: Text
     model: str
     engine: EngineFlags
-    budget_s: float
+    budget_s: Positive
     adapters: str | None = None
-    cpu_memory_gib: float | None = None
-    seed: int = 0
+    cpu_memory_gib: Positive | None = None
+    seed: Whole = 0
     micro: Micro | None = None
     serving: Serving | None = None
 
     def __post_init__(self) -> None:
-        require(bool(self.name), "name: must not be empty")
-        require(self.seed >= 0, f"seed: must be zero or more, got {self.seed}")
-        require_positive(self, "budget_s")
         has_pieces = self.micro is not None or self.serving is not None
         require(has_pieces, "micro: nothing to measure; give micro, serving or both")
         for index, engine in enumerate(self.micro.engines if self.micro else ()):
@@ -252,7 +251,7 @@ def load_campaign(path: str | Path) -> Campaign:
     file = Path(path)
     content = read_yaml(file)
     if not isinstance(content, dict):
-        return build(Campaign, content, "")
+        return read(Campaign, content)
     content = dict(content)
     model = content.get("model")
     if isinstance(model, str) and model not in MODEL_CONFIGS:
@@ -268,9 +267,9 @@ def load_campaign(path: str | Path) -> Campaign:
         if model not in MODEL_CONFIGS:  # a real model has weights to read
             engine = {"load_format": "auto", **engine}
         content["engine"] = {**_SLOTLESS, **engine}
-        build(EngineFlags, content["engine"], "engine")
+        read(EngineFlags, content["engine"], "engine")
         _share(engine, content.get("micro"))
-    return build(Campaign, content, "")
+    return read(Campaign, content)
 
 
 def _model_folder(model: str, parent: Path) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from adapter_twin.workload.scenario import LORA_RANKS
-from adapter_twin.workload.strict import require, require_positive
+from adapter_twin.workload.scenario import LoraRank, Share
+from adapter_twin.workload.strict import Count, Positive, Whole, dataclass, require
 
 GIB = 2**30
 
@@ -32,33 +31,25 @@ class EngineFlags:
         Size of the KV cache on a CPU, where `gpu_memory_utilization` decides nothing.
     """
 
-    max_loras: int
-    max_lora_rank: int
-    max_cpu_loras: int
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    max_model_len: int = 1024
-    block_size: int | None = None
+    max_loras: Whole
+    max_lora_rank: LoraRank
+    max_cpu_loras: Whole
+    max_num_seqs: Count = 64
+    max_num_batched_tokens: Count = 512
+    max_model_len: Count = 1024
+    block_size: Count | None = None
     dtype: str = "bfloat16"
     load_format: str = "dummy"
     enforce_eager: bool = False
-    gpu_memory_utilization: float = 0.9
-    cpu_kv_cache_gib: float = 1.0
+    gpu_memory_utilization: Share = 0.9
+    cpu_kv_cache_gib: Positive = 1.0
 
     def __post_init__(self) -> None:
-        require_positive(self, "max_num_seqs", "max_num_batched_tokens", "max_model_len")
-        require_positive(self, "gpu_memory_utilization", "cpu_kv_cache_gib")
-        require(self.max_loras >= 0, f"max_loras: must be zero or more, got {self.max_loras}")
-        if self.max_loras:
-            require(
-                self.max_lora_rank in LORA_RANKS,
-                f"max_lora_rank: use one of {LORA_RANKS}, got {self.max_lora_rank}",
-            )
-            require(
-                self.max_loras <= self.max_cpu_loras,
-                f"max_cpu_loras: {self.max_cpu_loras} is below max_loras = {self.max_loras}; "
-                "raise it or lower the slots",
-            )
+        require(
+            self.max_loras <= self.max_cpu_loras,
+            f"max_cpu_loras: {self.max_cpu_loras} is below max_loras = {self.max_loras}; "
+            "raise it or lower the slots",
+        )
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of ``vllm.EngineArgs``.

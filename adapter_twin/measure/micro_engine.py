@@ -26,7 +26,7 @@ from adapter_twin.measure.micro_plan import WARM_UP_STEPS, MicroPlan, Point, des
 from adapter_twin.measure.model_folder import check_model
 from adapter_twin.measure.recorder import Recorder, model_runner, worker_adapters
 from adapter_twin.measure.vllm_cli import PARENT, answer_version, end_with_parent
-from adapter_twin.workload.strict import build
+from adapter_twin.workload.strict import read
 
 
 @dataclass(slots=True)
@@ -219,8 +219,8 @@ def visits(points: int, repeats: int, rng: np.random.Generator) -> Iterator[tupl
 def run(folder: Path) -> None:
     """Do what ``spec.json`` in a folder says, and leave the results beside it."""
     spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
-    flags = build(EngineFlags, spec["flags"], "flags")
-    plan, adapters = build(MicroPlan, spec["plan"], "plan"), spec["adapters"]
+    flags = read(EngineFlags, spec["flags"], "flags")
+    plan, adapters = read(MicroPlan, spec["plan"], "plan"), spec["adapters"]
     started = folder / "start.json"
     try:
         engine, start = start_engine(spec["model"], flags)

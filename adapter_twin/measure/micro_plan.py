@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import product
 
 from adapter_twin.measure.engine_flags import EngineFlags
-from adapter_twin.workload.strict import require, require_positive
+from adapter_twin.workload.strict import Count, Many, Some, Whole, dataclass, require
 
 WARM_UP_STEPS = 2
 """Steps that are run and thrown away once a point's batch is complete."""
@@ -39,24 +38,15 @@ class MicroPlan:
         Adapter loads measured per rank, from disk and from host memory each.
     """
 
-    running: tuple[int, ...]
-    context_tokens: tuple[int, ...]
-    adapters: tuple[int, ...]
-    ranks: tuple[int, ...]
-    chunk_tokens: tuple[int, ...]
-    waiting: tuple[int, ...] = (16, 64, 256)
-    repeats: int = 3
-    steps: int = 8
-    loads: int = 3
-
-    def __post_init__(self) -> None:
-        for name in ("running", "context_tokens", "adapters", "ranks"):
-            require(bool(getattr(self, name)), f"{name}: must not be empty; give its levels")
-        for name in ("running", "context_tokens", "ranks", "chunk_tokens", "waiting"):
-            require(min(getattr(self, name), default=1) >= 1, f"{name}: levels must be at least 1")
-        require(min(self.adapters) >= 0, "adapters: levels must be zero or more")
-        require_positive(self, "repeats", "steps")
-        require(self.loads >= 0, f"loads: must be zero or more, got {self.loads}")
+    running: Some[Count]
+    context_tokens: Some[Count]
+    adapters: Some[Whole]
+    ranks: Some[Count]
+    chunk_tokens: Many[Count]
+    waiting: Many[Count] = (16, 64, 256)
+    repeats: Count = 3
+    steps: Count = 8
+    loads: Whole = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from adapter_twin.service.metrics import STARVATION_THRESHOLD, is_starved
 from adapter_twin.workload.scenario import Slo
-from adapter_twin.workload.strict import require
+from adapter_twin.workload.strict import dataclass
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,12 +52,8 @@ class Criterion:
     1             16          90.0  True
     """
 
-    margin: float = 0.0
+    margin: Annotated[float, Field(ge=0, lt=1 - STARVATION_THRESHOLD)] = 0.0
     slo: Slo | None = None
-
-    def __post_init__(self) -> None:
-        highest = 1 - STARVATION_THRESHOLD
-        require(0 <= self.margin < highest, f"margin: got {self.margin}, give 0 to {highest:.2g}")
 
     def feasible(self, runs: pd.DataFrame) -> pd.Series[bool]:
         """Return which runs start, do not starve, and meet the SLO.

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.plan.grid import MAX_NUM_SEQS, check_grid, slot_rank
+from adapter_twin.plan.grid import MAX_NUM_SEQS, Grid, slot_rank
 from adapter_twin.tables.datasets import read_frame
 from adapter_twin.workload.files import (
     DEFAULT_BATCHED_TOKENS,
     DEFAULT_BLOCK_TOKENS,
-    expand_adapters,
     read_yaml,
 )
 from adapter_twin.workload.scenario import (
     Adapter,
+    Adapters,
     Arrivals,
     EngineConfig,
     Lengths,
     Slo,
     Workload,
 )
-from adapter_twin.workload.strict import build, require, suggestion
+from adapter_twin.workload.strict import (
+    Count,
+    NotNegative,
+    Whole,
+    dataclass,
+    read,
+    require,
+    suggestion,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,34 +71,31 @@ class Demand:
     """
 
     model: str
-    adapters: tuple[Adapter, ...]
+    adapters: Annotated[Adapters, Field(min_length=1)]
     lengths: Lengths
     arrivals: Arrivals = field(default_factory=Arrivals)
-    base_model_request_rate: float = 0.0
+    base_model_request_rate: NotNegative = 0.0
     slo: Slo | None = None
     calibration: str = "auto"
-    seed: int = 0
-    max_num_seqs: int = MAX_NUM_SEQS
-    max_num_batched_tokens: int = DEFAULT_BATCHED_TOKENS
-    block_size: int = DEFAULT_BLOCK_TOKENS
-    slots: tuple[int, ...] | None = None
+    seed: Whole = 0
+    max_num_seqs: Count = MAX_NUM_SEQS
+    max_num_batched_tokens: Count = DEFAULT_BATCHED_TOKENS
+    block_size: Count = DEFAULT_BLOCK_TOKENS
+    slots: Grid | None = None
 
     def __post_init__(self) -> None:
-        require(bool(self.adapters), "adapters: give at least one")
         for adapter in self.adapters:
             require(
                 not adapter.pinned,
                 f"adapters: {adapter.name!r} is pinned, which only `simulate` knows; leave "
                 "`pinned` out",
             )
-        require(self.seed >= 0, f"seed: must be zero or more, got {self.seed}")
         require(
             self.arrivals.process in ("poisson", "gamma"),
             f"arrivals.process: {self.arrivals.process} cannot be planned with; use poisson or "
             "gamma, or give a request_log",
         )
         if self.slots is not None:
-            check_grid("slots", self.slots)
             require(
                 min(self.slots) <= len(self.adapters),
                 f"slots: all are above the number of adapters, {len(self.adapters)}",
@@ -164,8 +170,7 @@ def load_demand(path: str | Path) -> Demand:
     file = Path(path)
     content = read_yaml(file)
     if not isinstance(content, dict):
-        return build(Demand, content, "")
-    expand_adapters(content, "adapters")
+        return read(Demand, content)
     log = content.pop("request_log", None)
     if log is None:
         _require_rates(content.get("adapters"))
@@ -174,7 +179,7 @@ def load_demand(path: str | Path) -> Demand:
         for name in ("lengths", "arrivals", "base_model_request_rate"):
             require(name not in content, f"{name}: the request_log tells; leave it out")
         content |= measure(read_log(file.parent / log), content.get("adapters"))
-    return build(Demand, content, "")
+    return read(Demand, content)
 
 
 def _require_rates(adapters: object) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import joblib
+from pydantic import AfterValidator
 
 from adapter_twin.capacity.analytic import predict_analytic
 from adapter_twin.laws import Calibration
@@ -16,7 +17,7 @@ from adapter_twin.twin.records import Simulation
 from adapter_twin.twin.simulate import draw_requests, simulate
 from adapter_twin.workload.files import parse_ranks, records, run_to_workload
 from adapter_twin.workload.scenario import LORA_RANKS, EngineConfig, Slo, Workload
-from adapter_twin.workload.strict import require
+from adapter_twin.workload.strict import Count, Some, function, require
 from adapter_twin.workload.trace import Trace
 
 if TYPE_CHECKING:
@@ -42,11 +43,18 @@ HOPELESS = 1.6
 """Offered load by what the analytic model can serve, past which a run starves for certain."""
 
 
-def check_grid(name: str, grid: Sequence[int]) -> None:
-    """Raise `AdapterTwinError` unless a grid holds different numbers of at least one."""
-    require(len(grid) > 0, f"{name}: give at least one number")
-    require(min(grid) >= 1, f"{name}: must be at least 1, got {min(grid)}")
-    require(len(set(grid)) == len(grid), f"{name}: a number is there twice")
+def _different(grid: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(grid)) < len(grid):
+        raise ValueError("a number is there twice")
+    return grid
+
+
+Grid = Annotated[Some[Count], AfterValidator(_different)]
+
+
+@function
+def check_grids(served_grid: Grid, slots_grid: Grid) -> None:
+    """Raise `AdapterTwinError` unless each grid holds different numbers of at least one."""
 
 
 def slot_rank(ranks: Sequence[int]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
 from adapter_twin.plan.criterion import MARGIN, Criterion
-from adapter_twin.plan.grid import GRID, check_grid, evaluate, grid_runs
+from adapter_twin.plan.grid import GRID, check_grids, evaluate, grid_runs
 from adapter_twin.workload.files import parse_rates, records, run_to_workload
 from adapter_twin.workload.strict import require
 
@@ -75,8 +75,7 @@ def optimum(
     >>> found["served_adapters"], found["adapter_slots"]
     (32, 32)
     """
-    check_grid("served_grid", served_grid)
-    check_grid("slots_grid", slots_grid)
+    check_grids(tuple(served_grid), tuple(slots_grid))
     highest = max(parse_rates(workload["rates_per_adapter"]))
     require(highest > 0, "rates: all are zero; give at least one above zero")
     criterion = criterion or Criterion(margin=MARGIN)

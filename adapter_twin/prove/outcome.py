@@ -21,7 +21,7 @@ from adapter_twin.service.metrics import waits_ms
 from adapter_twin.tables import datasets
 from adapter_twin.twin.records import Records
 from adapter_twin.workload.scenario import Slo
-from adapter_twin.workload.strict import build, require
+from adapter_twin.workload.strict import read, require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,7 +83,7 @@ def read_outcome(folder: str | Path) -> Outcome:
     path = Path(folder, PLAN)
     require(path.is_file(), f"{path}: missing; `adapter-twin prove` writes it")
     workloads = json.loads(path.read_text(encoding="utf-8"))["workloads"]
-    demands = {name: build(Demand, plan["demand"], name) for name, plan in workloads.items()}
+    demands = {name: read(Demand, plan["demand"], name) for name, plan in workloads.items()}
     rows = [
         {"workload": name, "method": method, "adapter_slots": slots}
         for name, plan in workloads.items()

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from adapter_twin.plan.demand import Demand, load_demand
 from adapter_twin.workload.files import read_yaml
 from adapter_twin.workload.models import MODEL_CONFIGS
-from adapter_twin.workload.strict import build, require, require_positive, suggestion
+from adapter_twin.workload.strict import (
+    Count,
+    Many,
+    Positive,
+    Some,
+    Text,
+    Whole,
+    dataclass,
+    read,
+    require,
+)
 
 TWIN, TREE = "twin", "tree"
-METHODS = (
-    *(TWIN, "analytic", TREE),
-    *("G = N", "G = 8", "G = N/4", "largest that starts"),
-    *("fewer slots", "more slots"),
-)
+Method = Literal[
+    "twin",
+    "analytic",
+    "tree",
+    "G = N",
+    "G = 8",
+    "G = N/4",
+    "largest that starts",
+    "fewer slots",
+    "more slots",
+]
+METHODS: tuple[Method, ...] = get_args(Method)
 """Ways to choose slots: `recommend`, the analytic model, a tree that learned from the twin, rules
 of thumb, and the twin's choice moved by one candidate."""
 
@@ -58,25 +75,19 @@ class Study:
         Of the order of the runs; repeat i serves the requests of seed + i.
     """
 
-    name: str
-    workloads: tuple[str, ...]
+    name: Text
+    workloads: Some[str]
     campaign: str | None = None
     model_folder: str | None = None
     adapters: str | None = None
     design: str | None = None
-    methods: tuple[str, ...] | None = None
-    duration_s: float = 60.0
-    repeats: int = 2
-    budget_s: float = 3600.0
-    seed: int = 0
+    methods: Many[Method] | None = None
+    duration_s: Positive = 60.0
+    repeats: Count = 2
+    budget_s: Positive = 3600.0
+    seed: Whole = 0
 
     def __post_init__(self) -> None:
-        require(bool(self.name), "name: must not be empty")
-        require(bool(self.workloads), "workloads: give at least one file")
-        require_positive(self, "duration_s", "repeats", "budget_s")
-        require(self.seed >= 0, f"seed: must be zero or more, got {self.seed}")
-        for method in self.methods or ():
-            require(method in METHODS, f"methods: {method!r}{suggestion(method, METHODS)}")
         named = self.methods is None or TWIN in self.methods
         require(named, f"methods: add {TWIN}: the others are compared with it")
         names = [Path(workload).stem for workload in self.workloads]
@@ -136,7 +147,7 @@ def load_study(path: str | Path) -> Study:
     content = read_yaml(file)
     if isinstance(content, dict) and "workloads" not in content and "adapters" in content:
         return Study(name=file.stem, workloads=(str(file),))
-    study = build(Study, content, "")
+    study = read(Study, content)
     beside: dict[str, Any] = {
         name: str(file.parent / path) for name, path in study._paths().items() if path
     }

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pydantic import ConfigDict
+
 from adapter_twin.twin.eviction_chain import bring_batch, join_batch, leave_batch
 from adapter_twin.twin.hooks import Hooks
 from adapter_twin.twin.state import Limits, Requests, State
+from adapter_twin.workload.strict import CONFIG
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Policy(Hooks, new_hooks=True):
         Pinned adapters are never evicted.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = CONFIG  # for `read`
     adapter_notes: ClassVar[Mapping[str, float]] = {}
     notes: ClassVar[Mapping[str, float]] = {}
     reserves_slots: ClassVar[bool] = True

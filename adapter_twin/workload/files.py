@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from adapter_twin.workload.scenario import (
     deal_adapters,
     zipf_adapters,
 )
-from adapter_twin.workload.strict import build, require
+from adapter_twin.workload.strict import read, require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,20 +51,18 @@ def load_scenario(path: str | Path) -> Scenario:
         The file cannot be read, is no YAML, or has an unknown, missing or wrong key, which the
         message names by its path.
     """
-    file = Path(path)
-    content = read_yaml(file)
-    workload = content.get("workload") if isinstance(content, dict) else None
-    if isinstance(workload, dict):
-        expand_adapters(workload, "workload.adapters")
-        arrivals = workload.get("arrivals")
-        if isinstance(arrivals, dict) and isinstance(arrivals.get("path"), str):
-            arrivals["path"] = str(file.parent / arrivals["path"])
+    content = read_yaml(Path(path))
     if isinstance(content, dict):
         require("policy" not in content, "policy: unknown key; did you mean engine.policy?")
         engine = content.get("engine")
         if isinstance(engine, dict) and "policy" in engine:
             content["policy"] = engine.pop("policy")
-    return build(Scenario, content, "")
+    scenario = read(Scenario, content)
+    trace = scenario.workload.arrivals.path
+    if trace is None:
+        return scenario
+    arrivals = replace(scenario.workload.arrivals, path=str(Path(path).parent / trace))
+    return replace(scenario, workload=replace(scenario.workload, arrivals=arrivals))
 
 
 def read_yaml(file: Path) -> Any:
@@ -94,15 +92,6 @@ def _place(error: yaml.YAMLError | ValueError) -> str:
     if mark is None:
         return one_line(error)
     return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', error)}"
-
-
-def expand_adapters(owner: dict[str, Any], path: str) -> None:
-    """Replace the short forms of `owner["adapters"]`, at `path`, by the list they stand for."""
-    short = owner.get("adapters")
-    if isinstance(short, dict):
-        is_zipf = "zipf_exponent" in short or "total_request_rate" in short
-        adapters = build(zipf_adapters if is_zipf else deal_adapters, short, path)
-        owner["adapters"] = [asdict(adapter) for adapter in adapters]
 
 
 def parse_rates(text: object, name: str = "rates_per_adapter") -> tuple[float, ...]:
@@ -153,7 +142,7 @@ def parse_grid(name: str, text: str) -> tuple[int, ...]:
 
 def load_slo(path: str | Path) -> Slo:
     """Read a YAML file with the keys of `adapter_twin.workload.scenario.Slo`."""
-    return build(Slo, read_yaml(Path(path)), "")
+    return read(Slo, read_yaml(Path(path)))
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:

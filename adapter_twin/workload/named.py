@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 
 from adapter_twin.errors import AdapterTwinError, one_line
-from adapter_twin.workload.strict import build, require, suggestion
+from adapter_twin.workload.strict import read, require, suggestion
 
 T = TypeVar("T")
 
@@ -39,10 +39,10 @@ def make_named(given: object, known: Mapping[str, type[T]], base: type[T], path:
     name: Any = parameters.pop("name", None)
     require(isinstance(name, str), f"{path}.name: give one of {', '.join(known)}, or module:Class")
     if ":" in name:
-        return build(_import(name, base, path), parameters, path)
+        return read(_import(name, base, path), parameters, path)
     if name not in known:
         raise AdapterTwinError(f"{path}.name: unknown name {name!r}{suggestion(name, known)}")
-    return build(known[name], parameters, path)
+    return read(known[name], parameters, path)
 
 
 def parse_named(text: str) -> dict[str, Any]:

@@ -11,14 +11,41 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from itertools import cycle
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from adapter_twin.workload.strict import require, require_choice, require_positive, require_rate
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from adapter_twin.workload.strict import (
+    Count,
+    Many,
+    NotNegative,
+    Positive,
+    Text,
+    Whole,
+    dataclass,
+    function,
+    require,
+)
+
+T = TypeVar("T")
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM accepts for ``--max-lora-rank``."""
+
+
+def _lora_rank(rank: int) -> int:
+    if rank not in LORA_RANKS:
+        raise ValueError(f"vLLM takes one of {LORA_RANKS}")
+    return rank
+
+
+LoraRank = Annotated[Count, AfterValidator(_lora_rank)]
+Share = Annotated[float, Field(gt=0, le=1)]
+MeanTokens = Annotated[float, Field(ge=1)]
+Dealt = Annotated[Sequence[T], Field(min_length=1)]
+LengthDistribution = Literal["sharegpt", "lognormal", "fixed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,13 +63,41 @@ class Adapter:
     """
 
     name: str
-    rank: int
-    request_rate: float
+    rank: Count
+    request_rate: NotNegative
     pinned: bool = False
 
-    def __post_init__(self) -> None:
-        require_positive(self, "rank")
-        require_rate(self, "request_rate")
+
+@function
+def deal_adapters(
+    count: Count, request_rates: Dealt[NotNegative], ranks: Dealt[Count]
+) -> tuple[Adapter, ...]:
+    """Deal rates (requests/s each) and ranks round-robin, as the reference study did."""
+    dealt = zip(range(count), cycle(ranks), cycle(request_rates), strict=False)
+    return tuple(
+        Adapter(name=f"adapter-{i}", rank=rank, request_rate=rate) for i, rank, rate in dealt
+    )
+
+
+@function
+def zipf_adapters(
+    count: Count, total_request_rate: NotNegative, zipf_exponent: NotNegative, ranks: Dealt[Count]
+) -> tuple[Adapter, ...]:
+    """Share out `total_request_rate` (requests/s): adapter k's share goes as k^-exponent."""
+    weights = [k**-zipf_exponent for k in range(1, count + 1)]
+    scale = total_request_rate / math.fsum(weights)
+    return deal_adapters(count, [scale * weight for weight in weights], ranks)
+
+
+def _dealt(adapters: Any) -> Any:
+    """Return the adapters that a short form stands for: the arguments of one of these two."""
+    if not isinstance(adapters, dict):
+        return adapters
+    is_zipf = "zipf_exponent" in adapters or "total_request_rate" in adapters
+    return (zipf_adapters if is_zipf else deal_adapters)(**adapters)
+
+
+Adapters = Annotated[Many[Adapter], BeforeValidator(_dealt)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,34 +127,26 @@ class EngineConfig:
     adapter_twin.errors.AdapterTwinError: max_loras: 64 adapter slots exceed max_cpu_loras ...
     """
 
-    model: str
-    max_loras: int
-    max_cpu_loras: int
-    max_lora_rank: int
-    max_num_seqs: int = 2048
-    max_num_batched_tokens: int = 2048
-    block_size: int = 16
-    gpu_memory_utilization: float = 0.9
+    model: Text
+    max_loras: Count
+    max_cpu_loras: Count
+    max_lora_rank: LoraRank
+    max_num_seqs: Count = 2048
+    max_num_batched_tokens: Count = 2048
+    block_size: Count = 16
+    gpu_memory_utilization: Share = 0.9
 
     def __post_init__(self) -> None:
-        require(bool(self.model), "model: must not be empty")
-        require_positive(self, "max_loras", "max_cpu_loras", "max_num_seqs", "block_size")
-        require_positive(self, "gpu_memory_utilization")
         require(
             self.max_loras <= self.max_cpu_loras,
             f"max_loras: {self.max_loras} adapter slots exceed max_cpu_loras (served adapters) "
             f"= {self.max_cpu_loras}; lower the slots or serve more adapters",
         )
         require(
-            self.max_lora_rank in LORA_RANKS,
-            f"max_lora_rank: vLLM takes one of {LORA_RANKS}, got {self.max_lora_rank}",
-        )
-        require(
             self.max_num_batched_tokens >= self.max_num_seqs,
             f"max_num_batched_tokens: must be at least max_num_seqs = {self.max_num_seqs}, "
             f"got {self.max_num_batched_tokens}",
         )
-        require(self.gpu_memory_utilization <= 1, "gpu_memory_utilization: must be at most 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,18 +165,16 @@ class Slo:
     Examples
     --------
     >>> Slo(ttft_ms=2000, itl_ms=100)
-    Slo(ttft_ms=2000, itl_ms=100, percentile=99.0)
+    Slo(ttft_ms=2000.0, itl_ms=100.0, percentile=99.0)
     """
 
-    ttft_ms: float | None = None
-    itl_ms: float | None = None
-    percentile: float = 99.0
+    ttft_ms: Positive | None = None
+    itl_ms: Positive | None = None
+    percentile: Annotated[float, Field(gt=0, lt=100)] = 99.0
 
     def __post_init__(self) -> None:
-        limits = [name for name in ("ttft_ms", "itl_ms") if getattr(self, name) is not None]
-        require(bool(limits), "ttft_ms: an SLO needs ttft_ms or itl_ms")
-        require_positive(self, *limits)
-        require(0 < self.percentile < 100, f"percentile: got {self.percentile}, give 0 to 100")
+        limited = self.ttft_ms is not None or self.itl_ms is not None
+        require(limited, "ttft_ms: an SLO needs ttft_ms or itl_ms")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,16 +192,15 @@ class Arrivals:
     """
 
     process: Literal["poisson", "gamma", "trace", "agullo2025"] = "poisson"
-    cv: float = 1.0
-    path: str | None = None
+    cv: Positive = 1.0
+    path: Text | None = None
 
     def __post_init__(self) -> None:
-        require_choice(self, "process")
-        require_positive(self, "cv")
         require(self.process == "gamma" or self.cv == 1, "cv: only for process gamma; leave it out")
         is_trace = self.process == "trace"
-        require(not is_trace or bool(self.path), "path: process trace needs the path of a trace")
-        require(is_trace or self.path is None, "path: only for process trace; leave it out")
+        has_path = self.path is not None
+        require(has_path or not is_trace, "path: process trace needs the path of a trace")
+        require(is_trace or not has_path, "path: only for process trace; leave it out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,25 +218,20 @@ class Lengths:
         sharegpt and none for the others.
     """
 
-    distribution: Literal["sharegpt", "lognormal", "fixed"] = "sharegpt"
-    mean_input_tokens: float
-    mean_output_tokens: float
-    cv: float = 1.0
-    rank_correlation: float | None = None
+    distribution: LengthDistribution = "sharegpt"
+    mean_input_tokens: MeanTokens
+    mean_output_tokens: MeanTokens
+    cv: Positive = 1.0
+    rank_correlation: Annotated[float, Field(ge=-1, le=1)] | None = None
 
     def __post_init__(self) -> None:
-        require_choice(self, "distribution")
-        fixed = self.distribution == "fixed"
-        for name in ("mean_input_tokens", "mean_output_tokens"):
-            mean = getattr(self, name)
-            require(1 <= mean < math.inf, f"{name}: must be at least 1 token, got {mean}")
-            require(not fixed or mean == round(mean), f"{name}: fixed lengths are whole tokens")
-        require_positive(self, "cv")
         has_cv = self.distribution == "lognormal"
         require(has_cv or self.cv == 1, "cv: only for lognormal lengths; leave it out")
-        correlation = self.rank_correlation or 0.0
-        require(-1 <= correlation <= 1, f"rank_correlation: got {correlation}, give -1 to 1")
-        require(not fixed or correlation == 0, "rank_correlation: fixed lengths have none")
+        if self.distribution == "fixed":
+            for name in ("mean_input_tokens", "mean_output_tokens"):
+                whole = getattr(self, name).is_integer()
+                require(whole, f"{name}: fixed lengths are whole tokens")
+            require(not self.rank_correlation, "rank_correlation: fixed lengths have none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +241,7 @@ class Workload:
     Attributes
     ----------
     adapters : tuple of Adapter
+        In a file also the arguments of `deal_adapters` or `zipf_adapters`.
     duration_s : float
     lengths : Lengths
     arrivals : Arrivals
@@ -217,15 +257,13 @@ class Workload:
     2358
     """
 
-    adapters: tuple[Adapter, ...]
-    duration_s: float
+    adapters: Adapters
+    duration_s: Positive
     lengths: Lengths
     arrivals: Arrivals = field(default_factory=Arrivals)
-    base_model_request_rate: float = 0.0
+    base_model_request_rate: NotNegative = 0.0
 
     def __post_init__(self) -> None:
-        require_positive(self, "duration_s")
-        require_rate(self, "base_model_request_rate")
         for name, count in Counter(adapter.name for adapter in self.adapters).items():
             require(count == 1, f"adapters: {count} adapters are named {name!r}; names must differ")
 
@@ -263,13 +301,12 @@ class Scenario:
     engine: EngineConfig
     workload: Workload
     calibration: str = "auto"
-    seed: int = 0
+    seed: Whole = 0
     observer: bool = False
     slo: Slo | None = None
     policy: Any = "vllm"
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, f"seed: must be zero or more, got {self.seed}")
         check_ranks(self.engine, self.workload)
 
 
@@ -281,36 +318,6 @@ def check_ranks(engine: EngineConfig, workload: Workload) -> None:
             f"engine.max_lora_rank: {adapter.name} has rank {adapter.rank}, above max_lora_rank "
             f"= {engine.max_lora_rank}; raise max_lora_rank or leave the adapter out",
         )
-
-
-def deal_adapters(
-    count: int, request_rates: Sequence[float], ranks: Sequence[int]
-) -> tuple[Adapter, ...]:
-    """Deal rates (requests/s each) and ranks round-robin, as the reference study did."""
-    require(count >= 1, f"count: must be at least 1 adapter, got {count}")
-    require(len(request_rates) > 0, "request_rates: give at least one rate")
-    require(len(ranks) > 0, "ranks: give at least one rank")
-    for rate in request_rates:
-        require(rate >= 0, f"request_rates: must be zero or more, got {rate:g}")
-    for rank in ranks:
-        require(rank >= 1, f"ranks: must be at least 1, got {rank}")
-    dealt = zip(range(count), cycle(ranks), cycle(request_rates), strict=False)
-    return tuple(
-        Adapter(name=f"adapter-{i}", rank=rank, request_rate=float(rate)) for i, rank, rate in dealt
-    )
-
-
-def zipf_adapters(
-    count: int, total_request_rate: float, zipf_exponent: float, ranks: Sequence[int]
-) -> tuple[Adapter, ...]:
-    """Share out `total_request_rate` (requests/s): adapter k's share goes as k^-exponent."""
-    require(count >= 1, f"count: must be at least 1 adapter, got {count}")
-    total, exponent = total_request_rate, zipf_exponent
-    require(0 <= total < math.inf, f"total_request_rate: must be zero or more, got {total}")
-    require(0 <= exponent < math.inf, f"zipf_exponent: must be zero or more, got {exponent}")
-    weights = [k**-exponent for k in range(1, count + 1)]
-    scale = total / math.fsum(weights)
-    return deal_adapters(count, [scale * weight for weight in weights], ranks)
 
 
 def config_hash(config: Any) -> str:

@@ -1,50 +1,105 @@
-"""Strict checks and strict construction from plain mappings; every failure is one clear line."""
+"""Strict classes and functions: pydantic checks them, and every failure is one clear line."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-import math
-import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, lru_cache
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass
+from functools import cache, wraps
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, get_args, get_type_hints
+
+import pydantic
+from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic_core import to_json
 
 from adapter_twin.errors import AdapterTwinError
 
+P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _plain(value: Any) -> Any:
+    """Return a whole number of numpy's as Python's own."""
+    return value.item() if hasattr(value, "dtype") and value.dtype.kind in "iu" else value
+
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_plain)]
+Whole = Annotated[int, Field(ge=0), BeforeValidator(_plain)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Many = Annotated[tuple[T, ...], Strict(False)]
+Some = Annotated[tuple[T, ...], Strict(False), Field(min_length=1)]
+"""What fields hold; numbers are finite, `Many` and `Some` take a list as well."""
+
+CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass as dataclass
+else:
+
+    def dataclass(**options):
+        """Make a dataclass whose fields are checked, in Python and by `read`."""
+
+        def make(kind):
+            checked = pydantic.dataclasses.dataclass(kind, config=CONFIG, **options)
+            checked.__init__ = _in_one_line(checked.__init__, checked)
+            return checked
+
+        return make
+
+
+def function(make: Callable[P, T]) -> Callable[P, T]:
+    """Have a function's arguments checked against its annotations."""
+    return _in_one_line(pydantic.validate_call(config=CONFIG)(make), make)
+
+
+def _in_one_line(call: Callable[P, T], kind: Any) -> Callable[P, T]:
+    @wraps(call)
+    def translated(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return call(*args, **kwargs)
+        except ValidationError as error:
+            raise AdapterTwinError(_explain(error, kind)) from None
+
+    return translated
+
+
+def read(kind: type[T], content: object, path: str = "") -> T:
+    """Build a class from what a YAML or JSON file holds.
+
+    Parameters
+    ----------
+    kind : type
+        Made by `dataclass`.
+    content : object
+        Plain values; a mapping of the class's fields is expected.
+    path : str
+        Dotted path of the place, for messages; empty at the top.
+
+    Raises
+    ------
+    AdapterTwinError
+        Unknown or missing key, wrong type, or a value that the class refuses.
+    """
+    try:
+        json = to_json(content, bytes_mode="base64")  # its lists and mappings count as ours
+        built: T = _reader(kind).validate_json(json)
+    except ValidationError as error:
+        raise AdapterTwinError(_explain(error, kind, path)) from None
+    return built
+
+
+_reader: Any = cache(TypeAdapter)
 
 
 def require(holds: bool, message: str) -> None:
     """Raise `AdapterTwinError` with `message` unless the condition holds."""
     if not holds:
         raise AdapterTwinError(message)
-
-
-def require_positive(owner: object, *names: str) -> None:
-    """Check that the named attributes are finite and above zero."""
-    for name in names:
-        value = getattr(owner, name)
-        require(math.isfinite(value) and value > 0, f"{name}: must be positive, got {value}")
-
-
-def require_rate(owner: object, name: str) -> None:
-    """Check that the named attribute is a finite rate of zero or more requests/s."""
-    value = getattr(owner, name)
-    require(math.isfinite(value) and value >= 0, f"{name}: must be zero or more, got {value}")
-
-
-def require_choice(owner: object, name: str) -> None:
-    """Check that the named attribute is one of the choices of its Literal annotation."""
-    kind: Any = type(owner)
-    value, choices = getattr(owner, name), _choices(kind, name)
-    if value not in choices:
-        raise AdapterTwinError(f"{name}: got {_show(value)}{suggestion(value, choices)}")
-
-
-@cache
-def _choices(owner: Any, name: str) -> tuple[str, ...]:
-    return get_args(get_type_hints(owner)[name])
 
 
 def suggestion(given: object, choices: Iterable[str]) -> str:
@@ -54,81 +109,60 @@ def suggestion(given: object, choices: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; use one of {', '.join(choices)}"
 
 
-def build(make: Callable[..., T], given: object, path: str) -> T:
-    """Call `make` (a dataclass or a function) with the keys of a plain mapping as its arguments.
-
-    Keys are checked against the parameters, values against their annotations, and a complaint of
-    `make` itself is prefixed with the path: every error names the key as the user wrote it.
-
-    Parameters
-    ----------
-    make : callable
-        Annotated with str, int, float, bool, Literal, ``X | None``, ``tuple[X, ...]``,
-        ``Sequence[X]`` or further dataclasses.
-    given : object
-        What the file holds at this place; a mapping is expected.
-    path : str
-        Dotted path of the place, for messages; empty at the top.
-
-    Raises
-    ------
-    AdapterTwinError
-        Unknown or missing key, wrong type, or a value that `make` refuses.
-    """
-    if not isinstance(given, Mapping):
-        raise AdapterTwinError(f"{path or 'file'}: expected a mapping of keys, got {_show(given)}")
-    parameters, hints = _signature(make)
-    for key in given:
-        if key not in parameters:
-            raise AdapterTwinError(f"{_join(path, key)}: unknown key{suggestion(key, parameters)}")
-    for name, parameter in parameters.items():
-        needed = parameter.default is inspect.Parameter.empty
-        require(name in given or not needed, f"{_join(path, name)}: missing; add this key")
-    arguments = {key: convert(hints[key], value, _join(path, key)) for key, value in given.items()}
-    try:
-        return make(**arguments)
-    except AdapterTwinError as error:
-        raise AdapterTwinError(_join(path, str(error))) from None
-
-
-@lru_cache
-def _signature(
-    make: Callable[..., Any],
-) -> tuple[Mapping[str, inspect.Parameter], Mapping[str, Any]]:
-    return inspect.signature(make).parameters, get_type_hints(make)
-
-
-def convert(hint: Any, value: object, path: str) -> Any:
-    """Return `value` as the annotation `hint` asks, or raise `AdapterTwinError` naming `path`."""
-    if hint is Any:
-        return value
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return None if value is None else convert(arguments[0], value, path)
-    if origin is Literal:  # the class checks its own choices
-        return value
-    if origin in (tuple, Sequence):
-        if not isinstance(value, list):
-            raise AdapterTwinError(f"{path}: expected a list, got {_show(value)}")
-        return tuple(convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if hint in (str, bool, int, float):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = is_number if hint is float else type(value) is hint
-        require(fits, f"{path}: expected {_TYPE_NAMES[hint]}, got {_show(value)}")
-        return hint(value)
-    return build(hint, value, path)
-
-
-_TYPE_NAMES = {
-    str: "text",
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number (not in quotes; 1.0e6, not 1e6)",
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+_MAPPING = "expected a mapping of keys"
+_REASONS = {
+    "missing": "missing; add this key",
+    "missing_argument": "missing; add this key",
+    "extra_forbidden": "unknown key; leave it out",
+    "finite_number": "must be finite",
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "too_short": "must not be empty; give at least {min_length}",
+    "string_too_short": "must not be empty",
+    "string_type": "expected text",
+    "int_type": "expected a whole number",
+    "float_type": "expected a number (not in quotes; 1.0e6, not 1e6)",
+    "bool_type": "expected true or false",
+    "tuple_type": "expected a list",
+    "list_type": "expected a list",
+    "is_instance_of": "expected a {class}",
+    "dict_type": _MAPPING,
+    "dataclass_type": _MAPPING,
 }
 
 
-def _join(path: str, key: object) -> str:
-    return f"{path}.{key}" if path else str(key)
+def _explain(error: ValidationError, kind: Any, path: str = "") -> str:
+    """Say in one line what is wrong where: an unknown key, as another may miss it, or the first."""
+    found = min(error.errors(include_url=False), key=lambda one: one["type"] not in _UNKNOWN)
+    what, given, context = found["type"], found["input"], found.get("ctx", {})
+    for depth, part in enumerate(found["loc"]):
+        if isinstance(part, int) and depth == 0:  # an argument without its name
+            part = list(inspect.signature(kind).parameters)[part]
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    if isinstance(context.get("error"), AdapterTwinError):  # of several fields: it names one itself
+        return f"{path}.{context['error']}" if path else str(context["error"])
+    if what == "unexpected_keyword_argument":
+        *owners, key = found["loc"]
+        return f"{path}: unknown key{suggestion(key, _keys(kind, owners))}"
+    if what == "literal_error":
+        choices = suggestion(given, re.findall(r"'(.*?)'", context["expected"]))
+        return f"{path}: got {_show(given)}{choices}"
+    reason = _REASONS.get(what, found["msg"].removeprefix("Value error, ")).format(**context)
+    got = "" if what.startswith(("missing", "extra")) else f", got {_show(given)}"
+    return f"{path or 'file'}: {reason}{got}"
+
+
+def _keys(kind: Any, owners: list[int | str]) -> Iterable[str]:
+    """Return the keys that the class at a place within another one takes."""
+    for owner in owners:
+        if isinstance(owner, str):
+            kind = get_type_hints(kind)[owner]
+            while not is_dataclass(kind):
+                kind = next(part for part in get_args(kind) if part is not NoneType)
+    return inspect.signature(kind).parameters
 
 
 def _show(value: object) -> str:

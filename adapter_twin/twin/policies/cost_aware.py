@@ -15,7 +15,6 @@ idle adapter leaves: vLLM's rule without its chain of evictions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -24,7 +23,7 @@ from adapter_twin.twin.compiled import helper
 from adapter_twin.twin.lists import Links
 from adapter_twin.twin.residency import LoadsAtAdmission, become_idle
 from adapter_twin.twin.state import Limits, State
-from adapter_twin.workload.strict import require, require_positive, require_rate
+from adapter_twin.workload.strict import NotNegative, Positive, dataclass, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,20 +39,17 @@ class CostAware(LoadsAtAdmission):
         Age in seconds at which a use counts half.
     """
 
-    frequency: float = 0.45
-    recency: float = 0.1
-    cost: float = 0.45
-    window_s: float = 300.0
+    frequency: NotNegative = 0.45
+    recency: NotNegative = 0.1
+    cost: NotNegative = 0.45
+    window_s: Positive = 300.0
 
     # requests admitted, faded until `used_s`
     adapter_notes: ClassVar[Mapping[str, float]] = {"uses": 0.0, "used_s": 0.0}
 
     def __post_init__(self) -> None:
-        weights = ("frequency", "recency", "cost")
-        for name in weights:
-            require_rate(self, name)
-        require(any(getattr(self, n) > 0 for n in weights), "frequency: one weight must be above 0")
-        require_positive(self, "window_s")
+        weight = self.frequency + self.recency + self.cost
+        require(weight > 0, "frequency: one weight must be above 0")
 
     def admit(self, state: State, adapter: int, now_s: float) -> None:
         """Count a use, and let the others fade."""

@@ -15,7 +15,6 @@ here only for one without a slot.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -23,7 +22,7 @@ import numpy as np
 from adapter_twin.twin.compiled import helper
 from adapter_twin.twin.residency import LoadsAtAdmission, become_idle
 from adapter_twin.twin.state import Limits, Requests, State
-from adapter_twin.workload.strict import require_rate
+from adapter_twin.workload.strict import NotNegative, dataclass
 
 NOBODY = -1
 
@@ -41,18 +40,14 @@ class Drain(LoadsAtAdmission):
         has left; SGLang's is 1.2, and 0 admits nothing.
     """
 
-    max_wait_s: float
-    tolerance: float = 1.2
+    max_wait_s: NotNegative
+    tolerance: NotNegative = 1.2
 
     adapter_notes: ClassVar[Mapping[str, float]] = {
         "drained_for": NOBODY,  # the adapter that it makes room for
         "drained_by": NOBODY,  # the adapter last drained for it
         "remaining": 0,  # tokens that its longest running request has yet to emit
     }
-
-    def __post_init__(self) -> None:
-        require_rate(self, "max_wait_s")
-        require_rate(self, "tolerance")
 
     def begin_step(self, limits: Limits, requests: Requests, state: State, now_s: float) -> float:
         """Choose the adapters to drain."""

@@ -15,13 +15,13 @@ and lets them run past a threshold; here the lead over them is limited.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from adapter_twin.twin.compiled import helper
 from adapter_twin.twin.residency import LoadsAtAdmission
 from adapter_twin.twin.state import NOT_RUNNING, Limits, Requests, State
-from adapter_twin.workload.strict import require, require_rate
+from adapter_twin.workload.scenario import Share
+from adapter_twin.workload.strict import NotNegative, dataclass, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +41,10 @@ class Merge(LoadsAtAdmission):
         that arrived before the merged adapter's oldest waiting one, or before now if none waits.
     """
 
-    merge_share: float = 0.9
-    unmerge_share: float = 0.5
-    switch_s: float = 0.02
-    max_lead_s: float = 60.0
+    merge_share: Share = 0.9
+    unmerge_share: Share = 0.5
+    switch_s: NotNegative = 0.02
+    max_lead_s: NotNegative = 60.0
 
     notes: ClassVar[Mapping[str, float]] = {
         "merging": NOT_RUNNING,  # the only adapter that admits requests
@@ -54,10 +54,7 @@ class Merge(LoadsAtAdmission):
 
     def __post_init__(self) -> None:
         low, high = self.unmerge_share, self.merge_share
-        require(0 < high <= 1, f"merge_share: must be above 0 and at most 1, got {high}")
-        require(0 < low <= high, f"unmerge_share: must be above 0, at most merge_share, got {low}")
-        require_rate(self, "switch_s")
-        require(self.max_lead_s >= 0, f"max_lead_s: must be zero or more, got {self.max_lead_s}")
+        require(low <= high, f"unmerge_share: must be at most merge_share = {high}, got {low}")
 
     def begin_step(self, limits: Limits, requests: Requests, state: State, now_s: float) -> float:
         """Decide what is merged; return the seconds that switching takes."""
