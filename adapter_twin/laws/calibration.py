@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,12 @@ from adapter_twin.laws.step_time import StepTimeLaw
 from adapter_twin.tables import datasets
 from adapter_twin.workload.models import model_shape
 from adapter_twin.workload.scenario import EngineConfig, Workload
+from adapter_twin.workload.strict import dataclass, read
 
 FOLDER = datasets.SHIPPED / "calibrations"
 
 RANGE_MARGIN = 1.25
 """No warning up to that far outside the measured range."""
-
-LAWS: dict[str, type[Estimator]] = {
-    "memory": MemoryLaw,
-    "step_time": StepTimeLaw,
-    "loading": LoadingLaw,
-    "scheduling": SchedulingLaw,
-    "front_end": FrontEndLaw,
-    "early_stop": EarlyStopLaw,
-    "lengths": LengthLaw,
-    "measurement": MeasurementLaw,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +58,7 @@ class Calibration:
     early_stop: EarlyStopLaw
     lengths: LengthLaw
     measurement: MeasurementLaw
-    valid_range: dict[str, list[float]]
+    valid_range: dict[str, list[int | float]]
     provenance: dict[str, Any]
 
     @property
@@ -110,17 +100,15 @@ class Calibration:
         Raises
         ------
         AdapterTwinError
-            The file is missing, truncated or lacks a field.
+            The file is missing or truncated, or a field is missing or wrong.
         """
         try:
-            values = json.loads(path.read_text())
-            laws = {name: law.from_dict(values.pop(name)) for name, law in LAWS.items()}
-            return cls(**values, **laws)  # type: ignore[arg-type]
+            return read(cls, json.loads(path.read_text()))
         except OSError as error:
             raise AdapterTwinError(
                 f"calibration: {path} cannot be read ({error.strerror})"
             ) from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise AdapterTwinError(
                 f"calibration: {path} is no calibration ({error}); run adapter-twin calibrate"
             ) from None

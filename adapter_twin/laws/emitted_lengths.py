@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,6 +44,15 @@ class LengthLaw(Estimator):
         MAPE of the twin's throughput of slot-gated runs, by candidate for `longest_output`.
     """
 
+    longest_output: float | None
+    prompt_quantiles_: Sequence[float] = ()
+    prompt_levels_: Sequence[float] = ()
+    output_quantiles_: Sequence[float] = ()
+    output_levels_: Sequence[float] = ()
+    kv_tokens_per_request_: float = 0.0
+    rank_correlation_: float = 0.0
+    throughput_error_percent_: Mapping[str, float] = {}
+
     def __init__(self, longest_output: float | None = None) -> None:
         self.longest_output = longest_output
 
@@ -69,13 +79,6 @@ class LengthLaw(Estimator):
         self.rank_correlation_ = float(brentq(self._excess_kv, -0.9, 0.0, xtol=1e-3))
         return self
 
-    prompt_quantiles_: list[float]
-    prompt_levels_: list[float]
-    output_quantiles_: list[float]
-    output_levels_: list[float]
-    rank_correlation_: float
-    throughput_error_percent_: dict[str, float]
-
     def _excess_kv(self, rank_correlation: float) -> float:
         lengths = Lengths(
             mean_input_tokens=223.0, mean_output_tokens=197.0, rank_correlation=rank_correlation
@@ -91,14 +94,14 @@ class LengthLaw(Estimator):
     @property
     def marginals(self) -> LengthMarginals | None:
         """The distributions as `adapter_twin.workload.trace.generate` takes them, if fitted."""
-        if not hasattr(self, "prompt_quantiles_"):
+        if not self.prompt_quantiles_:
             return None
         return LengthMarginals(
             prompt_edges=tuple(self.prompt_quantiles_),
             prompt_counts=tuple(np.diff(self.prompt_levels_).tolist()),
             output_edges=tuple(self.output_quantiles_),
             output_counts=tuple(np.diff(self.output_levels_).tolist()),
-            rank_correlation=getattr(self, "rank_correlation_", 0.0),
+            rank_correlation=self.rank_correlation_,
         )
 
 
@@ -112,6 +115,9 @@ class EarlyStopLaw(Estimator):
     kept_ : float
         Mean share of the requested output that such a request emits (uniform on 0 to twice that).
     """
+
+    probability_: float
+    kept_: float
 
     @classmethod
     def never(cls) -> EarlyStopLaw:
@@ -129,9 +135,6 @@ class EarlyStopLaw(Estimator):
         lost = 1 - runs.output_tokens.sum() / asked.sum()
         self.kept_ = float(np.clip(1 - lost / self.probability_, 0.0, 0.5))
         return self
-
-    probability_: float
-    kept_: float
 
     def apply(
         self, output_tokens: NDArray[np.int32], rng: np.random.Generator

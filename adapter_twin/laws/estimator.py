@@ -6,15 +6,39 @@ command.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Self, get_type_hints
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
 
 class Estimator:
-    """A law, saved as its parameters and fitted attributes."""
+    """A law, saved as its parameters and fitted attributes.
+
+    The annotations of a class are what its file holds; those with a value may be left out.
+    """
 
     def to_dict(self) -> dict[str, Any]:
         """Return parameters and fitted attributes as plain values."""
         return {key: _plain(value) for key, value in vars(self).items()}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Let pydantic read a law from its saved form, each value as annotated."""
+        saved = core_schema.typed_dict_schema(
+            {
+                name: core_schema.typed_dict_field(
+                    handler.generate_schema(hint), required=not hasattr(cls, name)
+                )
+                for name, hint in get_type_hints(cls).items()
+            },
+            extra_behavior="forbid",
+            config=core_schema.CoreConfig(strict=True, allow_inf_nan=False),
+        )
+        return core_schema.json_or_python_schema(
+            core_schema.no_info_after_validator_function(cls.from_dict, saved),
+            core_schema.is_instance_schema(cls),
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -35,9 +35,14 @@ class FrontEndLaw(Estimator):
         95 % intervals, by attribute.
     """
 
+    overhead_ms_: float
+    overhead_per_running_ms_: float
+    first_use_ms_: float
+    interval_: dict[str, list[float]]
+
     def __init__(self) -> None:
         self.overhead_ms_ = self.overhead_per_running_ms_ = self.first_use_ms_ = 0.0
-        self.interval_: dict[str, list[float]] = {}
+        self.interval_ = {}
 
     def fit_overhead(self, running: Floats, engine_ttft_ms: Floats, ttft_ms: Floats) -> FrontEndLaw:
         """Fit the overhead to what the engine alone leaves of measured median TTFTs.
@@ -80,13 +85,20 @@ class MeasurementLaw(Estimator):
         Duration of a read of the metrics: a constant, per label set, per adapter name in them.
     """
 
+    arrivals: Literal["poisson", "agullo2025"]
+    scrape_period_s: float
+    in_flight_cap: int
+    scrape_ms_: float
+    scrape_ms_per_label_: float
+    scrape_ms_per_name_: float
+
     def __init__(
         self,
         arrivals: Literal["poisson", "agullo2025"] = "agullo2025",
         scrape_period_s: float = 2.0,
         in_flight_cap: int = 25_500,
     ) -> None:
-        self.arrivals: Literal["poisson", "agullo2025"] = arrivals
+        self.arrivals = arrivals
         self.scrape_period_s = scrape_period_s
         self.in_flight_cap = in_flight_cap
         self.scrape_ms_ = self.scrape_ms_per_label_ = self.scrape_ms_per_name_ = 0.0

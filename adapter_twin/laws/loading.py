@@ -32,6 +32,13 @@ class LoadingLaw(Estimator):
         95 % intervals, by attribute.
     """
 
+    model: str
+    interval_: dict[str, tuple[float, float]]
+    full_slot_ms_: float
+    padded_slot_ms_: float
+    read_ms_: float
+    read_ms_per_rank_: float
+
     def __init__(self, model: str) -> None:
         self.model = model
 
@@ -42,7 +49,7 @@ class LoadingLaw(Estimator):
         both = len(memory) > 0 and len(disk) > 0
         require(both, f"adapter_loads: {self.model} needs some from memory and some from disk")
         full = memory["rank"] == memory.max_lora_rank
-        self.interval_: dict[str, tuple[float, float]] = {}
+        self.interval_ = {}
         # Where only one kind was measured it stands for the other.
         self.full_slot_ms_ = self._median("full_slot_ms_", memory.load_ms[full | (not full.any())])
         self.padded_slot_ms_ = self._median(

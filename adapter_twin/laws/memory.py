@@ -15,7 +15,7 @@ import bisect
 import math
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -79,7 +79,10 @@ def slots_gib(model: str, max_loras: int, max_lora_rank: int) -> float:
     return (reserved + math.ceil(small / (2 * MIB)) * 2 * MIB) / GIB
 
 
-def _slots_take(kv_gib: NDArray[np.float64], asked_gib: pd.Series[float] | None) -> str:
+SlotsTake = Literal["segments", "bytes", "apart"]
+
+
+def _slots_take(kv_gib: NDArray[np.float64], asked_gib: pd.Series[float] | None) -> SlotsTake:
     """Tell from engine starts how slots take memory: a CPU's KV cache is as large as was asked for.
 
     Where the same was asked for whatever the slots, they are apart; else they were counted.
@@ -114,6 +117,16 @@ class MemoryLaw(Estimator):
     max_relative_error_ : float
         Of the KV tokens, over the starts fitted.
     """
+
+    model: str
+    max_model_len_: int
+    kept_tokens_: int
+    slots_: SlotsTake
+    available_gib_: float
+    available_gib_interval_: tuple[float, float]
+    capture_s_: float
+    capture_s_per_slot_: float
+    max_relative_error_: float
 
     def __init__(self, model: str) -> None:
         self.model = model

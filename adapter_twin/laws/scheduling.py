@@ -43,6 +43,12 @@ class SchedulingLaw(Estimator):
         MAPE with whole engine configurations left out.
     """
 
+    base_ms_: float
+    per_running_ms_: float
+    per_scanned_ms_: float
+    interval_: dict[str, list[float]]
+    cv_error_percent_: float
+
     def fit(self, measured: pd.DataFrame) -> SchedulingLaw:
         """Fit to measured scheduling times.
 
@@ -75,10 +81,6 @@ class SchedulingLaw(Estimator):
         )
         self.cv_error_percent_ = float(100 * np.abs(error).mean())
         return self
-
-    base_ms_: float
-    per_running_ms_: float
-    per_scanned_ms_: float
 
     def predict_ms(self, running: Floats, scanned: Floats) -> Floats:
         """Return the scheduling time of a step in ms."""

@@ -173,6 +173,12 @@ class StepTimeLaw(Estimator):
         MAPE of whole runs of left-out workloads, by form.
     """
 
+    cv_error_percent_: dict[str, float]
+    form_: str
+    token_breaks_: list[float]
+    waiting_ms_: float
+    terms_: list[dict[str, Any]]
+
     def fit(self, observed: StepObservations) -> StepTimeLaw:
         """Choose the form by leave-one-workload-out error, then fit it to everything."""
         self.cv_error_percent_ = {
@@ -198,10 +204,6 @@ class StepTimeLaw(Estimator):
             if v > 0
         ]
         return self
-
-    token_breaks_: list[float]
-    waiting_ms_: float
-    terms_: list[dict[str, Any]]
 
     @staticmethod
     def cv_errors(observed: StepObservations, form: str) -> Floats:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from adapter_twin import __version__
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.learn.surrogates import feature_array
 from adapter_twin.tables.datasets import replacing
-from adapter_twin.workload.strict import require
+from adapter_twin.workload.strict import dataclass, read, require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +41,8 @@ class About:
         The true value lies within prediction / factor and prediction x factor, 9 times of 10.
     coverage : float
         Share of unseen workloads for which it did.
+    version : str
+        Of this package, which trained it.
     """
 
     target: str
@@ -48,6 +50,7 @@ class About:
     features: str
     interval_factor: float
     coverage: float
+    version: str = __version__
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +83,8 @@ def store(trained: Trained, folder: Path) -> None:
     """Write ``<target>.skops``, and ``<target>.json`` about it."""
     target = trained.about.target
     store_estimator(trained.estimator, folder / f"{target}.skops")
-    facts = asdict(trained.about) | {"version": __version__}
-    write_text(folder / f"{target}.json", json.dumps(facts, indent=1) + "\n")
+    text = json.dumps(asdict(trained.about), indent=1) + "\n"
+    write_text(folder / f"{target}.json", text)
 
 
 def load_trained(folder: Path, target: str) -> Trained:
@@ -95,11 +98,8 @@ def load_trained(folder: Path, target: str) -> Trained:
     estimator = load_estimator(folder / f"{target}.skops")
     path = folder / f"{target}.json"
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return Trained(
-            About(**{field.name: facts[field.name] for field in fields(About)}), estimator
-        )
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return Trained(read(About, json.loads(path.read_text(encoding="utf-8"))), estimator)
+    except (OSError, ValueError) as error:
         raise AdapterTwinError(
             f"{path}: does not tell about the model ({error!r}); run adapter-twin train again"
         ) from None

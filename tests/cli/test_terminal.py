@@ -131,7 +131,7 @@ RATES = ("workload", "adapters", "request_rates")
         (CONFIG, ("engine", "model"), "gpt", ("model: 'gpt'", LLAMA)),
         (CONFIG, RATES, "0.1-0.05", (".".join(RATES), "expected a list")),
         (CONFIG, RATES, ["0.1"], (".".join(RATES), "not in quotes")),
-        (CONFIG, RATES, [-0.1], (".".join(RATES), "zero or more", "-0.1")),
+        (CONFIG, RATES, [-0.1], (".".join(RATES), "at least 0", "-0.1")),
         (CONFIG, ("workload", "adapters", "ranks"), [0], ("workload.adapters.ranks", "at least 1")),
         (CONFIG, ("workload", "adapters", "ranks"), [64], ("max_lora_rank", "raise")),
         (CONFIG, ("calibration",), "nope", ("calibration: 'nope'", "auto")),

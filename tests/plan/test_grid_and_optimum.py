@@ -85,7 +85,7 @@ def test_a_pick_never_starves_and_loses_at_most_a_tie(rows: list[tuple[float, fl
 
 @pytest.mark.parametrize("margin", [-0.1, 0.1, 0.5])
 def test_a_margin_out_of_range_is_refused(margin: float) -> None:
-    with pytest.raises(AdapterTwinError, match="margin: got"):
+    with pytest.raises(AdapterTwinError, match="margin: must be"):
         Criterion(margin=margin)
 
 
@@ -132,8 +132,8 @@ def test_the_optimum_satisfies_the_rule_and_lists_what_came_next() -> None:
         ({"model": "lama"}, {}, "lama"),
         ({"ranks": "8-1024"}, {}, "ranks: 1024 is above 512"),
         ({"rates_per_adapter": "a"}, {}, "rates_per_adapter: expected numbers"),
-        ({}, {"served_grid": [0, 16]}, "served_grid: must be at least 1"),
-        ({}, {"served_grid": []}, "served_grid: give at least one"),
+        ({}, {"served_grid": [0, 16]}, r"served_grid\[0\]: must be at least 1"),
+        ({}, {"served_grid": []}, "served_grid: must not be empty"),
         ({}, {"slots_grid": [512]}, "slots_grid: all are above served_grid"),
         ({"ranks": "256"}, {"served_grid": [384], "slots_grid": [384]}, "starts with none"),
         (
@@ -315,7 +315,7 @@ def test_a_scheduler_that_does_not_answer_is_named(
     [
         ({"modles": [LLAMA]}, "modles: unknown key; did you mean 'models'"),
         ({"models": ["lama"]}, "lama"),
-        ({"models": []}, "models: give at least one"),
+        ({"models": []}, "models: must not be empty"),
         ({"factorial": None}, "factorial: give factorial or space_filling"),
         ({"adapter_slots": [64]}, "adapter_slots: all are above served_adapters"),
         ({"served_adapters": [16, 16]}, "served_adapters: a number is there twice"),

@@ -174,12 +174,12 @@ def done(engine: TwinAsEngine, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"workloads": []}, "workloads: give at least one file"),
+        ({"workloads": []}, "workloads: must not be empty"),
         ({"workloads": ["light.yaml", "light.yaml"]}, "workloads: their file names must differ"),
         ({"methods": ["twins"]}, "methods: 'twins'; did you mean 'twin'?"),
         ({"methods": ["G = 8"]}, "methods: add twin"),
-        ({"repeats": 0}, "repeats: must be positive"),
-        ({"seed": -1}, "seed: must be zero or more"),
+        ({"repeats": 0}, "repeats: must be at least 1"),
+        ({"seed": -1}, "seed: must be at least 0"),
         ({"name": ""}, "name: must not be empty"),
         ({"workload": "light.yaml"}, "workload: unknown key; did you mean 'workloads'?"),
     ],

@@ -15,7 +15,9 @@ and lets them run past a threshold; here the lead over them is limited.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from adapter_twin.twin.compiled import helper
 from adapter_twin.twin.residency import LoadsAtAdmission
@@ -44,7 +46,7 @@ class Merge(LoadsAtAdmission):
     merge_share: Share = 0.9
     unmerge_share: Share = 0.5
     switch_s: NotNegative = 0.02
-    max_lead_s: NotNegative = 60.0
+    max_lead_s: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 60.0
 
     notes: ClassVar[Mapping[str, float]] = {
         "merging": NOT_RUNNING,  # the only adapter that admits requests
