@@ -14,3 +14,9 @@ class AdapterTwinError(ValueError):
 
     The command line prints the message and exits with status 2.
     """
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise `AdapterTwinError` with `message` unless the condition holds."""
+    if not holds:
+        raise AdapterTwinError(message)

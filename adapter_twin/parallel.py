@@ -1,24 +1,52 @@
-"""Long work: who is told how far it is, and which machines do it."""
+"""Long work: how far it is, and which machines do it."""
 
 from __future__ import annotations
 
+import logging
+import sys
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import joblib
 
 from adapter_twin.errors import AdapterTwinError
 
-Tell = Callable[[int, int, str], None]
-"""Takes how much is done, of how much, and what is going on."""
+T = TypeVar("T")
 
 CONNECT_S = 10.0
+LINE_EVERY_S = 5.0
+"""A log gets a line about long work no more often than that."""
+
+log = logging.getLogger(__name__)
 
 
-def quietly(done: int, total: int, text: str) -> None:
-    """Tell nobody."""
+def track(items: Iterable[T], what: str, total: int, done: int = 0) -> Iterator[T]:
+    """Pass items on and show how many are done: a bar on a terminal, now and then a line in a log.
+
+    Parameters
+    ----------
+    items : iterable
+    what : str
+        The work.
+    total, done : int
+        Items in all, and those that were done before.
+    """
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.progress import track as bar
+
+        yield from bar(items, escape(what), total, done, console=Console(stderr=True))
+        return
+    told_s = time.monotonic()
+    for number, item in enumerate(items, done + 1):
+        yield item
+        if time.monotonic() > told_s + LINE_EVERY_S:
+            told_s = time.monotonic()
+            log.info("%d/%d %s", number, total, what)
 
 
 @contextmanager

@@ -20,10 +20,9 @@ import numpy as np
 import pandas as pd
 
 from adapter_twin import __version__
-from adapter_twin.cli.report import progress
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.learn.stored import write_text
-from adapter_twin.parallel import Tell, quietly
+from adapter_twin.parallel import track
 from adapter_twin.plan.criterion import MARGIN, TIE, Criterion
 from adapter_twin.plan.grid import GRID, HOPELESS, evaluate, grid_runs, slot_rank
 from adapter_twin.plan.recommend import vllm_args
@@ -113,7 +112,7 @@ SLOS = {
 }
 
 
-def explore(jobs: int = -1, tell: Tell = quietly) -> pd.DataFrame:
+def explore(jobs: int = -1) -> pd.DataFrame:
     """Predict the service of every workload on every configuration.
 
     Returns
@@ -126,11 +125,10 @@ def explore(jobs: int = -1, tell: Tell = quietly) -> pd.DataFrame:
         joblib.delayed(_predict)(workload, calibrations[workload["model"]])
         for workload in workloads()
     ]
-    parts: list[pd.DataFrame] = []
-    for part in joblib.Parallel(jobs, return_as="generator")(tasks):
-        parts.append(part)
-        tell(len(parts), len(tasks), "workloads of the explorer")
-    return pd.concat(parts, ignore_index=True)
+    parts = joblib.Parallel(jobs, return_as="generator")(tasks)
+    shown = track(parts, "workloads of the explorer", len(tasks))
+    whole: pd.DataFrame = pd.concat(shown, ignore_index=True)
+    return whole
 
 
 def _predict(workload: Mapping[str, Any], calibration: Calibration) -> pd.DataFrame:
@@ -283,9 +281,7 @@ def main(out: Path) -> None:
     if out.suffix == ".js":
         write_page_data(datasets.read_table(TABLE, EXPLORER), out)
         return
-    with progress() as tell:
-        table = explore(tell=tell)
-    datasets.write_table(compact(table), out)
+    datasets.write_table(compact(explore()), out)
 
 
 if __name__ == "__main__":

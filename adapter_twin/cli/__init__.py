@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import warnings
@@ -22,13 +23,12 @@ app = typer.Typer(
 for group in (predict_verbs, plan_verbs, measure_verbs):
     app.add_typer(group.verbs)
 
-# typer's own copy of click has no public name.
-USAGE_ERROR: Any = typer.BadParameter.mro()[2]
-
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; bad input is one line on stderr and status 2."""
     warnings.showwarning = _show_warning
+    logging.basicConfig(format="%(message)s", force=True)
+    logging.getLogger("adapter_twin").setLevel(logging.INFO)
     # Asked to end, a command ends as by Ctrl-C: worker processes and servers are taken along.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     command: Any = typer.main.get_command(app)
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise KeyboardInterrupt
     except AdapterTwinError as error:
         status = _fail(str(error), 2)
-    except USAGE_ERROR as error:
+    except typer.TyperException as error:
         # Without arguments the message is the help text, which typer has printed.
         status = _fail(error.format_message(), 2) if error.format_message() else 2
     except (KeyboardInterrupt, typer.Abort):

@@ -15,10 +15,9 @@ from adapter_twin.cli.report import (
     print_json,
     print_table,
     print_text,
-    progress,
     working,
 )
-from adapter_twin.workload.strict import require
+from adapter_twin.errors import require
 
 verbs = typer.Typer()
 
@@ -81,8 +80,7 @@ def profile(
     from adapter_twin.measure.run_campaign import run_campaign
 
     check_target(out)
-    with progress() as tell:
-        summary = run_campaign(campaign, out, tell)
+    summary = run_campaign(campaign, out)
     if as_json:
         print_json({"out": str(out), **asdict(summary)})
         return
@@ -114,8 +112,7 @@ def prove(
     from adapter_twin.prove.run_study import run_study
 
     check_target(out)
-    with progress() as tell:
-        summary = run_study(workload, engine.value, out, tell)
+    summary = run_study(workload, engine.value, out)
     if "runs" not in summary.rows or not (out / PLAN).is_file():
         print_text(summary.stopped or "nothing is measured yet")
         return

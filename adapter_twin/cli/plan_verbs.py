@@ -15,7 +15,6 @@ from adapter_twin.cli.report import (
     print_mapping,
     print_table,
     print_text,
-    progress,
     working,
 )
 
@@ -162,14 +161,13 @@ def place(
     if picture is not None:
         check_target(picture, ".png", ".svg", ".pdf")
     demand = load_demand(workload)
-    with progress() as tell:
+    with working("placing"):
         answer, placement = place_adapters(
             demand,
             gpus=gpus,
             replicate_above=replicate_above,
             margin=MARGIN if margin is None else margin,
             jobs=jobs,
-            tell=tell,
         )
     if manifests is not None:
         laws = load_calibration(demand.calibration, demand.model)
@@ -222,10 +220,7 @@ def sweep(
     check_target(out)
     if table is not None:
         check_target(table, ".parquet")
-    with progress() as tell:
-        done = run_sweep(
-            design, out, calibration=calibration, jobs=jobs, scheduler=scheduler, tell=tell
-        )
+    done = run_sweep(design, out, calibration=calibration, jobs=jobs, scheduler=scheduler)
     runs = read_sweep(out)
     if table is not None:
         datasets.write_table(compact(runs), table)
@@ -262,8 +257,8 @@ def train(
 
     check_target(out)
     criterion = Criterion(margin=MARGIN if margin is None else margin)
-    with progress() as tell:
-        comparison, _ = fit_models(read_sweep(sweep_table), out, criterion, jobs=jobs, tell=tell)
+    with working("fitting"):
+        comparison, _ = fit_models(read_sweep(sweep_table), out, criterion, jobs=jobs)
     best = chosen(comparison)
     if as_json:
         print_json({"out": str(out), "chosen": best.to_dict("records")})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -52,7 +51,6 @@ def predict(
         seed=seed,
         jobs=jobs,
         observer=observer is Observer.recorded,
-        progress=sys.stderr.isatty(),
     )
     datasets.write_table(predictions, out)
     feasible = predictions["feasible_start"]
@@ -85,7 +83,7 @@ def validate(
     if out is not None:
         check_target(out)
     measured = datasets.read_measured_runs(runs)
-    predictions = predict(measured, calibration, seed=seed, jobs=jobs, progress=sys.stderr.isatty())
+    predictions = predict(measured, calibration, seed=seed, jobs=jobs)
     starts = authors = None
     if datasets.find("memory") is not None:
         memory = datasets.load("memory")

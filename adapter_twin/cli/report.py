@@ -6,12 +6,12 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapter_twin.workload.strict import require
+from adapter_twin.errors import require
 
 # rich is imported late: `--help` does not need its tables.
 if TYPE_CHECKING:
@@ -51,30 +51,6 @@ def working(text: str) -> AbstractContextManager[Any]:
     from rich.console import Console
 
     return Console(stderr=True).status(text)
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[int, int, str], None]]:
-    """Give a function that shows how much is done, of how much, and what is going on.
-
-    A bar where stderr is a terminal, a line each elsewhere.
-    """
-    if not sys.stderr.isatty():
-        yield lambda done, total, text: print(f"{done}/{total} {text}", file=sys.stderr, flush=True)
-        return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        *(MofNCompleteColumn(), BarColumn(bar_width=20), TimeElapsedColumn()),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task("", total=None)
-        yield lambda done, total, text: bars.update(
-            task, completed=done, total=total, description=escape(text)
-        )
 
 
 def print_json(content: Any) -> None:

@@ -11,7 +11,6 @@ from adapter_twin.fleet.check import check_placement
 from adapter_twin.fleet.oracle import Oracle, Spread
 from adapter_twin.fleet.packing import Groups
 from adapter_twin.fleet.placement import Placement
-from adapter_twin.parallel import Tell, quietly
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +53,6 @@ def hold(
     groups: Groups,
     *,
     jobs: int = -1,
-    tell: Tell = quietly,
 ) -> tuple[Placement, pd.DataFrame, int]:
     """Check a placement in the twin and repair what does not serve, until all of it does.
 
@@ -66,7 +64,6 @@ def hold(
         Indices into ``oracle.parts``, one list per GPU.
     jobs : int
         Processes; -1 is one per core.
-    tell : callable
 
     Returns
     -------
@@ -83,15 +80,13 @@ def hold(
     """
     demand, changed = oracle.demand, set[int]()
     groups = [list(group) for group in groups]
-    for done in range(ROUNDS):
-        tell(done, ROUNDS, f"simulating {len(groups)} GPUs")
+    for _ in range(ROUNDS):
         placement = oracle.place(groups)
         checked = check_placement(
             demand, placement, oracle.calibration, seed=demand.seed, jobs=jobs
         )
         starving = checked.index[~checked.serves].tolist()
         if not starving:
-            tell(ROUNDS, ROUNDS, "every GPU serves")
             return placement, checked, len(changed)
         if len(starving) > MOST_STARVING * len(groups):
             break

@@ -11,7 +11,6 @@ from adapter_twin.fleet.placement import Placement
 from adapter_twin.fleet.shortest_wait import shortest_wait
 from adapter_twin.fleet.strategies import Held, place_and_hold
 from adapter_twin.laws import load_calibration
-from adapter_twin.parallel import Tell, quietly
 from adapter_twin.plan.criterion import MARGIN
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.recommend import NOTABLE_WAIT_MS, vllm_args
@@ -29,7 +28,6 @@ def place(
     margin: float = MARGIN,
     replicate_above: float = 1.0,
     jobs: int = -1,
-    tell: Tell = quietly,
 ) -> tuple[dict[str, Any], Placement]:
     """Place a demand's adapters on as few GPUs as possible, or on a given number; all serve.
 
@@ -44,7 +42,6 @@ def place(
         See `adapter_twin.fleet.oracle.Oracle`.
     jobs : int
         Processes of the check; -1 is one per core.
-    tell : callable
 
     Returns
     -------
@@ -76,11 +73,10 @@ def place(
     """
     calibration = warmed_up(load_calibration(demand.calibration, demand.model))
     oracle = Oracle(demand, calibration, margin=margin, replicate_above=replicate_above)
-    tell(0, 1, f"placing {len(demand.adapters)} adapters")
     if gpus is None:
-        held = place_and_hold(oracle, jobs=jobs, tell=tell)
+        held = place_and_hold(oracle, jobs=jobs)
     else:
-        held = shortest_wait(oracle, gpus, jobs=jobs, tell=tell)
+        held = shortest_wait(oracle, gpus, jobs=jobs)
     answer = {
         "gpus": len(held.placement.replicas),
         "lower_bound": held.bound,

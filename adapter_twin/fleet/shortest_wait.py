@@ -10,11 +10,10 @@ from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.packing import Groups
 from adapter_twin.fleet.proof.bound import Floats, gpus_for
 from adapter_twin.fleet.strategies import Held, fewest
-from adapter_twin.parallel import Tell, quietly
 from adapter_twin.workload.strict import require
 
 
-def shortest_wait(oracle: Oracle, gpus: int, *, jobs: int = -1, tell: Tell = quietly) -> Held:
+def shortest_wait(oracle: Oracle, gpus: int, *, jobs: int = -1) -> Held:
     """Return the placement on so many GPUs whose slowest GPU has the lowest p99 TTFT in the twin.
 
     Tried are: even loads; even prices (`adapter_twin.fleet.proof.bound`), which weigh a slot
@@ -38,8 +37,7 @@ def shortest_wait(oracle: Oracle, gpus: int, *, jobs: int = -1, tell: Tell = qui
     if len(groups) <= gpus:
         tried.append(_halved(groups, prices, gpus))
     held = []
-    for done, candidate in enumerate(tried):
-        tell(done, len(tried), f"simulating {gpus} GPUs")
+    for candidate in tried:
         if all(oracle.serve(group) is not None for group in candidate):
             placement = oracle.place(candidate)
             checked = check_placement(
@@ -47,7 +45,6 @@ def shortest_wait(oracle: Oracle, gpus: int, *, jobs: int = -1, tell: Tell = qui
             )
             if checked.serves.all():
                 held.append(Held(oracle, bound, placement, checked, repaired=0))
-    tell(len(tried), len(tried), "chosen by the longest p99 TTFT")
     require(
         bool(held),
         f"gpus: {gpus} are too few to serve; {bound} are the least that can be, and "

@@ -11,7 +11,6 @@ from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.packing import Groups, best_greedy
 from adapter_twin.fleet.placement import Placement
 from adapter_twin.fleet.proof.bound import Floats, gpus_for, prices_of
-from adapter_twin.parallel import Tell, quietly
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,7 +54,7 @@ def fewest(oracle: Oracle) -> tuple[Groups, Floats]:
     return improve(oracle, best_greedy(oracle), prices, enough=gpus_for(prices)), prices
 
 
-def place_and_hold(oracle: Oracle, *, jobs: int = -1, tell: Tell = quietly) -> Held:
+def place_and_hold(oracle: Oracle, *, jobs: int = -1) -> Held:
     """Place by an oracle and have the twin agree; where an SLO is missed, learn why and try again.
 
     Raises
@@ -69,7 +68,7 @@ def place_and_hold(oracle: Oracle, *, jobs: int = -1, tell: Tell = quietly) -> H
     while True:
         groups, prices = fewest(oracle)
         try:
-            return Held(oracle, gpus_for(prices), *hold(oracle, groups, jobs=jobs, tell=tell))
+            return Held(oracle, gpus_for(prices), *hold(oracle, groups, jobs=jobs))
         except NotServed as missed:
             left -= 1
             if oracle.demand.slo is None or left == 0:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from adapter_twin.learn.features import traffic_features
 from adapter_twin.learn.surrogates import make_model, to_grid
 from adapter_twin.learn.sweep import read_sweep, run_sweep
-from adapter_twin.parallel import Tell
 from adapter_twin.plan.candidates import candidate_slots
 from adapter_twin.plan.criterion import MARGIN, Criterion
 from adapter_twin.plan.demand import Demand
@@ -24,7 +23,7 @@ MODEL = "decision tree"
 """Of `adapter_twin.learn.surrogates.MODELS`."""
 
 
-def learn_slots(design: Path, out: Path, calibration: str, tell: Tell) -> Callable[[Demand], int]:
+def learn_slots(design: Path, out: Path, calibration: str) -> Callable[[Demand], int]:
     """Sweep a design with the twin, fit a tree to the best slots, and return it as a method.
 
     Parameters
@@ -34,9 +33,8 @@ def learn_slots(design: Path, out: Path, calibration: str, tell: Tell) -> Callab
     out : pathlib.Path
         Of the sweep.
     calibration : str
-    tell : callable
     """
-    run_sweep(design, out, calibration=calibration, tell=tell)
+    run_sweep(design, out, calibration=calibration)
     tree = fit_tree(read_sweep(out))
 
     def choose(demand: Demand) -> int:

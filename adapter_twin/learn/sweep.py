@@ -10,7 +10,7 @@ import joblib
 from adapter_twin import __version__
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.learn.design import Design, load_design
-from adapter_twin.parallel import Tell, quietly, workers
+from adapter_twin.parallel import track, workers
 from adapter_twin.plan.grid import FIGURES, evaluate, grid_runs
 from adapter_twin.tables.datasets import read_table, replacing, write_table
 from adapter_twin.workload.files import records
@@ -31,7 +31,6 @@ def run_sweep(
     calibration: str = "auto",
     jobs: int = -1,
     scheduler: str | None = None,
-    tell: Tell = quietly,
 ) -> int:
     """Predict what a design asks and is not in `out` yet.
 
@@ -47,8 +46,6 @@ def run_sweep(
         Processes on this machine; -1 is one per core.
     scheduler : str, optional
         Address of a Dask scheduler, ``tcp://host:port``, whose workers do the work instead.
-    tell : callable
-        Told of the workloads that are complete, at the start and after every one.
 
     Returns
     -------
@@ -68,13 +65,10 @@ def run_sweep(
         workloads = design.workloads()
         todo = [row for row in records(workloads) if not _part(out, row).is_file()]
         done, total = len(workloads) - len(todo), len(workloads)
-        tell(done, total, f"sweep {design.name}")
         tasks = (joblib.delayed(_predict)(row, design, calibrations[row["model"]]) for row in todo)
         results = joblib.Parallel(jobs, return_as="generator_unordered")(tasks)
-        for workload_id, model, table in results:
+        for workload_id, model, table in track(results, f"sweep {design.name}", total, done):
             write_table(table, _part(out, {"model": model, "workload_id": workload_id}))
-            done += 1
-            tell(done, total, f"sweep {design.name}")
     return len(todo)
 
 

@@ -33,7 +33,6 @@ from adapter_twin.learn.verdicts import (
     fit_classifier,
     verdicts,
 )
-from adapter_twin.parallel import Tell, quietly
 from adapter_twin.plan.criterion import Criterion
 from adapter_twin.tables.datasets import write_table
 from adapter_twin.workload.strict import require
@@ -55,7 +54,6 @@ def train(
     criterion: Criterion,
     *,
     jobs: int = -1,
-    tell: Tell = quietly,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Fit every model to the optima of a sweep, keep the best of each target, and describe it.
 
@@ -69,7 +67,6 @@ def train(
         What makes a configuration the optimum.
     jobs : int
         Processes; -1 is one per core.
-    tell : callable
 
     Returns
     -------
@@ -100,8 +97,7 @@ def train(
             f"{language}: no simulated run starves; sweep higher rates or more served adapters",
         )
     comparisons, classifiers = [], []
-    for done, language in enumerate(languages):
-        tell(done, len(languages), f"fitting to {language}")
+    for language in languages:
         own = labels[(labels["model"] == language) & labels.has_optimum].reset_index(drop=True)
         of_model = runs[runs["model"] == language]
         comparison, of_runs = _train_one(own, of_model, out / language, criterion, jobs)
@@ -110,7 +106,6 @@ def train(
     tables = pd.concat(comparisons, ignore_index=True), pd.concat(classifiers, ignore_index=True)
     for table, name in zip(tables, ("comparison", "classifiers"), strict=True):
         write_table(table, out / f"{name}.csv")
-    tell(len(languages), len(languages), "done")
     return tables
 
 

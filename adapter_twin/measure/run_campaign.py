@@ -9,10 +9,9 @@ from adapter_twin.measure.machine import describe_machine, require_engine
 from adapter_twin.measure.pieces import groups
 from adapter_twin.measure.store import Store
 from adapter_twin.measure.work_session import Summary, WorkSession
-from adapter_twin.parallel import Tell, quietly
 
 
-def run_campaign(file: Path, out: Path, tell: Tell = quietly) -> Summary:
+def run_campaign(file: Path, out: Path) -> Summary:
     """Measure what a campaign file asks and is not in `out` yet, and write the tables there.
 
     Parameters
@@ -23,8 +22,6 @@ def run_campaign(file: Path, out: Path, tell: Tell = quietly) -> Summary:
         Gets the tables of `adapter_twin.tables.campaign_schemas`, ``campaign.yaml`` and
         ``machine.json``; a later call goes on from its ``pieces/``, and ``work/`` holds models,
         adapters and logs.
-    tell : callable
-        Told before and after every piece.
 
     Raises
     ------
@@ -44,6 +41,5 @@ def run_campaign(file: Path, out: Path, tell: Tell = quietly) -> Summary:
         adapters=campaign.adapters,
         budget_s=campaign.budget_s,
         store=store,
-        tell=tell,
     )
     return session.measure(groups(campaign))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,8 +25,9 @@ from adapter_twin.measure.run_tables import failed, kv_cache, run_row
 from adapter_twin.measure.serving import measure_run
 from adapter_twin.measure.store import Store
 from adapter_twin.measure.vllm_server import Server, free_port
-from adapter_twin.parallel import Tell, quietly
 from adapter_twin.workload.models import MODEL_CONFIGS
+
+log = logging.getLogger(__name__)
 
 UNMEASURED_S = {"micro": 60.0, "start": 45.0}
 """Taken for the time of a micro-profile and of a server's start until one was measured."""
@@ -78,7 +80,6 @@ class WorkSession:
     budget_s : float
         Time for this call.
     store : Store
-    tell : callable
     """
 
     name: str
@@ -86,7 +87,6 @@ class WorkSession:
     adapters: str | None = None
     budget_s: float
     store: Store
-    tell: Tell = quietly
     total: int = field(default=0, init=False)
     begun_s: float = field(default_factory=time.monotonic, init=False)
 
@@ -214,7 +214,7 @@ class WorkSession:
                 f"budget_s: {max(left_s, 0):.0f} s are left of {self.budget_s:.0f} s and "
                 f"{piece_id} needs about {needed_s:.0f} s; run it again to go on"
             )
-        self.tell(len(self.store.complete()), self.total, f"{piece_id}: {line}")
+        self._say(f"{piece_id}: {line}")
 
     def _end(
         self,
@@ -225,7 +225,10 @@ class WorkSession:
     ) -> None:
         self.store.store(piece_id, tables, {"failure": failure, "took_s": took_s})
         ended = f"failed ({failure})" if failure else "measured"
-        self.tell(len(self.store.complete()), self.total, f"{piece_id}: {ended}")
+        self._say(f"{piece_id}: {ended}")
+
+    def _say(self, line: str) -> None:
+        log.info("%d/%d %s", len(self.store.complete()), self.total, line)
 
     def _longest_s(self, what: str) -> float:
         """Return the longest time that something took so far, in all calls."""

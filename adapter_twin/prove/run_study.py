@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +26,12 @@ from adapter_twin.measure.run_campaign import run_campaign
 from adapter_twin.measure.run_tables import serving_columns
 from adapter_twin.measure.store import Store
 from adapter_twin.measure.work_session import Summary, WorkSession
-from adapter_twin.parallel import Tell, quietly
 from adapter_twin.plan.demand import Demand
 from adapter_twin.prove import picks
 from adapter_twin.prove.rivals import CALIBRATION, METHODS, PLAN, TREE, Study, load_study, plain
 from adapter_twin.workload.strict import require
+
+log = logging.getLogger(__name__)
 
 CAMPAIGN = "campaign"
 SWEEP = "sweep"
@@ -37,7 +39,7 @@ SWEEP = "sweep"
 Engine = Literal["cpu", "cuda"]
 
 
-def run_study(file: Path, engine: Engine, out: Path, tell: Tell = quietly) -> Summary:
+def run_study(file: Path, engine: Engine, out: Path) -> Summary:
     """Measure what a study asks and is not in `out` yet.
 
     Parameters
@@ -50,7 +52,6 @@ def run_study(file: Path, engine: Engine, out: Path, tell: Tell = quietly) -> Su
         Gets ``plan.json``, made before anything is served, and the tables ``runs``, ``requests``
         and ``series`` of `adapter_twin.tables.campaign_schemas`; the study's campaign goes to
         ``campaign/`` and its calibration to ``calibration.json``. A later call goes on.
-    tell : callable
 
     Returns
     -------
@@ -69,7 +70,7 @@ def run_study(file: Path, engine: Engine, out: Path, tell: Tell = quietly) -> Su
     demands = study.demands()
     first = next(iter(demands.values()))
     if study.campaign is not None:
-        summary = run_campaign(Path(study.campaign), out / CAMPAIGN, tell)
+        summary = run_campaign(Path(study.campaign), out / CAMPAIGN)
         if summary.stopped is not None:
             return summary
     calibration = _calibration(study, first, out)
@@ -80,14 +81,13 @@ def run_study(file: Path, engine: Engine, out: Path, tell: Tell = quietly) -> Su
     own = out / CALIBRATION  # what was planned with lies beside what was measured
     write_text(own, calibration.to_json())
     demands = {name: replace(demand, calibration=str(own)) for name, demand in demands.items()}
-    planned = _plan(study, demands, out, tell)
+    planned = _plan(study, demands, out)
     session = WorkSession(
         name=study.name,
         model=study.model_folder or first.model,
         adapters=study.adapters,
         budget_s=study.budget_s,
         store=store,
-        tell=tell,
     )
     return session.measure(pieces(study, demands, calibration, planned))
 
@@ -123,7 +123,7 @@ def _calibration(study: Study, demand: Demand, out: Path) -> Calibration:
     return load_calibration(demand.calibration, demand.model)
 
 
-def _plan(study: Study, demands: Mapping[str, Demand], out: Path, tell: Tell) -> dict[str, Any]:
+def _plan(study: Study, demands: Mapping[str, Demand], out: Path) -> dict[str, Any]:
     """Return the plan that is there, or make it: what was said before is not said anew."""
     path = out / PLAN
     if path.is_file():
@@ -132,10 +132,10 @@ def _plan(study: Study, demands: Mapping[str, Demand], out: Path, tell: Tell) ->
     others = {}
     if study.design is not None:
         calibration = next(iter(demands.values())).calibration
-        others[TREE] = learn_slots(Path(study.design), out / SWEEP, calibration, tell)
+        others[TREE] = learn_slots(Path(study.design), out / SWEEP, calibration)
     workloads = {}
-    for done, (name, demand) in enumerate(demands.items()):
-        tell(done, len(demands), f"planning {name}")
+    for name, demand in demands.items():
+        log.info("planning %s", name)
         workloads[name] = {
             "demand": plain(demand),
             **picks.plan(demand, others, study.methods or METHODS),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import joblib
@@ -13,7 +13,7 @@ import pandas as pd
 from adapter_twin import __version__
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import Calibration, load_calibration
-from adapter_twin.parallel import workers
+from adapter_twin.parallel import track, workers
 from adapter_twin.service.metrics import (
     adapter_loading,
     is_starved,
@@ -41,7 +41,6 @@ def predict(
     seed: int = 0,
     jobs: int = -1,
     observer: bool = True,
-    progress: bool = False,
 ) -> pd.DataFrame:
     """Predict every run of a table by one simulation each.
 
@@ -60,8 +59,6 @@ def predict(
         Processes; -1 is one per core.
     observer : bool
         Include the effect that the reference measurement had on itself.
-    progress : bool
-        Show a progress bar on stderr.
 
     Returns
     -------
@@ -113,7 +110,7 @@ def predict(
     results = joblib.Parallel(n_jobs=jobs, return_as="generator")(tasks)
     predicted, messages = [], dict[str, None]()
     with workers(None):
-        for row, raised in _track(results, len(configurations)) if progress else results:
+        for row, raised in track(results, "predicting runs", len(configurations)):
             predicted.append(row)
             messages.update(dict.fromkeys(raised))
     for message in messages:
@@ -248,10 +245,3 @@ def predict_run(
             prediction["total_throughput"], workload.offered_tokens_per_s
         )
     return {**prediction, "wall_s": time.perf_counter() - started_s}, messages
-
-
-def _track(results: Iterator[Any], total: int) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(results, "predicting runs", total, console=Console(stderr=True))

@@ -10,10 +10,9 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, field
 from itertools import cycle
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -22,14 +21,13 @@ from adapter_twin.workload.strict import (
     Many,
     NotNegative,
     Positive,
+    Several,
     Text,
     Whole,
     dataclass,
     function,
     require,
 )
-
-T = TypeVar("T")
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM accepts for ``--max-lora-rank``."""
@@ -44,7 +42,6 @@ def _lora_rank(rank: int) -> int:
 LoraRank = Annotated[Count, AfterValidator(_lora_rank)]
 Share = Annotated[float, Field(gt=0, le=1)]
 MeanTokens = Annotated[float, Field(ge=1)]
-Dealt = Annotated[Sequence[T], Field(min_length=1)]
 LengthDistribution = Literal["sharegpt", "lognormal", "fixed"]
 
 
@@ -70,7 +67,7 @@ class Adapter:
 
 @function
 def deal_adapters(
-    count: Count, request_rates: Dealt[NotNegative], ranks: Dealt[Count]
+    count: Count, request_rates: Several[NotNegative], ranks: Several[Count]
 ) -> tuple[Adapter, ...]:
     """Deal rates (requests/s each) and ranks round-robin, as the reference study did."""
     dealt = zip(range(count), cycle(ranks), cycle(request_rates), strict=False)
@@ -81,7 +78,7 @@ def deal_adapters(
 
 @function
 def zipf_adapters(
-    count: Count, total_request_rate: NotNegative, zipf_exponent: NotNegative, ranks: Dealt[Count]
+    count: Count, total_request_rate: NotNegative, zipf_exponent: NotNegative, ranks: Several[Count]
 ) -> tuple[Adapter, ...]:
     """Share out `total_request_rate` (requests/s): adapter k's share goes as k^-exponent."""
     weights = [k**-zipf_exponent for k in range(1, count + 1)]

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, Va
 from pydantic_core import to_json
 
 from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import require as require
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,8 +39,12 @@ Some = Annotated[tuple[T, ...], Strict(False), Field(min_length=1)]
 CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from dataclasses import dataclass as dataclass
+
+    Several = Sequence
 else:
+    Several = Some  # of an argument, which may be a list
 
     def dataclass(**options):
         """Make a dataclass whose fields are checked, in Python and by `read`."""
@@ -96,12 +101,6 @@ def read(kind: type[T], content: object, path: str = "") -> T:
 _reader: Any = cache(TypeAdapter)
 
 
-def require(holds: bool, message: str) -> None:
-    """Raise `AdapterTwinError` with `message` unless the condition holds."""
-    if not holds:
-        raise AdapterTwinError(message)
-
-
 def suggestion(given: object, choices: Iterable[str]) -> str:
     """Return ``"; did you mean ...?"`` for a near miss, the choices otherwise."""
     choices = list(choices)
@@ -128,7 +127,6 @@ _REASONS = {
     "bool_type": "expected true or false",
     "tuple_type": "expected a list",
     "list_type": "expected a list",
-    "is_instance_of": "expected a {class}",
     "dict_type": _MAPPING,
     "dataclass_type": _MAPPING,
 }

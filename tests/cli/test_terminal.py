@@ -1,5 +1,6 @@
 """What a person sees: tables that fit a terminal, and a clear line for what new users get wrong."""
 
+import logging
 import os
 import re
 import sys
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from adapter_twin.cli import report
+from adapter_twin.parallel import track
 from adapter_twin.tables import datasets
 
 WIDTH = 80
@@ -185,7 +187,7 @@ def test_what_is_no_configuration_at_all_is_refused(
         ((*OPTIMUM, "0"), ("rates: ", "above zero")),
         ((*OPTIMUM, "0.1", "--served-grid", "8", "--slots-grid", "16"), ("slots_grid", "lower")),
         ((*OPTIMUM, "0.1", "--slo", "config.yaml"), ("ttft_ms, itl_ms, percentile",)),
-        (("place", "demand.yaml", "--margin", "2"), ("margin: got 2.0",)),
+        (("place", "demand.yaml", "--margin", "2"), ("margin: must be below 0.1",)),
         (("place", "demand.yaml", "--replicate-above", "0"), ("replicate_above: got 0.0",)),
         (("place", "demand.yaml", "--picture", "p.bmp"), ("p.bmp", ".png")),
         (("place", "config.yaml"), ("engine: unknown key", "adapters")),
@@ -225,3 +227,13 @@ def test_help_fits_a_terminal(call: Call, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("TERMINAL_WIDTH", str(WIDTH))
     for verb in re.findall(r"│ ([a-z]+) ", call("--help")[1]):
         assert max(map(len, call(verb, "--help")[1].splitlines())) <= WIDTH
+
+
+def test_a_log_gets_lines_about_long_work_that_count_what_was_done_before(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert list(track("ab", "quick work", 2)) == ["a", "b"]
+        monkeypatch.setattr("adapter_twin.parallel.LINE_EVERY_S", -1.0)
+        assert list(track("ab", "long work", 5, done=3)) == ["a", "b"]
+    assert caplog.messages == ["4/5 long work", "5/5 long work"]

@@ -1,6 +1,7 @@
 """Campaigns: strict files, pieces that are measured once, tables that meet their schemas."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -18,7 +19,6 @@ import yaml
 
 from adapter_twin import cli
 from adapter_twin.calibrate.from_tables import calibrate_tables
-from adapter_twin.cli import report
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
 from adapter_twin.measure import run_campaign as runner
@@ -271,10 +271,12 @@ def test_runs_with_the_same_flags_share_a_server_and_engines_start_in_random_ord
     )
 
 
-def test_a_campaign_leaves_tables_that_meet_their_schemas(engine: Engine, tmp_path: Path) -> None:
+def test_a_campaign_leaves_tables_that_meet_their_schemas(
+    engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file, out = write(tmp_path), tmp_path / "out"
-    lines: list[str] = []
-    summary = runner.run_campaign(file, out, lambda done, total, line: lines.append(line))
+    with caplog.at_level(logging.INFO):
+        summary = runner.run_campaign(file, out)
     assert (summary.complete, summary.pieces, summary.stopped) == (6, 6, None)
     assert summary.failed == {}
     assert sorted(engine.profiled) == [2, 4]
@@ -297,7 +299,7 @@ def test_a_campaign_leaves_tables_that_meet_their_schemas(engine: Engine, tmp_pa
     assert yaml.safe_load((out / "campaign.yaml").read_text()) == yaml.safe_load(file.read_text())
     machine = json.loads((out / "machine.json").read_text())
     assert machine["cores"] == os.cpu_count()
-    assert lines.count("micro-00: measured") == 1
+    assert sum("micro-00: measured" in line for line in caplog.messages) == 1
 
 
 def test_an_interrupted_campaign_keeps_its_tables_and_repeats_nothing(
@@ -421,15 +423,6 @@ def test_the_machine_is_named_after_its_gpu(
     assert (
         describe_machine(EngineFlags(max_loras=0, max_lora_rank=8, max_cpu_loras=0))["gpus"] == []
     )
-
-
-def test_a_terminal_gets_a_progress_bar(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with report.progress() as tell:
-        tell(1, 3, "run-000-0: [8] adapters")
-    assert "1/3" in capsys.readouterr().err
 
 
 def command_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -226,9 +226,8 @@ def test_skewed_and_bursty_rows_become_the_workload_they_describe() -> None:
 def test_a_sweep_is_resumed_without_repeating_or_losing_a_workload(
     design: Path, tmp_path: Path
 ) -> None:
-    out, told = tmp_path / "out", list[tuple[int, int]]()
-    assert run_sweep(design, out, jobs=1, tell=lambda a, b, _: told.append((a, b))) == 3
-    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    out = tmp_path / "out"
+    assert run_sweep(design, out, jobs=1) == 3
     first = read_sweep(out)
     part = next((out / "parts").glob("*/*.parquet"))
     part.unlink()

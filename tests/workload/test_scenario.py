@@ -313,7 +313,7 @@ def test_a_configuration_survives_being_written_and_read(scenario, tmp_path_fact
         ("model: llama-3.1-8b-instruct", "model: 8", ("engine.model", "text")),
         ("duration_s: 3600", "duration_s: 1e3", ("workload.duration_s", "1.0e6")),
         ("duration_s: 3600", "duration_s:", ("workload.duration_s", "nothing")),
-        ("[0.1, 0.05, 0.025]", "0.1", ("workload.adapters.request_rates", "a Sequence")),
+        ("[0.1, 0.05, 0.025]", "0.1", ("workload.adapters.request_rates", "a list")),
         ("[0.1, 0.05, 0.025]", "[0.1, x]", ("workload.adapters.request_rates[1]", "'x'")),
         ("[0.1, 0.05, 0.025]", "[-0.1]", ("workload.adapters", "request_rate", "-0.1")),
         ("max_loras: 32", "max_loras: 320", ("engine.max_loras", "320", "96")),
