@@ -1,6 +1,7 @@
 """Sphinx extension: the package's docstrings as the reference pages need them."""
 
 import os
+import re
 from importlib import import_module
 from typing import Any
 
@@ -8,11 +9,11 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.ext.autodoc import DataDocumenter
-from sphinx.ext.napoleon import NumpyDocstring
 
 os.environ["NUMBA_DISABLE_JIT"] = "1"  # autodoc sees plain functions only
 
 FIELD_OF_TUPLE = "Alias for field number"
+SEVERAL = re.compile(r"(\w+(?:, \w+)+) : (.+)")
 
 
 class ConstantDocumenter(DataDocumenter):
@@ -23,10 +24,13 @@ class ConstantDocumenter(DataDocumenter):
         return not isinstance(self.object, int | float | str)
 
 
-def list_attributes(docstring: Any, section: str) -> list[str]:
-    """Read attributes as parameters are read: a list, in which ``a, b : type`` describes both."""
-    attributes = docstring._consume_fields(multiple=True)
-    return docstring._format_docutils_params(attributes, "ivar", "vartype")
+def split_names(
+    app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]
+) -> None:
+    """Give each of ``a, b : type`` a line of its own, as napoleon reads attributes."""
+    for at, line in reversed(list(enumerate(lines))):
+        if found := SEVERAL.fullmatch(line):
+            lines[at : at + 1] = [f"{one} : {found[2]}" for one in found[1].split(", ")]
 
 
 def keep_colons(
@@ -62,9 +66,9 @@ def where_defined(
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Run after napoleon, which has read the docstrings' sections by then."""
+    """Run before napoleon (500), which reads the docstrings' sections, and after it."""
     app.add_autodocumenter(ConstantDocumenter, override=True)
-    NumpyDocstring._parse_attributes_section = list_attributes
+    app.connect("autodoc-process-docstring", split_names, priority=400)
     app.connect("autodoc-process-docstring", keep_colons, priority=900)
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("missing-reference", where_defined)

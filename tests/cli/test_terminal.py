@@ -166,7 +166,7 @@ def refused(call: Call, words: tuple[str, ...], *arguments: str) -> None:
     ("text", "words"),
     [
         ("", ("file.yaml", "is empty")),
-        ("a: [1,\nb", ("file.yaml", "line 2, column 2", "expected")),
+        ("a: [1,\nb", ("file.yaml", "line 3, column 1", "expected")),
         ("a: 2024-13-01", ("file.yaml", "not valid YAML", "month")),
         ("- 1", ("expected a mapping",)),
     ],

@@ -176,7 +176,7 @@ def done(engine: TwinAsEngine, tmp_path: Path) -> Path:
     [
         ({"workloads": []}, "workloads: must not be empty"),
         ({"workloads": ["light.yaml", "light.yaml"]}, "workloads: their file names must differ"),
-        ({"methods": ["twins"]}, "methods: 'twins'; did you mean 'twin'?"),
+        ({"methods": ["twins"]}, "methods[0]: got 'twins'; did you mean 'twin'?"),
         ({"methods": ["G = 8"]}, "methods: add twin"),
         ({"repeats": 0}, "repeats: must be at least 1"),
         ({"seed": -1}, "seed: must be at least 0"),
