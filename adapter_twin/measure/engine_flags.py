@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -10,6 +11,7 @@ from adapter_twin.workload.scenario import LoraRank, Share
 from adapter_twin.workload.strict import Count, Positive, Whole, dataclass, require
 
 GIB = 2**30
+LORA_FLAGS = ("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,28 +58,16 @@ class EngineFlags:
 
         Prefix caching is off: it would answer from memory what the profile wants to time.
         """
-        arguments: dict[str, Any] = {
-            "max_num_seqs": self.max_num_seqs,
-            "max_num_batched_tokens": self.max_num_batched_tokens,
-            "max_model_len": self.max_model_len,
-            "dtype": self.dtype,
-            "load_format": self.load_format,
-            "enforce_eager": self.enforce_eager,
-            "gpu_memory_utilization": self.gpu_memory_utilization,
-            "enable_prefix_caching": False,
-        }
-        if self.max_loras:
-            arguments |= {
-                "enable_lora": True,
-                "max_loras": self.max_loras,
-                "max_lora_rank": self.max_lora_rank,
-                "max_cpu_loras": self.max_cpu_loras,
-            }
-        if self.block_size is not None:
-            arguments["block_size"] = self.block_size
+        arguments = asdict(self) | {"enable_prefix_caching": False, "enable_lora": True}
+        kv_cache_gib = arguments.pop("cpu_kv_cache_gib")
         if is_cpu_build():
-            arguments["kv_cache_memory_bytes"] = round(self.cpu_kv_cache_gib * GIB)
-        return arguments
+            arguments["kv_cache_memory_bytes"] = round(kv_cache_gib * GIB)
+        left_out = () if self.max_loras else LORA_FLAGS
+        return {
+            name: value
+            for name, value in arguments.items()
+            if name not in left_out and value is not None
+        }
 
     def command_line(self) -> list[str]:
         """Return the same as flags of ``vllm serve``."""

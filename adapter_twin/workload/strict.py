@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, get_args, 
 
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
-from pydantic_core import to_json
+from pydantic_core import PydanticSerializationError, to_json
 
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.errors import require as require
@@ -95,6 +95,8 @@ def read(kind: type[T], content: object, path: str = "") -> T:
         built: T = _reader(kind).validate_json(json)
     except ValidationError as error:
         raise AdapterTwinError(_explain(error, kind, path)) from None
+    except PydanticSerializationError:
+        raise AdapterTwinError(f"{path or 'file'}: refers to itself; write it out") from None
     return built
 
 

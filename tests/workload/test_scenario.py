@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -108,6 +109,35 @@ def test_engine_refuses_what_vllm_refuses(change, words):
 
 def test_as_many_slots_as_served_adapters_are_allowed():
     assert replace(ENGINE, max_loras=96).max_loras == 96
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"max_loras": True}, ("max_loras", "whole number", "True")),
+        ({"max_loras": 32.0}, ("max_loras", "whole number", "32.0")),
+        ({"max_loras": "32"}, ("max_loras", "whole number", "'32'")),
+        ({"gpu_memory_utilization": "0.9"}, ("gpu_memory_utilization", "not in quotes")),
+        ({"gpu_memory_utilization": True}, ("gpu_memory_utilization", "number", "True")),
+        ({"max_lorras": 32}, ("max_lorras: unknown key", "'max_loras'")),
+    ],
+)
+def test_python_is_refused_what_a_file_is_refused(change, words):
+    refused(lambda: EngineConfig(**(asdict(ENGINE) | change)), *words)
+
+
+def test_numbers_of_a_table_become_pythons_own():
+    engine = replace(ENGINE, max_loras=np.int64(8), gpu_memory_utilization=np.float32(0.5))
+    assert (type(engine.max_loras), type(engine.gpu_memory_utilization)) == (int, float)
+    assert config_hash(engine) == config_hash(
+        replace(ENGINE, max_loras=8, gpu_memory_utilization=0.5)
+    )
+
+
+def test_a_number_of_requests_is_the_same_whole_or_not():
+    assert config_hash(replace(WORKLOAD, duration_s=60)) == config_hash(
+        replace(WORKLOAD, duration_s=60.0)
+    )
 
 
 # ---------------------------------------------------------------- traffic
@@ -324,6 +354,7 @@ def test_a_configuration_survives_being_written_and_read(scenario, tmp_path_fact
         ("", "observer: 1\n", ("observer", "true or false")),
         ("", "sede: 1\n", ("sede:", "'seed'")),
         ("", "seed: -1\n", ("seed",)),
+        ("", "slo: &a {ttft_ms: *a}\n", ("refers to itself",)),
         ("", "a: [\n", ("not valid YAML",)),
         ("", "seed: 2024-13-01\n", ("not valid YAML",)),
     ],
