@@ -106,6 +106,8 @@ _reader: Any = cache(TypeAdapter)
 def suggestion(given: object, choices: Iterable[str]) -> str:
     """Return ``"; did you mean ...?"`` for a near miss, the choices otherwise."""
     choices = list(choices)
+    if not choices:
+        return "; leave it out"
     near = difflib.get_close_matches(str(given), choices, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; use one of {', '.join(choices)}"
 
