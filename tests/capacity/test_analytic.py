@@ -1,20 +1,23 @@
 """The analytic model agrees with the twin where it claims to, and names what binds."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from adapter_twin.capacity import batches, traffic_mix
+from adapter_twin.capacity import traffic_mix
 from adapter_twin.capacity.analytic import analyse, predict_analytic
 from adapter_twin.capacity.run_columns import read_runs
 from adapter_twin.capacity.slot_sharing import share_slots
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
-from adapter_twin.laws.step_time import batch_features
+from adapter_twin.laws.step_time import StepTimeLaw
 from adapter_twin.plan.grid import grid_runs
+from adapter_twin.plan.steady_state import warmed_up
 from adapter_twin.service.predict import predict
+from adapter_twin.twin.simulate import simulate
 from adapter_twin.workload.files import records, run_to_workload
 from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, deal_adapters
 
@@ -167,27 +170,45 @@ def test_similar_rates_may_be_taken_together(monkeypatch: pytest.MonkeyPatch) ->
     pd.testing.assert_frame_equal(together[waits], apart[waits], rtol=5e-3)
 
 
-def test_step_times_follow_the_calibration() -> None:
-    """Prompts of one token join now and then: batches are decodes and those, one after another."""
-    law = load_calibration("auto", LLAMA).step_time
-    engine, running, held = (48, 32), 200.0, 300.0
-    coefficients = batches._coefficients(law, *(np.array([value, 1.0]) for value in engine))
-    np.testing.assert_allclose(coefficients[0], law.for_engine(*engine), rtol=1e-12)
-    prompts = np.repeat(np.arange(7.0)[:, None], 4, axis=1)
-    joining = 0.05
-    found = batches._mean_model_ms(
-        running,
-        joining,
-        running * held,
-        30.0,
-        prompts,
-        np.array(law.token_breaks_),
-        coefficients[0],
-        float(batches.TILE),
+@pytest.mark.parametrize(
+    ("feature", "multiplier", "ms"),
+    [
+        ("launch", "G", 0.2),
+        ("launch", "GR", 0.005),
+        ("tokens", "1", 0.15),
+        ("decodes", "1", 0.2),
+        ("context_tokens", "1", 0.001),
+        ("adapters", "R", 0.02),
+        ("adapters_tiles", "1", 0.2),
+        ("tiles", "GR", 0.004),
+        ("adapted", "1", 4.0),
+        ("adapted_tokens", "R", 0.003),
+    ],
+)
+def test_every_term_of_the_step_law_costs_what_it_does_in_the_twin(
+    feature: str, multiplier: str, ms: float
+) -> None:
+    law = StepTimeLaw()
+    law.token_breaks_, law.waiting_ms_ = [64.0], 0.0
+    costs = {("launch", "1"): (10.0, 15.0), (feature, multiplier): (ms, 2 * ms)}
+    law.terms_ = [
+        {"regime": regime, "feature": name, "multiplier": factor, "ms": cost}
+        for (name, factor), regimes in costs.items()
+        for regime, cost in enumerate(regimes)
+    ]
+    calibration = warmed_up(replace(load_calibration("auto", LLAMA), step_time=law))
+    workload = Workload(
+        adapters=deal_adapters(24, [0.1], [16]),
+        duration_s=1200.0,
+        lengths=Lengths(mean_input_tokens=223, mean_output_tokens=200),
     )
-    many = np.random.default_rng(0).poisson(joining, 100_000)
-    batch = batch_features(running + many, np.array(running), running * held + many, np.array(30.0))
-    assert found == pytest.approx(law.predict_ms(batch, *engine).mean(), rel=1e-4)
+    engine = EngineConfig(model=LLAMA, max_loras=24, max_cpu_loras=24, max_lora_rank=32)
+    gaps = simulate(workload, engine, calibration).gaps
+    itl_ms = 1e3 * np.average(gaps.gap_s, weights=gaps.count)
+    found = analyse(workload, [engine], calibration).mean_itl_ms[0]
+    assert found == pytest.approx(itl_ms, rel=0.03)
+    law.terms_ = law.terms_[:2]  # without the term
+    assert analyse(workload, [engine], calibration).mean_itl_ms[0] < 0.92 * found
 
 
 def test_traffic_to_the_base_model_waits_for_no_slot() -> None:

@@ -88,6 +88,32 @@ def test_an_slo_takes_more_gpus_and_is_met(laws: Calibration) -> None:
     assert check_placement(asked, placement, laws, jobs=1).serves.all()
 
 
+@pytest.mark.parametrize("percentile", [80.0, 95.0])
+@pytest.mark.parametrize(
+    ("figure", "limit"), [("slo_ttft_ms", "ttft_ms"), ("slo_itl_ms", "itl_ms")]
+)
+def test_the_service_at_an_slos_percentile_is_kept_by_that_share_of_the_requests(
+    laws: Calibration, percentile: float, limit: str
+) -> None:
+    def check(limit_ms: float) -> Any:
+        slo = Slo(**{limit: limit_ms}, percentile=percentile)
+        return check_placement(demand(8, 6.0, slo=slo), ALONE, laws, duration_s=900.0, jobs=1)
+
+    reached_ms = check(1e9)[f"slo_{limit}"].iloc[0]
+    assert check(reached_ms).slo_attainment.iloc[0] == pytest.approx(percentile / 100, abs=0.002)
+
+
+ALONE = Placement(
+    (
+        ReplicaPlan(
+            EngineConfig(model=LLAMA, max_loras=4, max_cpu_loras=8, max_lora_rank=16),
+            tuple(range(8)),
+            (1.0,) * 8,
+        ),
+    )
+)
+
+
 def test_a_gpu_that_starves_gives_adapters_away(
     laws: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +209,17 @@ def test_rebalancing_never_makes_it_worse(own: list[float], gpus: int, seed: int
     assert (home != old).sum() <= moved
     if before.max() - before.min() <= 0.05 * before.mean():
         assert moved == 0
+
+
+@given(st.integers(1, 6), st.integers(0, 9))
+def test_rebalancing_ends_where_gpus_are_within_a_twentieth_of_each_other(
+    gpus: int, seed: int
+) -> None:
+    """Of small items, any difference can be made up."""
+    home = np.random.default_rng(seed).integers(0, gpus, 600)
+    rebalance(np.ones(600), home, gpus)
+    after = np.bincount(home, minlength=gpus)
+    assert after.max() - after.min() <= 0.05 * after.mean()
 
 
 def test_there_is_at_least_one_gpu_to_spread_over() -> None:

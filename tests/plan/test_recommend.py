@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from scipy import stats
 
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
-from adapter_twin.plan.candidates import ALIKE, Candidates, candidate_slots
+from adapter_twin.plan.candidates import ALIKE, REPLICATIONS, Candidates, candidate_slots
 from adapter_twin.plan.demand import Demand, load_demand
 from adapter_twin.plan.recommend import recommend, sglang_args, vllm_args
 from adapter_twin.plan.refusal import largest_subset
@@ -23,7 +24,7 @@ from adapter_twin.plan.steady_state import (
     serve,
     warmed_up,
 )
-from adapter_twin.twin.simulate import draw_requests
+from adapter_twin.twin.simulate import draw_requests, simulate
 from adapter_twin.workload.scenario import Adapter, Lengths, Slo, deal_adapters
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +101,64 @@ def test_other_slots_and_other_loads_are_told(served: tuple[Demand, dict[str, An
     own = what_if[what_if.adapter_slots == answer["adapter_slots"]].sort_values("load")
     assert own.load.min() < 1 < own.load.max()
     assert own.mean_itl_ms.is_monotonic_increasing
+    served_at_once = own.total_throughput[own.load == 1].iloc[0]
+    light = own[own.load <= 1.25]
+    assert (light.total_throughput / light.load).to_list() == pytest.approx(
+        [served_at_once] * len(light), rel=0.1
+    )
+
+
+def test_a_load_multiplies_the_rates_of_adapters_and_base_model() -> None:
+    asked = demand(3, 0.4, 0.1, base_model_request_rate=2.0)
+    for load in (0.5, 1.0, 3.0):
+        workload = asked.workload(60.0, load)
+        assert [a.request_rate for a in workload.adapters] == [0.4 * load, 0.1 * load, 0.4 * load]
+        assert workload.base_model_request_rate == 2.0 * load
+
+
+def test_what_is_expected_comes_true_in_a_simulated_hour(
+    served: tuple[Demand, dict[str, Any]],
+) -> None:
+    asked, answer = served
+    run = simulate(
+        asked.workload(3600.0),
+        asked.engine(answer["adapter_slots"]),
+        warmed_up(load_calibration("auto", LLAMA)),
+        seed=99,
+    )
+    gaps, expected = run.gaps, answer["expected"]
+    assert expected["mean_itl_ms"]["value"] == pytest.approx(
+        1e3 * np.average(gaps.gap_s, weights=gaps.count), rel=0.03
+    )
+    assert expected["p99_itl_ms"]["value"] == pytest.approx(
+        1e3 * np.percentile(np.repeat(gaps.gap_s, gaps.count), 99), rel=0.1
+    )
+    ttft_ms = 1e3 * (run.records.first_token_s - run.records.arrival_s)
+    assert expected["mean_ttft_ms"]["value"] == pytest.approx(np.nanmean(ttft_ms), rel=0.1)
+    done = np.isfinite(run.records.end_s)
+    tokens = (run.records.prompt_tokens + run.records.output_tokens)[done].sum()
+    assert expected["total_throughput"]["value"] == pytest.approx(tokens / 3600, rel=0.05)
+
+
+def test_an_interval_is_students_over_windows_and_the_twins_error(
+    served: tuple[Demand, dict[str, Any]],
+) -> None:
+    asked, answer = served
+    calibration = warmed_up(load_calibration("auto", LLAMA))
+    engine = asked.engine(answer["adapter_slots"])
+    windows = [
+        serve(draw_traffic(asked, calibration, seed=seed), engine, calibration).figures
+        for seed in range(REPLICATIONS)
+    ]
+    one_more = stats.t.ppf(0.975, REPLICATIONS - 1) * np.sqrt(1 + 1 / REPLICATIONS)
+    for name, error in TWIN_ERROR.items():
+        values, told = np.array([window[name] for window in windows]), answer["expected"][name]
+        chance = one_more * np.log(values).std(ddof=1)
+        factor = np.exp(np.sqrt(chance**2 + np.log(1 + error) ** 2))
+        assert told["value"] == pytest.approx(values.mean())
+        assert [told["low"], told["high"]] == pytest.approx(
+            [values.mean() / factor, values.mean() * factor]
+        )
 
 
 def test_the_load_that_headroom_allows_is_served(served: tuple[Demand, dict[str, Any]]) -> None:

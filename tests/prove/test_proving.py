@@ -19,8 +19,6 @@ from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
 from adapter_twin.laws.memory import MemoryLaw, slots_bytes
 from adapter_twin.learn import slots_tree
-from adapter_twin.learn.features import TRAFFIC
-from adapter_twin.learn.surrogates import to_grid
 from adapter_twin.measure import work_session
 from adapter_twin.measure.campaign import load_campaign
 from adapter_twin.measure.client import ScheduleError
@@ -494,9 +492,13 @@ def test_a_single_repeat_has_no_interval() -> None:
     assert chosen.loc["G = 8", "regret"] == pytest.approx(100 / 11)
 
 
-def test_the_interval_of_a_share_is_wilsons() -> None:
-    low, high = comparison._wilson(9, 10)
-    assert (low, high) == pytest.approx((59.6, 98.2), abs=0.1)
+def test_the_interval_of_a_share_is_wilsons(done: Path) -> None:
+    measured = read_outcome(done)
+    runs = service(measured)
+    said = pd.DataFrame({"said": True, "right": [True] * 9 + [False]})
+    bars = comparison.bars(runs, comparison.choices(runs, measured.picks), said).set_index("what")
+    share = bars.loc["recommendation serves (at least)", ["reached", "low", "high"]]
+    assert share.to_list() == pytest.approx([90, 59.6, 98.2], abs=0.1)
 
 
 def test_waits_are_told_for_each_adapter_and_for_groups_of_them(done: Path) -> None:
@@ -529,38 +531,51 @@ def test_figures_show_every_workload_and_method(done: Path) -> None:
     assert [axes.get_title() for axes in drawn.axes] == ["hopeless", "light"]
 
 
-def test_a_tree_learns_the_best_slots_for_so_many_adapters() -> None:
+def learn(monkeypatch: pytest.MonkeyPatch, best: Callable[[int, float], int]) -> Any:
+    """Teach a tree the best slots by adapters and skew; return the method that it becomes."""
     rows = [
         {
-            "workload_id": f"w{rate}",
+            "workload_id": f"w{rate}-{skew}",
             "model": "small",
             "rates_per_adapter": f"{rate}",
             "ranks": "8",
             "max_lora_rank": 8,
             "mean_input_tokens": 64.0,
             "mean_requested_output_tokens": 32.0,
-            "zipf_exponent": 0.0,
+            "zipf_exponent": skew,
             "arrival_cv": 1.0,
             "served_adapters": served,
             "adapter_slots": slots,
             "feasible_start": True,
             "offered_tokens_per_s": 96 * rate * served,
-            "total_throughput": 96 * rate * served * (0.99 if slots == served // 2 else 0.5),
+            "total_throughput": 96 * rate * served * (0.99 if slots == best(served, skew) else 0.5),
             "mean_ttft_ms": 50.0,
         }
         for rate in (0.1, 0.2, 0.3, 0.4)
+        for skew in (0.0, 0.8, 1.0, 1.2, 1.4)
         for served in (8, 12, 16)
         for slots in (4, 6, 8)
     ]
-    fitted = slots_tree.fit_tree(pd.DataFrame(rows))
-    even = demand(adapters=zipf_adapters(12, 3, 0, [8]))
-    assert to_grid(fitted.predict(slots_tree._describe(even)), [4, 6, 8]).tolist() == [6]
+    monkeypatch.setattr(slots_tree, "run_sweep", lambda *_, **__: None)
+    monkeypatch.setattr(slots_tree, "read_sweep", lambda _: pd.DataFrame(rows))
+    return slots_tree.learn_slots(Path("design.yaml"), Path("out"), "auto", print)
 
 
-@pytest.mark.parametrize("exponent", [0.0, 1.0, 1.4])
-def test_a_tree_sees_the_skew_of_a_demand(exponent: float) -> None:
-    described = slots_tree._describe(demand(adapters=zipf_adapters(12, 3, exponent, [8, 16])))
-    assert described[0, TRAFFIC.index("zipf_exponent")] == pytest.approx(exponent)
+def test_a_tree_learns_the_best_slots_for_so_many_adapters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choose = learn(monkeypatch, lambda served, _: served // 2)
+    for count in (8, 12, 16):
+        assert choose(demand(adapters=zipf_adapters(count, 3, 0, [8]))) == count // 2
+
+
+@pytest.mark.parametrize(("exponent", "slots"), [(0.0, 8), (1.0, 6), (1.4, 4)])
+def test_a_tree_sees_the_skew_of_a_demand(
+    monkeypatch: pytest.MonkeyPatch, exponent: float, slots: int
+) -> None:
+    best = {0.0: 8, 0.8: 6, 1.0: 6, 1.2: 4, 1.4: 4}
+    choose = learn(monkeypatch, lambda _, skew: best[skew])
+    assert choose(demand(adapters=zipf_adapters(12, 3, exponent, [8]))) == slots
 
 
 def test_slots_and_kv_cache_share_a_cpus_memory_to_the_byte(tmp_path: Path) -> None:

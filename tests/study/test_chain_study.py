@@ -6,7 +6,6 @@ import pytest
 from adapter_twin.laws import load_calibration
 from study import ch16_chain
 from study.ch16_chain import AdapterCaches, exchange, walk
-from study.figures import chain
 
 LLAMA = "llama-3.1-8b-instruct"
 
@@ -65,7 +64,6 @@ def test_runs_without_waiting_requests_are_not_compared(runs: pd.DataFrame) -> N
     table = ch16_chain.copies_by_slots(beside)
     assert table.slots.unique().tolist() == ["8 to 64", "8"]
     assert set(table.runs) == {1}
-    assert len(chain.copies(beside).axes) == 1
 
 
 def test_the_chain_costs_time_where_slots_bind_and_nothing_where_they_do_not() -> None:
@@ -74,7 +72,6 @@ def test_the_chain_costs_time_where_slots_bind_and_nothing_where_they_do_not() -
     share = cost.set_index(["rule", "adapter_slots"]).loading_share
     assert share["vLLM", 64] > 3 * share["one line changed", 64]
     assert share["vLLM", 128] == share["one line changed", 128]
-    assert len(chain.cost(cost).axes) == 3
     ways = ch16_chain.settings(calibration, load=2.0, seeds=1, duration_s=600.0)
     by_host = ways[ways.adapter_slots == 32].set_index("max_cpu_loras").loading_share
     assert by_host[32] > 2 * by_host[33] > 2 * by_host[128]

@@ -61,14 +61,6 @@ def test_a_subsample_keeps_the_drawn_curve_whole(runs):
     assert kept["client_collapsed"].sum() == 1
 
 
-def test_a_panel_is_drawn_for_every_figure_and_slot_count(runs):
-    authors = runs[["run_id", "total_throughput", "mean_itl_ms"]].assign(mode="replay")
-    stacked = ch01_to_06.beside(runs, runs, authors)
-    figure = twin_runs.curves(stacked, ["total_throughput", "median_ttft_ms"])
-    assert len(figure.axes) == 4
-    plt.close(figure)
-
-
 def test_errors_are_drawn_in_the_order_of_load():
     rows = [
         {"twin": twin, "regime": regime, "figure": "mean_itl_ms", "value": 3, "low": 2, "high": 5}

@@ -8,7 +8,6 @@ import pytest
 
 from adapter_twin.laws import load_calibration
 from adapter_twin.learn import explain
-from adapter_twin.learn.features import traffic_features
 from adapter_twin.learn.labels import label
 from adapter_twin.learn.surrogates import TARGETS, fit
 from adapter_twin.learn.sweep import read_sweep
@@ -196,7 +195,6 @@ def test_service_settles_after_an_empty_start() -> None:
     table = ch08_window.settling(runs, load_calibration("auto", LLAMA), [0, 1])
     assert table.minute.tolist() == list(range(10))
     assert table.mean_ttft_ms[0] > table.mean_ttft_ms[5]  # first uses are read from disk
-    choices.settling(table)
 
 
 def law(n: int = 60, noise: float = 0.01) -> pd.DataFrame:
@@ -227,14 +225,12 @@ def test_a_shuffled_feature_hurts_as_much_as_it_mattered() -> None:
     by_feature = found.set_index("feature").increase
     assert by_feature["adapter_load"] > 10
     assert by_feature.drop("adapter_load").abs().max() < 0.5
-    choices.importance(found)
 
 
 def test_dependence_follows_the_law() -> None:
     rows = law()
     found = explain.dependence(rows, "traffic", "served_adapters", ["linear"], ["adapter_load"])
     assert found.predicted.is_monotonic_decreasing
-    assert len(choices.dependence(found, "N*").axes) == 1
 
 
 def test_a_drawn_tree_speaks_of_adapters_not_of_logarithms() -> None:
@@ -307,18 +303,14 @@ def test_runs_around_the_knee_are_light_full_and_starved(sweep: pd.DataFrame) ->
     assert [name.split(",")[0] for name in runs.run_id] == ["light", "at the optimum", "starved"]
 
 
-def test_models_are_compared_with_intervals_and_drawn(sweep: pd.DataFrame) -> None:
+def test_models_are_compared_with_intervals(sweep: pd.DataFrame) -> None:
     labelled = ch08_to_10.labelled_by_model(sweep, Criterion())
     models = ("linear", "decision tree")
     comparison = ch08_to_10.compare_models(labelled, models)
     assert len(comparison) == 3 * 2 * len(models)
-    assert len(choices.model_errors(comparison).axes) == 3
     bounds = ch08_to_10.intervals(labelled, comparison)
     assert bounds.coverage.between(60, 100).all()
     assert (ch08_to_10.inference(labelled[LLAMA]).r_squared > 0.3).all()
-    labels = label(sweep, Criterion())
-    figure = choices.optima(labels.join(traffic_features(labels)[["adapter_load"]]))
-    assert len(figure.axes) == 1
 
 
 def test_verdicts_are_compared_by_criterion() -> None:
@@ -349,12 +341,3 @@ def test_every_way_of_choosing_is_judged_by_the_same_grid(sweep: pd.DataFrame) -
     assert set(table.kind) >= {"search", "rule of thumb", "published"}
     trade = ch08_to_10.margins(GRID, twin, [0.0, 0.05])
     assert trade.margin.tolist() == [0, 5]
-
-
-def test_indices_are_drawn_for_every_answer() -> None:
-    rows = [
-        {"answer": answer, "factor": factor, "first": 0.1, "first_conf": 0.1, "total": 0.2,
-         "total_conf": 0.1}
-        for answer in ("itl", "ttft") for factor in ("a", "b")
-    ]  # fmt: skip
-    assert len(choices.sobol(pd.DataFrame(rows)).axes) == 2
