@@ -1,17 +1,43 @@
-"""Fixtures that several test modules share."""
+"""Fixtures that several test modules share, and a compilation that workers share."""
 
+import fcntl
+import hashlib
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from numba.core.dispatcher import Dispatcher
 
 from adapter_twin import cli
 
 # An example that takes long on a busy machine is no failure.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let a worker that needs a function which another one compiles wait for numba's cache."""
+    if not hasattr(config, "workerinput"):
+        return
+    folder = Path(tempfile.gettempdir())
+    file = os.open(folder / f"compiled-{config.workerinput['testrunuid']}", os.O_RDWR | os.O_CREAT)
+    compile_alone = Dispatcher.compile
+
+    def compile_once(self: Any, signature: Any) -> Any:
+        function = f"{self.py_func.__module__}.{self.py_func.__qualname__}{signature}"
+        place = int.from_bytes(hashlib.sha256(function.encode()).digest()[:7])
+        fcntl.lockf(file, fcntl.LOCK_EX, 1, place)
+        try:
+            return compile_alone(self, signature)
+        finally:
+            fcntl.lockf(file, fcntl.LOCK_UN, 1, place)
+
+    Dispatcher.compile = compile_once
 
 
 @pytest.fixture

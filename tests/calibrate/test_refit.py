@@ -1,17 +1,24 @@
 """Each shipped calibration comes out of its measurements again."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from adapter_twin.calibrate.from_tables import calibrate_tables
-from adapter_twin.laws import list_calibrations
+from adapter_twin.calibrate.published_fit import TABLES, fitted_runs, unsaturated_runs
+from adapter_twin.laws import Calibration, list_calibrations, load_calibration
 from adapter_twin.laws.calibration import FOLDER
+from adapter_twin.laws.emitted_lengths import EarlyStopLaw, LengthLaw
+from adapter_twin.laws.loading import LoadingLaw
+from adapter_twin.laws.memory import MemoryLaw
+from adapter_twin.laws.scheduling import SchedulingLaw, of_scheduler_runs
 from adapter_twin.tables import datasets
 
 DATA = datasets.REPOSITORY / "data"
-OWN = {"small@cpu-vllm0.32.0": DATA / "experiments" / "campaigns" / "cpu-small"}
+OWN = {"small@cpu-vllm0.32.0": DATA / "campaigns" / "cpu-small"}
+PUBLISHED = [name for name in list_calibrations() if name not in OWN]
 
 
 def leaves(content: Any, path: str = "") -> dict[str, Any]:
@@ -26,16 +33,13 @@ def leaves(content: Any, path: str = "") -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", list_calibrations())
-@pytest.mark.filterwarnings("ignore:.*is an extrapolation")
-def test_a_shipped_calibration_comes_out_of_its_measurements(name: str) -> None:
-    folder = OWN.get(name, DATA / datasets.DATASET)
-    shipped = json.loads((FOLDER / f"{name}.json").read_text())
-    fitted = json.loads(calibrate_tables(folder, shipped["model"]).to_json())
-    for content in (shipped, fitted):
+def assert_refitted(fitted: Calibration, name: str) -> None:
+    """Compare with what is shipped: numbers by value, all else to the letter."""
+    shipped, found = json.loads((FOLDER / f"{name}.json").read_text()), json.loads(fitted.to_json())
+    for content in (shipped, found):
         for changing in ("date", "version"):
             del content["provenance"][changing]
-    ours, theirs = leaves(fitted), leaves(shipped)
+    ours, theirs = leaves(found), leaves(shipped)
     assert ours.keys() == theirs.keys()
     numbers = [place for place, leaf in theirs.items() if isinstance(leaf, int | float)]
     for place in theirs.keys() - numbers:
@@ -43,3 +47,37 @@ def test_a_shipped_calibration_comes_out_of_its_measurements(name: str) -> None:
     assert [ours[place] for place in numbers] == pytest.approx(
         [theirs[place] for place in numbers], rel=1e-6
     )
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_calibration_comes_out_of_its_campaign(name: str) -> None:
+    assert_refitted(calibrate_tables(OWN[name]), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.filterwarnings("ignore:.*is an extrapolation")
+def test_a_calibration_comes_out_of_the_published_tables(name: str) -> None:
+    runs = datasets.find("runs")
+    assert runs is not None
+    assert_refitted(calibrate_tables(runs.parent, name.partition("@")[0]), name)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_laws_that_take_no_simulation_come_out_of_the_published_tables(name: str) -> None:
+    model = name.partition("@")[0]
+    shipped, tables = load_calibration(name, model), {one: datasets.load(one) for one in TABLES}
+    runs, windows = tables["runs"], tables["windows"]
+    light = unsaturated_runs(fitted_runs(runs[runs.model == model]))
+    busy = windows[windows.run_id.isin(light.run_id) & (windows.running > 5)]
+    lengths = LengthLaw(shipped.lengths.longest_output).fit(datasets.sharegpt_lengths(), busy)
+    lengths.throughput_error_percent_ = shipped.lengths.throughput_error_percent_
+    refitted = replace(
+        shipped,
+        memory=MemoryLaw(model).fit(tables["memory"]),
+        loading=LoadingLaw(model).fit(tables["adapter_loads"]),
+        scheduling=SchedulingLaw().fit(of_scheduler_runs(tables["scheduler_runs"])),
+        early_stop=EarlyStopLaw().fit(light, tables["series"]),
+        lengths=lengths,
+    )
+    assert_refitted(refitted, name)
