@@ -4,11 +4,11 @@ import fcntl
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import joblib
 import pytest
 from hypothesis import settings
 from numba.core.dispatcher import Dispatcher
@@ -19,13 +19,15 @@ from adapter_twin import cli
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
+# The tests are parallel already: work that a verb shares out over processes stays in this one.
+joblib.parallel_config("sequential")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let a worker that needs a function which another one compiles wait for numba's cache."""
     if not hasattr(config, "workerinput"):
         return
-    folder = Path(tempfile.gettempdir())
-    file = os.open(folder / f"compiled-{config.workerinput['testrunuid']}", os.O_RDWR | os.O_CREAT)
+    file = os.open(__file__, os.O_RDWR)  # only to lock places in it, one for each function
     compile_alone = Dispatcher.compile
 
     def compile_once(self: Any, signature: Any) -> Any:

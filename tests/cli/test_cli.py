@@ -164,7 +164,13 @@ def test_the_shell_completes_verbs(run: Cli, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.filterwarnings("ignore:.*is an extrapolation")
-@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(path, id=path.name, marks=pytest.mark.slow if path.stem == "place" else ())
+        for path in sorted(EXAMPLES.glob("*.yaml"))
+    ],
+)
 def test_examples_run_by_the_command_in_their_first_line(
     run: Cli, monkeypatch: pytest.MonkeyPatch, example: Path
 ) -> None:

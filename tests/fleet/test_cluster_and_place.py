@@ -89,9 +89,7 @@ def test_an_slo_takes_more_gpus_and_is_met(laws: Calibration) -> None:
 
 
 @pytest.mark.parametrize("percentile", [80.0, 95.0])
-@pytest.mark.parametrize(
-    ("figure", "limit"), [("slo_ttft_ms", "ttft_ms"), ("slo_itl_ms", "itl_ms")]
-)
+@pytest.mark.parametrize("limit", ["ttft_ms", "itl_ms"])
 def test_the_service_at_an_slos_percentile_is_kept_by_that_share_of_the_requests(
     laws: Calibration, percentile: float, limit: str
 ) -> None:
@@ -172,8 +170,12 @@ def test_hot_adapters_are_on_several_gpus_where_that_is_asked(laws: Calibration)
         Oracle(asked, laws, replicate_above=0)
 
 
-def test_more_gpus_than_needed_shorten_the_waits(laws: Calibration) -> None:
-    oracle = Oracle(demand(), laws)
+@pytest.fixture(scope="module")
+def oracle(laws: Calibration) -> Oracle:
+    return Oracle(demand(30, 20.0), laws)
+
+
+def test_more_gpus_than_needed_shorten_the_waits(oracle: Oracle) -> None:
     held = place_and_hold(oracle, jobs=1)
     fewer, more = (
         shortest_wait(oracle, len(held.placement.replicas) + extra, jobs=1) for extra in (0, 3)
@@ -184,15 +186,14 @@ def test_more_gpus_than_needed_shorten_the_waits(laws: Calibration) -> None:
     assert longest == sorted(longest)
 
 
-def test_a_number_of_gpus_that_cannot_serve_is_refused_with_one_that_may(laws: Calibration) -> None:
-    oracle = Oracle(demand(), laws)
+def test_a_number_of_gpus_that_cannot_serve_is_refused_with_one_that_may(oracle: Oracle) -> None:
     for gpus in {0, lower_bound(oracle) - 1, len(oracle.parts) + 1}:
         with pytest.raises(AdapterTwinError, match=r"^gpus: "):
             shortest_wait(oracle, gpus, jobs=1)
 
 
 def test_an_slo_that_means_would_miss_is_held_after_a_look_at_the_twin(laws: Calibration) -> None:
-    asked = replace(demand(), slo=Slo(ttft_ms=5000.0, itl_ms=45.0))
+    asked = demand(24, 20.0, slo=Slo(ttft_ms=5000.0, itl_ms=43.0))
     held = place_and_hold(Oracle(asked, laws), jobs=1)
     assert held.oracle.spread.itl > 1
     assert held.checked.slo_attainment.min() >= 0.99
@@ -318,18 +319,6 @@ def test_placing_again_moves_adapters_and_serves_as_much(laws: Calibration) -> N
 # The command
 
 
-def test_place_prints_a_table_and_writes_manifests_and_picture(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    options = ("--manifests", str(tmp_path / "k8s"), "--picture", str(tmp_path / "p.png"))
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(("place", str(EXAMPLE), "--json", "--jobs", "1", *options))
-    assert exit_.value.code == 0
-    answer = json.loads(capsys.readouterr().out)
-    assert len(list((tmp_path / "k8s").iterdir())) == answer["gpus"]
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
     def write(changes: dict[str, Any]) -> str:
@@ -339,6 +328,19 @@ def write(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
         return str(path)
 
     return write
+
+
+def test_place_writes_manifests_and_picture(
+    capsys: pytest.CaptureFixture[str], write: Callable[[dict[str, Any]], str], tmp_path: Path
+) -> None:
+    adapters = {"count": 40, "total_request_rate": 12, "zipf_exponent": 0.8, "ranks": [8]}
+    options = ("--manifests", str(tmp_path / "k8s"), "--picture", str(tmp_path / "p.png"))
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(("place", write({"adapters": adapters}), "--json", "--jobs", "1", *options))
+    assert exit_.value.code == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert len(list((tmp_path / "k8s").iterdir())) == answer["gpus"]
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

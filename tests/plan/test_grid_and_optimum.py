@@ -293,7 +293,7 @@ def test_dask_workers_give_the_same_sweep(design: Path, tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed")
     run_sweep(design, tmp_path / "here", jobs=1)
     cluster = distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, dashboard_address=None, host="127.0.0.1"
+        n_workers=1, threads_per_worker=1, dashboard_address=None, protocol="tcp", processes=False
     )
     with cluster:
         run_sweep(design, tmp_path / "there", scheduler=cluster.scheduler_address)

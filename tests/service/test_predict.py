@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -73,7 +74,8 @@ def test_measured_columns_are_never_read() -> None:
 
 def test_a_prediction_does_not_depend_on_the_other_rows_or_the_processes() -> None:
     alone = forecast(RUN)
-    among = predict(table(REFUSED, OVERLOADED, RUN), jobs=2).drop(columns="wall_s")
+    with joblib.parallel_config("loky"):
+        among = predict(table(REFUSED, OVERLOADED, RUN), jobs=2).drop(columns="wall_s")
     pd.testing.assert_frame_equal(among.tail(1).reset_index(drop=True), alone)
 
 
