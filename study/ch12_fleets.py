@@ -42,6 +42,16 @@ NARROW, WIDE = 8, 32
 ROUTED_ADAPTERS = 256
 """Ranks of the slots, and of the adapters, that routers are compared on."""
 
+ROUTER_NAMES = (
+    "random",
+    "round robin",
+    "least outstanding",
+    "adapter affinity",
+    "rank-aware",
+    "placed",
+)
+"""Routers as the chapter names them; only under "placed" has each adapter one home."""
+
 FINER = 2
 """Steps of the bound, where a placement is not at it."""
 
@@ -110,12 +120,29 @@ def gaps(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare_routers(
-    gpus: int, rate: float, seeds: Sequence[int], duration_s: float, *, fail: bool = False
+    gpus: int,
+    rate: float,
+    seeds: Sequence[int],
+    duration_s: float,
+    *,
+    fail: bool = False,
+    routers: Sequence[str] = ROUTER_NAMES,
 ) -> pd.DataFrame:
     """Serve the same traffic through every router: half the GPUs with narrow slots, half with wide.
 
-    Every adapter that fits is on every GPU; only under "placed" it has one home. With `fail` the
-    first GPU is down for the middle third of the window.
+    Every adapter that fits is on every GPU; only under "placed" it has one home.
+
+    Parameters
+    ----------
+    gpus : int
+    rate : float
+        Requests/s of all adapters together.
+    seeds : sequence of int
+    duration_s : float
+    fail : bool
+        The first GPU is down for the middle third of the window.
+    routers : sequence of str
+        Of `ROUTER_NAMES`.
 
     Returns
     -------
@@ -128,8 +155,7 @@ def compare_routers(
         adapters=zipf_adapters(ROUTED_ADAPTERS, rate, 0.9, [NARROW, NARROW, NARROW, WIDE]),
         lengths=LENGTHS,
     )
-    names = ("random", "round robin", "least outstanding", "adapter affinity", "rank-aware")
-    tasks = [(name, seed) for name in (*names, "placed") for seed in seeds]
+    tasks = [(name, seed) for name in routers for seed in seeds]
     failures = [Failure(replica=0, at_s=duration_s / 3, down_s=duration_s / 3)] if fail else []
     rows = joblib.Parallel(-1)(
         joblib.delayed(_route)(asked, gpus, name, seed, duration_s, failures)

@@ -1,16 +1,18 @@
-"""Result tables of the study, and the record of those of its last full run.
+"""Result tables of the study: made anew, or read as recorded where that takes long.
 
-``python -m study.results``, after a full ``make reproduce``, records its results: tables to
-``data/expected/``, pictures to ``book/images/``, the accuracy table to ``README.md``.
+``python -m study.results``, after ``make reproduce FULL=1``, records its results: tables and
+times to ``data/expected/``, pictures to ``book/images/``, accuracy and times to ``README.md``.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
+from IPython.display import display
 
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.tables import datasets
@@ -22,7 +24,12 @@ if TYPE_CHECKING:
 EXPECTED = datasets.REPOSITORY / "data" / "expected"
 IMAGES = datasets.REPOSITORY / "book" / "images"
 README = datasets.REPOSITORY / "README.md"
-BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
+COMMANDS = {
+    "usual": "make reproduce",
+    "quick": "make reproduce QUICK=1",
+    "full": "make reproduce FULL=1",
+}
+"""Each size of the study and what makes it; ``timings/<size>.csv`` holds the times of its steps."""
 
 MEASURES = {
     "mape": "MAPE, %",
@@ -54,11 +61,15 @@ class Results:
         Where tables and pictures go, relative to the repository; a small version's go apart.
     quick : bool
         The small version.
+    full : bool
+        Make the tables that take long as well, see `long_table`.
     """
 
-    def __init__(self, folder: str | Path = "results", quick: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path = "results", quick: bool = False, full: bool = False
+    ) -> None:
         self.folder = datasets.REPOSITORY / folder / ("quick" if quick else "full")
-        self.quick = quick
+        self.quick, self.full = quick, full
         self._tables: list[Path] = []
         self._watch = Watch()
 
@@ -73,6 +84,33 @@ class Results:
         self._tables.append(path)
         return table
 
+    def long_table(self, name: str, make: Callable[[bool], pd.DataFrame]) -> pd.DataFrame:
+        """Return a result table that takes minutes: the recorded one, unless all is to be made.
+
+        Parameters
+        ----------
+        name : str
+        make : callable
+            Computes it, a small one where it is given True. The quick version shows that one; the
+            usual version makes it only to see that the code runs, and shows the recorded one.
+
+        Raises
+        ------
+        AdapterTwinError
+            No recorded one is here.
+        """
+        table = make(not self.full)
+        if self.quick or self.full:
+            return self.table(name, table)
+        steps = read_expected("timings/full")
+        display(  # type: ignore[no-untyped-call]
+            Note(
+                f"> **Recorded** on {steps['day'].iloc[0]}. `{COMMANDS['full']}` "
+                f"({_duration(steps)}) makes this table anew; just now its code ran on a small one."
+            )
+        )
+        return read_expected(name)
+
     def picture(self, name: str, figure: Figure) -> Figure:
         """Write a figure to ``<folder>/<name>.png``, and return it to be shown."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -83,11 +121,13 @@ class Results:
         """Return the chapter's reproduction card, see `study.card.card`."""
         return Note(card(self._watch, {"quick": self.quick} | parameters, seeds, self._tables))
 
-    def _repr_markdown_(self) -> str:
-        """Tell the reader of a chapter what its figures were made from."""
-        if self.quick:
-            return "> **Quick.** The small version: fewer runs and shorter simulations."
-        return "> **Measured.** This chapter was made from the measured tables."
+    def notice(self) -> Note:
+        """Warn a chapter's reader if it is the small version."""
+        small = (
+            ":::{admonition} Small version\n:class: warning\nFewer runs, shorter simulations "
+            "(`QUICK=1`): the numbers of this page are not those of the study.\n:::"
+        )
+        return Note(small if self.quick else "")
 
 
 def rounded(table: pd.DataFrame) -> pd.DataFrame:
@@ -163,22 +203,38 @@ def conformance_markdown(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def update_readme(
-    text: str, conformance: pd.DataFrame, left_out: pd.DataFrame, fitted: pd.DataFrame
-) -> str:
-    """Return the README's text with its tables renewed, see `accuracy_table`."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    tables = (
+def times_markdown() -> str:
+    """Return how long the sizes of the study took, where that is recorded, as a Markdown table."""
+    rows = [
+        f"| `{command}` | {_duration(read_expected(f'timings/{size}'))} |"
+        for size, command in COMMANDS.items()
+        if (EXPECTED / f"timings/{size}.csv").is_file()
+    ]
+    return "\n".join(["| command | time |", "|---|---|", *rows])
+
+
+def _duration(steps: pd.DataFrame) -> str:
+    """Return the time of recorded steps, for people."""
+    return f"{steps['seconds'].sum() / 60:.0f} min on {steps['cores'].iloc[0]} cores"
+
+
+def update_readme(text: str) -> str:
+    """Return the README's text with its tables renewed from the recorded results."""
+    conformance, left_out, bars = map(read_expected, ("conformance", "bars_left_out", "bars"))
+    accuracy = (
         "The scheduler, step by step, beside what vLLM's own decided (`data/conformance/`):\n\n"
         f"{conformance_markdown(conformance)}\n\nThe service, beside measured one-hour runs:\n\n"
-        f"{accuracy_table(left_out, fitted)}"
+        f"{accuracy_table(left_out, bars)}"
     )
-    return f"{before}{BEGIN}\n{tables}\n{END}{after}"
+    for name, tables in (("times", times_markdown()), ("accuracy", accuracy)):
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{tables}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 def record(folder: Path) -> list[Path]:
-    """Take over the results of a full run: recorded tables, pictures and the README's table.
+    """Take over the results of a full run: recorded tables, times, pictures, the README's tables.
 
     Raises
     ------
@@ -188,13 +244,16 @@ def record(folder: Path) -> list[Path]:
     if not (folder / "bars.csv").is_file():
         raise AdapterTwinError(f"{folder}: holds no results; run `make reproduce`")
     written = []
-    for pattern, target in (("*.csv", EXPECTED), ("*.png", IMAGES)):
-        for path in sorted(folder.rglob(pattern)):
-            place = target / path.relative_to(folder)
+    for source, pattern, target in (
+        (folder, "*.csv", EXPECTED),
+        (folder, "*.png", IMAGES),
+        (folder.parent / "timings", "*.csv", EXPECTED / "timings"),
+    ):
+        for path in sorted(source.rglob(pattern)):
+            place = target / path.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
             written.append(Path(shutil.copy(path, place)))
-    tables = (read_expected(name) for name in ("conformance", "bars_left_out", "bars"))
-    README.write_text(update_readme(README.read_text(), *tables))
+    README.write_text(update_readme(README.read_text()))
     return [*written, README]
 
 

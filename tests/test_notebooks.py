@@ -94,6 +94,18 @@ def test_notebook_is_committed_without_outputs_and_starts_with_its_parameters(no
     assert "".join(code[0]["source"]).startswith("quick = False")
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_chapter_says_at_its_top_if_it_is_the_small_version(notebook):
+    _, first, *rest = (
+        "".join(cell["source"])
+        for cell in json.loads(notebook.read_text())["cells"]
+        if cell["cell_type"] == "code"
+    )
+    assert first.splitlines()[-1] == "results.notice()"
+    long = any("results.long_table(" in text for text in rest)
+    assert ("Results(folder, quick, full)" in first) == long
+
+
 def test_chapters_of_the_book_are_the_notebooks():
     contents = (datasets.REPOSITORY / "book" / "_toc.yml").read_text()
     listed = [line.split("/")[-1] for line in contents.splitlines() if "_executed/" in line]
