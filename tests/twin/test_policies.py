@@ -315,6 +315,15 @@ def test_a_change_of_the_scheduler_makes_the_type_of_a_policy_new(
     assert type_of.__wrapped__(Drain) != before
 
 
+EVERY_POLICY = (
+    Drain(max_wait_s=3.0),
+    CostAware(window_s=20.0),
+    UnifiedPool(prefetch=True),
+    Merge(merge_share=0.6, unmerge_share=0.4),
+    LongestFirst(),
+)
+
+
 WEIGHT = st.sampled_from([0.0, 0.1, 1.0])
 POLICIES = st.one_of(
     st.sampled_from([Policy(), LongestFirst()]),
@@ -342,7 +351,11 @@ POLICIES = st.one_of(
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> dict[str, Any]:
+def cases(
+    draw: st.DrawFn,
+    sizes: Sequence[int] = (1, 5, 20, 60),
+    spare_blocks: Sequence[int] = (0, 3, 100),
+) -> dict[str, Any]:
     """Draw a small engine, and requests that come in a burst or spread out."""
     max_loras = draw(st.integers(1, 4))
     max_num_seqs = draw(st.integers(1, 8))
@@ -353,11 +366,12 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         st.integers(1, 30),
         st.integers(1, 20),
     )
-    size = draw(st.sampled_from([1, 5, 20, 60]))
+    size = draw(st.sampled_from(sizes))
     requests = sorted(draw(st.lists(request, min_size=size, max_size=size)), key=lambda r: r[0])
     adapter_blocks = draw(st.lists(st.integers(0, 6), min_size=ADAPTERS, max_size=ADAPTERS))
     longest = max(prompt + output for _, _, prompt, output in requests)
-    kv_blocks = -(-longest // block_size) + max(adapter_blocks) + draw(st.sampled_from([0, 3, 100]))
+    kv_blocks = -(-longest // block_size) + max(adapter_blocks)
+    kv_blocks += draw(st.sampled_from(spare_blocks))
     return {
         "requests": requests,
         "max_loras": max_loras,
@@ -422,8 +436,9 @@ def test_every_block_is_held_or_free_in_every_step(case: dict[str, Any], policy:
     assert np.isfinite(session.requests.end_s).all()
 
 
-@settings(max_examples=200, deadline=None)
-@given(cases(), POLICIES)
+@pytest.mark.parametrize("policy", EVERY_POLICY, ids=lambda policy: type(policy).__name__)
+@settings(max_examples=60, deadline=None)
+@given(case=cases(sizes=(20, 60), spare_blocks=(0,)))
 def test_preempted_requests_go_first(case: dict[str, Any], policy: Policy) -> None:
     session = lay_out(policy=policy, **case)
     state, adapter = session.state, session.requests.adapter
@@ -485,15 +500,6 @@ def busy(policy: Policy | None) -> Session:
     requests = list(zip(arrival_s, adapter, *lengths, strict=True))
     flags = {"max_loras": 2, "max_cpu_loras": 4, "kv_cache_tokens": 80}
     return play(requests, policy, load_s=0.125, read_s=0.25, **flags)
-
-
-EVERY_POLICY = (
-    Drain(max_wait_s=3.0),
-    CostAware(window_s=20.0),
-    UnifiedPool(prefetch=True),
-    Merge(merge_share=0.6, unmerge_share=0.4),
-    LongestFirst(),
-)
 
 
 def ends_s() -> list[list[float]]:
