@@ -38,10 +38,12 @@ class Service(dict[str, Any]):
     """A run's figures by name, as `service` tells them; it shows itself as a table."""
 
     def _shown(self) -> dict[str, str]:
-        return {
-            name: f"{value:,.1f}" if isinstance(value, float) else str(value)
-            for name, value in self.items()
-        }
+        def shown(value: Any) -> str:
+            if not isinstance(value, float):
+                return str(value)
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+        return {name: shown(value) for name, value in self.items()}
 
     def __repr__(self) -> str:
         width = max(map(len, self), default=0)
@@ -66,7 +68,7 @@ def service(
 
     TTFT is over every request that arrives in this window. One without a first token, dropped or
     still waiting, counts with its wait so far. Where more than 1 % of them are without, the p99 is
-    such a wait: it and the mean are lower bounds.
+    not known yet: it and the mean are lower bounds, and with half of them without the median is.
 
     Parameters
     ----------
