@@ -186,6 +186,7 @@ def place(
     table = pd.DataFrame(replicas).assign(adapters=[len(row["adapters"]) for row in replicas])
     # What 80 columns do not hold is in the JSON.
     left_out = ["shares", "vllm_args", "kv_cache_tokens", "offered_tokens_per_s"]
+    left_out += ["worst_adapter", "worst_adapter_mean_ttft_ms"]
     print_table(table.drop(columns=left_out).rename_axis("gpu").reset_index(), "GPUs")
     for number, row in enumerate(replicas):
         print(f"GPU {number}: vllm serve MODEL", *row["vllm_args"])
