@@ -106,28 +106,6 @@ def service(
     ------
     AdapterTwinError
         The warm-up leaves no window.
-
-    Examples
-    --------
-    >>> from adapter_twin.twin.records import Records
-    >>> whole, nan = np.zeros(2, np.int32), float("nan")
-    >>> records = Records(
-    ...     arrival_s=np.array([0.0, 4.0]),
-    ...     adapter=whole,
-    ...     prompt_tokens=whole + 30,
-    ...     output_tokens=whole + 20,
-    ...     scheduled_s=np.array([0.0, nan]),
-    ...     first_token_s=np.array([0.5, nan]),
-    ...     end_s=np.array([2.4, nan]),
-    ...     preemptions=whole,
-    ...     load_wait_s=np.zeros(2),
-    ...     rejected=whole > 0,
-    ... )
-    >>> found = service(records, None, 10.0)
-    >>> found["mean_ttft_ms"], found["completed_mean_ttft_ms"], found["ttft_is_lower_bound"]
-    (3250.0, 500.0, True)
-    >>> found["offered_tokens_per_s"], found["total_throughput"]
-    (10.0, 5.0)
     """
     window_s = duration_s - warm_up_s
     require(window_s > 0, f"warm_up_s: {warm_up_s:g} s leave no window of {duration_s:g} s")
