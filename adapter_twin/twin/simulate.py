@@ -67,7 +67,7 @@ def simulate(
     >>> model = "llama-3.1-8b-instruct"
     >>> engine = EngineConfig(model=model, max_loras=32, max_cpu_loras=96, max_lora_rank=16)
     >>> run = simulate(workload, engine, load_calibration("auto", model))
-    >>> run.service()["starved"]
+    >>> service_of(run)["starved"]
     False
     """
     calibration.warn_outside_range(engine, workload)
