@@ -32,6 +32,7 @@ from adapter_twin.fleet.routers import (
 )
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.plan.demand import Demand
+from adapter_twin.twin.policies import Policy, UnifiedPool
 from adapter_twin.twin.records import Records
 from adapter_twin.twin.simulate import draw_requests, simulate
 from adapter_twin.workload.scenario import Adapter, EngineConfig, Lengths, Workload, deal_adapters
@@ -79,12 +80,15 @@ def assert_same(ours: Records, theirs: Records) -> None:
 
 
 @pytest.mark.parametrize("slots", [2, 12])
+@pytest.mark.parametrize("policy", [Policy(), UnifiedPool()])
 @pytest.mark.parametrize("router", [Random(), LeastOutstanding(), AdapterAffinity()])
-def test_one_replica_is_the_single_twin(laws: Calibration, slots: int, router: Router) -> None:
+def test_one_replica_is_the_single_twin(
+    laws: Calibration, slots: int, router: Router, policy: Policy
+) -> None:
     asked = workload(duration_s=400.0, base_model_request_rate=0.5)
     one = plan(range(12), slots)
-    alone = simulate(asked, one.engine, laws, seed=5)
-    cluster = simulate_cluster(asked, Placement((one,)), laws, router, seed=5)
+    alone = simulate(asked, one.engine, laws, seed=5, policy=policy)
+    cluster = simulate_cluster(asked, Placement((one,)), laws, router, seed=5, policy=policy)
     assert len(alone.records) > 1024  # more than a server's room at its start
     assert_same(cluster.records, alone.records)
     assert np.array_equal(np.sort(cluster.gaps[0].gap_s), np.sort(alone.gaps.gap_s))
