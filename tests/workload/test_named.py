@@ -10,11 +10,11 @@ import yaml
 
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.fleet.routers import ROUTERS
-from adapter_twin.named import parse_named
 from adapter_twin.plan.demand import load_demand
 from adapter_twin.service.predict import predict_runs
 from adapter_twin.twin.policies import POLICIES, Drain, Policy, UnifiedPool, make_policy
 from adapter_twin.workload.files import load_scenario
+from adapter_twin.workload.named import parse_named
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
