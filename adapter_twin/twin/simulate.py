@@ -70,7 +70,6 @@ def simulate(
     >>> service_of(run)["starved"]
     False
     """
-    calibration.warn_outside_range(engine, workload)
     if trace is None:
         trace = draw_requests(workload, calibration, seed=seed, observer=observer)
     *_, order = generators(seed)
@@ -84,6 +83,7 @@ def simulate(
         observer=observer,
         policy=policy,
     )
+    calibration.warn_outside_range(engine, workload)
     if clock == "simpy":
         run_in_simpy(session)
     else:
