@@ -551,9 +551,9 @@ def test_one_workload_is_predicted_in_milliseconds(trained: Models, sweep: pd.Da
     row, loaded = sweep.iloc[:1], [load_trained(trained[0] / LLAMA, name) for name in TARGETS]
     spent_s = []
     for model in loaded * 10:
-        started_s = time.perf_counter()
+        started_s = time.process_time()  # whatever else the machine does
         model.predict(row)
-        spent_s.append(time.perf_counter() - started_s)
+        spent_s.append(time.process_time() - started_s)
     assert np.median(spent_s) < 0.005  # 0.5 ms where nothing else runs
 
 

@@ -47,7 +47,7 @@ def test_each_calibration_tells_its_range() -> None:
 def test_a_refit_sees_nothing_beyond_the_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
 
-    class Law:
+    class Law(ch14_limits.MemoryLaw, ch14_limits.StepTimeLaw):
         def __init__(self, *_: object) -> None: ...
 
         def fit(self, given: object) -> "Law":
