@@ -1,7 +1,7 @@
 "use strict";
 
 /* The capacity explorer: shows what the twin predicted for the setting of its form.
-   Every number and name it speaks of is in EXPLORER, written by adapter_twin/explorer.py. */
+   Every number and name it speaks of is in EXPLORER, written by study/explorer.py. */
 (() => {
   const data = EXPLORER;
   const { starvation, margin, tie, hopeless } = data.threshold;
@@ -40,7 +40,7 @@
   }
 
   /* The feasible runs, the best first, and those of them that tie with it: the rule of
-     adapter_twin/planning/choice.py. Without an SLO the percentile is null. */
+     adapter_twin/plan/criterion.py. Without an SLO the percentile is null. */
   function rank(runs, percentile) {
     const feasible = runs.filter((run) =>
       run.total_throughput >= (starvation + margin) * run.offered

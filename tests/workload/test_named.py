@@ -11,12 +11,12 @@ import yaml
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.fleet.routers import ROUTERS
 from adapter_twin.plan.demand import load_demand
-from adapter_twin.service.predict import predict_runs
+from adapter_twin.service.predict import predict
 from adapter_twin.twin.policies import POLICIES, Drain, Policy, UnifiedPool, make_policy
 from adapter_twin.workload.files import load_scenario
 from adapter_twin.workload.named import parse_named
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def written(path: Path, **engine: Any) -> Path:
@@ -40,7 +40,7 @@ def test_a_policy_is_a_name_or_a_name_with_parameters() -> None:
         ("drain", r"policy\.max_wait_s: missing; add this key"),
         ({"max_wait_s": 5}, r"policy\.name: give one of vllm, drain, .* or module:Class"),
         ({"name": "drain", "wait_s": 5}, r"policy\.wait_s: unknown key; did you mean 'max_wait_s'"),
-        ({"name": "drain", "max_wait_s": -1}, r"policy\.max_wait_s: must be zero or more"),
+        ({"name": "drain", "max_wait_s": -1}, r"policy\.max_wait_s: must be at least 0"),
         ("nowhere:Policy", r"No module named 'nowhere'; put its folder on PYTHONPATH"),
         ("json:Policy", r"json:Policy: module 'json' has no attribute 'Policy'"),
         ("json:JSONEncoder", r"json:JSONEncoder does not inherit from Policy"),
@@ -79,7 +79,7 @@ def test_a_policy_beside_the_engine_is_refused(tmp_path: Path) -> None:
 
 def test_what_cannot_honour_a_policy_refuses_it(tmp_path: Path) -> None:
     with pytest.raises(AdapterTwinError, match=r"policy: a table of runs is predicted for vLLM's"):
-        predict_runs(pd.DataFrame({"policy": ["drain"]}))
+        predict(pd.DataFrame({"policy": ["drain"]}))
     file = tmp_path / "place.yaml"
     file.write_text((EXAMPLES / "place.yaml").read_text() + "\npolicy: drain\n")
     with pytest.raises(AdapterTwinError, match="policy: unknown key"):

@@ -318,6 +318,7 @@ scenarios = st.builds(
 def as_yaml(scenario):
     content = asdict(scenario)
     content["workload"]["adapters"] = list(content["workload"]["adapters"])
+    content["engine"]["policy"] = content.pop("policy")
     return yaml.safe_dump(content)
 
 
