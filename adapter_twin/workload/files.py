@@ -29,15 +29,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""A dozen times as fast where PyYAML was built with libyaml."""
+"""Where PyYAML was built with libyaml, that one reads a dozen times as fast."""
 
 DEFAULT_DURATION_S = 3600.0
 DEFAULT_MEAN_INPUT_TOKENS = 223.0
 DEFAULT_MEAN_OUTPUT_TOKENS = 198.0
-"""Window and mean lengths of the reference campaign, for runs that failed to start."""
+"""Runs that failed to start take window and mean lengths of the reference campaign."""
 
 DEFAULT_BATCHED_TOKENS = 2048
 DEFAULT_BLOCK_TOKENS = 16
+"""Rows that do not tell the engine's token budget and block size take these."""
 
 
 def load_scenario(path: str | Path) -> Scenario:
@@ -69,13 +70,7 @@ def load_scenario(path: str | Path) -> Scenario:
 
 
 def read_yaml(file: Path) -> Any:
-    """Return the content of a YAML file.
-
-    Raises
-    ------
-    AdapterTwinError
-        The file cannot be read, or is no YAML.
-    """
+    """Return the content of a YAML file; raise `AdapterTwinError` if it cannot be read."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -84,17 +79,13 @@ def read_yaml(file: Path) -> Any:
     try:
         content = yaml.load(text, Loader=LOADER)
     except (yaml.YAMLError, ValueError) as error:  # a ValueError: 2024-13-01 is no date
-        raise AdapterTwinError(f"{file}: not valid YAML ({_place(error)}); correct it") from None
+        mark, reason = getattr(error, "problem_mark", None), one_line(error)
+        if mark is not None:
+            place = f"line {mark.line + 1}, column {mark.column + 1}"
+            reason = f"{place}: {getattr(error, 'problem', error)}"
+        raise AdapterTwinError(f"{file}: not valid YAML ({reason}); correct it") from None
     require(content is not None, f"{file}: the file is empty; write its keys, or copy an example")
     return content
-
-
-def _place(error: yaml.YAMLError | ValueError) -> str:
-    """Say where a file stops being YAML, and why."""
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return one_line(error)
-    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', error)}"
 
 
 def parse_rates(text: object, name: str = "rates_per_adapter") -> tuple[float, ...]:
@@ -103,7 +94,9 @@ def parse_rates(text: object, name: str = "rates_per_adapter") -> tuple[float, .
     >>> parse_rates("0.1-0.05-0.025")
     (0.1, 0.05, 0.025)
     """
-    return tuple(_parse_cell(name, text, float, "0.1-0.05-0.025"))
+    rates: tuple[float, ...] = _parse(name, text, float, "0.1-0.05-0.025")
+    require(all(map(math.isfinite, rates)), f"{name}: {text!r} holds a value that is not finite")
+    return rates
 
 
 def parse_ranks(text: object) -> tuple[int, ...]:
@@ -112,21 +105,7 @@ def parse_ranks(text: object) -> tuple[int, ...]:
     >>> parse_ranks("8-16")
     (8, 16)
     """
-    return tuple(_parse_cell("ranks", text, int, "8-16"))
-
-
-def _parse_cell(column: str, text: object, number: type[Any], example: str) -> list[Any]:
-    try:
-        values = [number(part) for part in str(text).split("-")]
-    except ValueError:
-        raise AdapterTwinError(
-            f"{column}: expected numbers joined by '-', as in {example!r}, got {text!r}"
-        ) from None
-    require(
-        all(math.isfinite(value) for value in values),
-        f"{column}: {text!r} holds a value that is not finite",
-    )
-    return values
+    return _parse("ranks", text, int, "8-16")
 
 
 def parse_grid(name: str, text: str) -> tuple[int, ...]:
@@ -135,11 +114,17 @@ def parse_grid(name: str, text: str) -> tuple[int, ...]:
     >>> parse_grid("slots_grid", "8,16,32")
     (8, 16, 32)
     """
+    return _parse(name, text, int, "8,16,32")
+
+
+def _parse(name: str, text: object, number: type[Any], example: str) -> tuple[Any, ...]:
+    separator = "," if "," in example else "-"
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(number(part) for part in str(text).split(separator))
     except ValueError:
+        kind = "whole numbers" if number is int else "numbers"
         raise AdapterTwinError(
-            f"{name}: expected whole numbers joined by ',', as in '8,16,32', got {text!r}"
+            f"{name}: expected {kind} joined by {separator!r}, as in {example!r}, got {text!r}"
         ) from None
 
 
@@ -179,26 +164,25 @@ def run_to_workload(row: Mapping[str, Any]) -> tuple[EngineConfig, Workload]:
         raise AdapterTwinError(f"{run}{error}") from None
 
 
+def run_seed(row: Mapping[str, Any]) -> int | None:
+    """Return the seed of a run's load generator, where its row tells one."""
+    seed = _whole(row, "seed", -1)
+    return None if seed < 0 else seed
+
+
 def _engine(row: Mapping[str, Any]) -> EngineConfig:
     max_num_seqs = _whole(row, "max_num_seqs")
+    # where it is not told, the budget may not be smaller than max_num_seqs
+    budget = max(DEFAULT_BATCHED_TOKENS, max_num_seqs)
     return EngineConfig(
         model=str(_cell(row, "model")),
         max_loras=_whole(row, "adapter_slots"),
         max_cpu_loras=_whole(row, "served_adapters"),
         max_lora_rank=_whole(row, "max_lora_rank"),
         max_num_seqs=max_num_seqs,
-        # where it is not told, the budget may not be smaller than max_num_seqs
-        max_num_batched_tokens=_option(
-            row, "max_num_batched_tokens", max(DEFAULT_BATCHED_TOKENS, max_num_seqs)
-        ),
-        block_size=_option(row, "block_size", DEFAULT_BLOCK_TOKENS),
+        max_num_batched_tokens=_whole(row, "max_num_batched_tokens", budget),
+        block_size=_whole(row, "block_size", DEFAULT_BLOCK_TOKENS),
     )
-
-
-def run_seed(row: Mapping[str, Any]) -> int | None:
-    """Return the seed of a run's load generator, where its row tells one."""
-    seed = _option(row, "seed", -1)
-    return None if seed < 0 else seed
 
 
 def _workload(row: Mapping[str, Any]) -> Workload:
@@ -234,17 +218,15 @@ def _cell(row: Mapping[str, Any], column: str) -> Any:
     return row[column]
 
 
-def _number(row: Mapping[str, Any], column: str, default: float | None = None) -> float:
-    """Return a cell as a float; an empty one is `default`, or an error without one."""
+def _number(row: Mapping[str, Any], column: str, default: float = math.nan) -> float:
+    """Return a cell as a float, or `default` where it is empty; without one that is an error."""
     cell = _cell(row, column)
     try:
         value = math.nan if cell is None else float(cell)
     except (TypeError, ValueError):
         raise AdapterTwinError(f"{column}: expected a number, got {cell!r}") from None
-    if math.isnan(value):
-        if default is None:
-            raise AdapterTwinError(f"{column}: is empty; give a number")
-        return default
+    value = default if math.isnan(value) else value
+    require(not math.isnan(value), f"{column}: is empty; give a number")
     return value
 
 
@@ -253,12 +235,8 @@ def _setting(row: Mapping[str, Any], column: str, default: float) -> float:
     return _number(row, column, default) if column in row else default
 
 
-def _option(row: Mapping[str, Any], column: str, default: int) -> int:
-    """Return a whole number, or `default` where there is no such column or the cell is empty."""
-    return default if math.isnan(_setting(row, column, math.nan)) else _whole(row, column)
-
-
-def _whole(row: Mapping[str, Any], column: str) -> int:
-    value = _number(row, column)
-    require(value.is_integer(), f"{column}: expected a whole number, got {value}")
+def _whole(row: Mapping[str, Any], column: str, default: float | None = None) -> int:
+    """Return a whole number; with a `default`, the column may be missing or the cell empty."""
+    value = _number(row, column) if default is None else _setting(row, column, default)
+    require(float(value).is_integer(), f"{column}: expected a whole number, got {value}")
     return int(value)

@@ -7,7 +7,7 @@ a look-up per request.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
 
 QUANTILES = 1 << 16
-"""Entries of a length table, as many as 16 random bits can pick."""
+"""A length table has as many entries as 16 random bits can pick."""
 
 
 @dataclass(frozen=True)
@@ -44,40 +44,50 @@ class LengthMarginals:
     rank_correlation: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_histogram("prompt", self.prompt_edges, self.prompt_counts)
-        _check_histogram("output", self.output_edges, self.output_counts)
+        for side in ("prompt", "output"):
+            edges, counts = self.histogram(side)
+            require(len(edges) == len(counts) + 1, f"{side}_edges: give one more edge than counts")
+            require(bool(np.all(np.diff(edges) > 0)), f"{side}_edges: must increase")
+            require(sum(counts) > 0, f"{side}_counts: must not all be zero")
 
-
-def _check_histogram(side: str, edges: Sequence[float], counts: Sequence[float]) -> None:
-    require(len(edges) == len(counts) + 1, f"{side}_edges: give one more edge than counts")
-    require(bool(np.all(np.diff(edges) > 0)), f"{side}_edges: must increase")
-    require(sum(counts) > 0, f"{side}_counts: must not all be zero")
+    def histogram(self, side: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return edges and counts of one side, ``prompt`` or ``output``."""
+        return getattr(self, f"{side}_edges"), getattr(self, f"{side}_counts")
 
 
 def draw_lengths(
     lengths: Lengths, size: int, rng: np.random.Generator, marginals: LengthMarginals | None
 ) -> tuple[Ints, Ints]:
-    """Draw `size` prompt and output lengths, coupled by a Gaussian copula."""
+    """Draw prompt and output lengths, coupled by a Gaussian copula.
+
+    Parameters
+    ----------
+    lengths : Lengths
+    size : int
+    rng : numpy.random.Generator
+    marginals : LengthMarginals, optional
+        Needed for ``sharegpt`` lengths only.
+
+    Returns
+    -------
+    prompt_tokens, output_tokens : int32, shape (size,)
+    """
     means = lengths.mean_input_tokens, lengths.mean_output_tokens
+    correlation = lengths.rank_correlation
     if lengths.distribution == "fixed":
         return np.full(size, means[0], np.int32), np.full(size, means[1], np.int32)
     if lengths.distribution == "lognormal":
         shape = (lengths.cv,)
         prompt, output = (_length_table(_lognormal_quantiles, shape, mean) for mean in means)
+    elif marginals is None:
+        raise AdapterTwinError(
+            "distribution: sharegpt needs measured length histograms, which this calibration "
+            "lacks; use lognormal or fixed lengths"
+        )
     else:
-        if marginals is None:
-            raise AdapterTwinError(
-                "distribution: sharegpt needs measured length histograms, which this calibration "
-                "lacks; use lognormal or fixed lengths"
-            )
-        prompts = marginals.prompt_edges, marginals.prompt_counts
-        outputs = marginals.output_edges, marginals.output_counts
-        prompt = _length_table(_histogram_quantiles, prompts, means[0])
-        output = _length_table(_histogram_quantiles, outputs, means[1])
-    correlation = lengths.rank_correlation
-    if correlation is None:
-        measured = marginals if lengths.distribution == "sharegpt" else None
-        correlation = measured.rank_correlation if measured else 0.0
+        prompt = _length_table(_histogram_quantiles, marginals.histogram("prompt"), means[0])
+        output = _length_table(_histogram_quantiles, marginals.histogram("output"), means[1])
+        correlation = marginals.rank_correlation if correlation is None else correlation
     rank = rng.integers(0, QUANTILES, size, dtype=np.uint16)
     if correlation:
         # Pearson's correlation of two normals with the given Spearman correlation
@@ -88,11 +98,12 @@ def draw_lengths(
     return prompt[rank], output[rng.integers(0, QUANTILES, size, dtype=np.uint16)]
 
 
+@cache
 def _levels() -> Floats:
     return (np.arange(QUANTILES) + 0.5) / QUANTILES
 
 
-@lru_cache(maxsize=1)
+@cache
 def _normal_quantiles() -> Floats:
     return np.asarray(ndtri(_levels()))
 
@@ -110,13 +121,7 @@ def _histogram_quantiles(edges: Sequence[float], counts: Sequence[float]) -> Flo
 def _length_table(
     quantiles: Callable[..., Floats], shape: tuple[float | Sequence[float], ...], mean: float
 ) -> Ints:
-    """Scale a distribution to the given mean of its lengths in whole tokens, at least one.
-
-    Returns
-    -------
-    int32 array, shape (QUANTILES,)
-        Equally likely lengths in tokens, in increasing order.
-    """
+    """Return a table of lengths in whole tokens, at least one, of the given mean."""
     lengths = quantiles(*shape)
 
     def whole(scale: float) -> Floats:

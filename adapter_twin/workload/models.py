@@ -10,117 +10,87 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import require
 
 BYTES_PER_WEIGHT = 2  # bf16
 
 
-def _llama(**values: Any) -> dict[str, Any]:
+def _sizes(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int
+) -> dict[str, int]:
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "pretraining_tp": 1,
-        "rms_norm_eps": 1e-5,
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-        **values,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
     }
 
 
-def _cpu_llama(**values: Any) -> dict[str, Any]:
-    return _llama(
-        head_dim=64,
-        vocab_size=1024,
-        max_position_embeddings=2048,
-        rope_theta=10000.0,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=1,
-        **values,
-    )
-
-
-def _llama3(rope_factor: float, **values: Any) -> dict[str, Any]:
-    return _llama(
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        rope_theta=500000.0,
-        rope_scaling={
-            "factor": rope_factor,
-            "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192,
-            "rope_type": "llama3",
-        },
-        bos_token_id=128000,
-        eos_token_id=[128001, 128008, 128009],
-        **values,
-    )
-
+_ANY = {
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+}
+_LLAMA = _ANY | {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+_CPU_LLAMA = _LLAMA | {
+    "head_dim": 64,
+    "vocab_size": 1024,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+_LLAMA3 = _LLAMA | {
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+}
+_ROPE = {
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+_QWEN = _ANY | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
 
 MODEL_CONFIGS: dict[str, dict[str, Any]] = {
-    "tiny": _cpu_llama(
-        hidden_size=128,
-        intermediate_size=320,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    ),
-    "small": _cpu_llama(
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    ),
-    "llama-3.2-1b": _llama3(
-        rope_factor=32.0,
-        head_dim=64,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        tie_word_embeddings=True,
-    ),
-    "llama-3.1-8b": _llama3(
-        rope_factor=8.0,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        tie_word_embeddings=False,
-    ),
-    "qwen-2.5-7b": {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "attention_dropout": 0.0,
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-        "hidden_act": "silu",
-        "hidden_size": 3584,
-        "initializer_range": 0.02,
-        "intermediate_size": 18944,
-        "max_position_embeddings": 32768,
-        "max_window_layers": 28,
-        "num_attention_heads": 28,
-        "num_hidden_layers": 28,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "sliding_window": 131072,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": 152064,
-    },
+    "tiny": _CPU_LLAMA | _sizes(128, 320, 2, 2, 1),
+    "small": _CPU_LLAMA | _sizes(256, 704, 4, 4, 2),
+    "llama-3.2-1b": _LLAMA3
+    | _sizes(2048, 8192, 16, 32, 8)
+    | {"head_dim": 64, "tie_word_embeddings": True, "rope_scaling": _ROPE | {"factor": 32.0}},
+    "llama-3.1-8b": _LLAMA3
+    | _sizes(4096, 14336, 32, 32, 8)
+    | {"rope_scaling": _ROPE | {"factor": 8.0}},
+    "qwen-2.5-7b": _QWEN | _sizes(3584, 18944, 28, 28, 4),
 }
-"""The content of ``config.json`` by name of a shape, for random-weight models."""
+"""Each shape's ``config.json`` by name, for models with random weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,13 +147,8 @@ MODEL_SHAPES = {name: ModelShape.of_config(config) for name, config in MODEL_CON
 
 
 def model_shape(model: str) -> ModelShape:
-    """Return a model's shape.
-
-    Raises
-    ------
-    AdapterTwinError
-        The model is not known.
-    """
-    if model not in MODEL_SHAPES:
-        raise AdapterTwinError(f"model: {model!r} is unknown; use one of {', '.join(MODEL_SHAPES)}")
+    """Return a model's shape; raise `AdapterTwinError` if the model is not known."""
+    require(
+        model in MODEL_SHAPES, f"model: {model!r} is unknown; use one of {', '.join(MODEL_SHAPES)}"
+    )
     return MODEL_SHAPES[model]

@@ -30,7 +30,7 @@ from adapter_twin.workload.strict import (
 )
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values vLLM accepts for ``--max-lora-rank``."""
+"""vLLM accepts these values of ``--max-lora-rank``."""
 
 
 def _lora_rank(rank: int) -> int:
@@ -69,7 +69,15 @@ class Adapter:
 def deal_adapters(
     count: Count, request_rates: Several[NotNegative], ranks: Several[Count]
 ) -> tuple[Adapter, ...]:
-    """Deal rates (requests/s each) and ranks round-robin, as the reference study did."""
+    """Deal rates and ranks round-robin, as the reference study did.
+
+    Parameters
+    ----------
+    count : int
+    request_rates : sequence of float
+        Requests/s of an adapter.
+    ranks : sequence of int
+    """
     dealt = zip(range(count), cycle(ranks), cycle(request_rates), strict=False)
     return tuple(
         Adapter(name=f"adapter-{i}", rank=rank, request_rate=rate) for i, rank, rate in dealt
@@ -80,7 +88,17 @@ def deal_adapters(
 def zipf_adapters(
     count: Count, total_request_rate: NotNegative, zipf_exponent: NotNegative, ranks: Several[Count]
 ) -> tuple[Adapter, ...]:
-    """Share out `total_request_rate` (requests/s): adapter k's share goes as k^-exponent."""
+    """Share out requests by Zipf's law: the share of adapter k goes as k^-exponent.
+
+    Parameters
+    ----------
+    count : int
+    total_request_rate : float
+        Requests/s of all adapters.
+    zipf_exponent : float
+    ranks : sequence of int
+        Dealt round-robin.
+    """
     weights = [k**-zipf_exponent for k in range(1, count + 1)]
     scale = total_request_rate / math.fsum(weights)
     return deal_adapters(count, [scale * weight for weight in weights], ranks)

@@ -5,9 +5,12 @@ Nothing here knows the engine: comparing engines at one seed, they serve the ver
 
 from __future__ import annotations
 
+import heapq
+import random
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +36,8 @@ BASE_MODEL = -1
 class Trace:
     """Requests in order of arrival; all columns have shape (requests,).
 
+    `adapter_twin.tables.datasets.write_table` writes `to_frame` as a file that `read_trace` reads.
+
     Attributes
     ----------
     arrival_s : float64
@@ -56,20 +61,6 @@ class Trace:
         import pandas as pd
 
         return pd.DataFrame({column.name: getattr(self, column.name) for column in fields(self)})
-
-    def write(self, path: str | Path) -> None:
-        """Write a parquet file, or CSV where the name ends in ``.csv``; whole or not at all."""
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.partial")
-        frame = self.to_frame()
-        try:
-            if target.suffix == ".csv":
-                frame.to_csv(partial, index=False)
-            else:
-                frame.to_parquet(partial, index=False)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def read_trace(path: str | Path) -> Trace:
@@ -142,8 +133,6 @@ def generate(
     # one request in 1e9 windows is none, and divisions by the rates stay finite
     rates[rates * workload.duration_s < 1e-9] = 0
     if workload.arrivals.process == "agullo2025":
-        from adapter_twin.workload.reference_client import reference_arrivals
-
         arrival_s, source = reference_arrivals(rates, workload.duration_s)
     elif workload.arrivals.process == "gamma":
         arrival_s, source = _gamma_arrivals(rates, workload.duration_s, workload.arrivals.cv, rng)
@@ -214,3 +203,52 @@ def _gamma_arrivals(
     arrival_s, source = arrival_s[inside], source[inside]
     order = np.argsort(arrival_s, kind="stable")
     return arrival_s[order], source[order]
+
+
+def reference_arrivals(rates: Floats, duration_s: float) -> tuple[Floats, Ints]:
+    """Draw what the load generator of Agullo et al. (2025) drew; each of its runs had seed 0.
+
+    It shuffled the adapters with Python's generator, then drew every gap between requests from one
+    NumPy stream: a first gap per adapter in that order, and the next one as each request was sent.
+
+    Parameters
+    ----------
+    rates : float64, shape (sources,)
+        Requests/s.
+    duration_s : float
+
+    Returns
+    -------
+    arrival_s : float64, shape (requests,)
+    source : int32, shape (requests,)
+    """
+    order = np.flatnonzero(rates > 0).tolist()
+    random.Random(0).shuffle(order)
+    stream = np.random.RandomState(0)
+    expected = rates.sum() * duration_s
+    gaps = stream.standard_exponential(int(expected + 6 * np.sqrt(expected)) + len(order) + 10)
+    arrival_s, source, sent = _compiled()(np.array(order, np.int32), rates, gaps, duration_s)
+    return arrival_s[:sent], source[:sent]
+
+
+@cache
+def _compiled() -> Any:
+    import numba  # late: it takes its time
+
+    return numba.njit(cache=True)(_send_in_order)
+
+
+def _send_in_order(
+    order: Ints, rates: Floats, gaps: Floats, duration_s: float
+) -> tuple[Floats, Ints, int]:
+    due = [(gaps[i] / rates[order[i]], order[i]) for i in range(len(order))]
+    heapq.heapify(due)
+    left = gaps[len(order) :]
+    arrival_s, sources = np.empty(len(left)), np.empty(len(left), np.int32)
+    sent = 0
+    while sent < len(left) and len(due) > 0 and due[0][0] < duration_s:
+        now_s, source = due[0]
+        arrival_s[sent], sources[sent] = now_s, source
+        heapq.heapreplace(due, (now_s + left[sent] / rates[source], source))
+        sent += 1
+    return arrival_s, sources, sent

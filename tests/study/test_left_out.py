@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from adapter_twin.workload.reference_client import reference_arrivals
+from adapter_twin.workload.trace import reference_arrivals
 from study import left_out
 
 
@@ -42,8 +42,8 @@ def test_all_runs_of_the_workload_are_left_out_whatever_became_of_them(
 
     monkeypatch.setattr(left_out, "calibrate", calibrate)
     monkeypatch.setattr(left_out, "predict_run", predict_run)
-    monkeypatch.setattr(left_out.reality, "twin_runs", twin_runs)
-    monkeypatch.setattr(left_out.reality, "measured_grids", lambda runs: runs[runs.grid])
+    monkeypatch.setattr(left_out.measured_grids, "twin_runs", twin_runs)
+    monkeypatch.setattr(left_out.measured_grids, "measured_grids", lambda runs: runs[runs.grid])
     predicted, grids = left_out.leave_one_workload_out(tables(), None, jobs=1)
     for seed in range(left_out.SEEDS):
         assert sorted(predicted.run_id[predicted.seed == seed]) == list("acd")

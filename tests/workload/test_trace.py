@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import kstest, spearmanr
 
 from adapter_twin.errors import AdapterTwinError
+from adapter_twin.tables.datasets import write_table
 from adapter_twin.workload.scenario import (
     Adapter,
     Arrivals,
@@ -301,24 +302,9 @@ def test_impossible_histograms_are_refused(change, field):
 @pytest.mark.parametrize("name", ["trace.parquet", "trace.csv"])
 def test_a_trace_survives_being_written_and_read(tmp_path, name):
     trace = draw(workload(duration_s=60, base_model_request_rate=1.0))
-    trace.write(tmp_path / name)
+    write_table(trace.to_frame(), tmp_path / name)
     assert same(read_trace(tmp_path / name), trace)
     assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_half_written(tmp_path, monkeypatch):
-    target = tmp_path / "trace.csv"
-    target.write_text("old")
-
-    def half_write(frame, path, **_):
-        path.write_text("half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(pd.DataFrame, "to_csv", half_write)
-    with pytest.raises(OSError, match="disk full"):
-        draw(workload(duration_s=1)).write(target)
-    assert target.read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["trace.csv"]
 
 
 def replay(path, duration_s=10.0):
@@ -374,7 +360,7 @@ def test_a_malformed_trace_is_refused_in_one_line(tmp_path, content, words):
 
 def test_a_truncated_or_missing_parquet_file_is_refused_in_one_line(tmp_path):
     path = tmp_path / "trace.parquet"
-    draw(workload(duration_s=60)).write(path)
+    write_table(draw(workload(duration_s=60)).to_frame(), path)
     path.write_bytes(path.read_bytes()[:-50])
     for bad in (path, tmp_path / "none.parquet"):
         with pytest.raises(AdapterTwinError, match="cannot be read") as caught:
