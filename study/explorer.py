@@ -28,11 +28,32 @@ from adapter_twin.plan.grid import GRID, HOPELESS, evaluate, grid_runs, slot_ran
 from adapter_twin.plan.recommend import vllm_args
 from adapter_twin.service.metrics import STARVATION_THRESHOLD
 from adapter_twin.tables import datasets
-from adapter_twin.tables.schemas import EXPLORER, MODELS
+from adapter_twin.tables.schemas import (
+    BOOL,
+    MODELS,
+    OPTIONAL,
+    each,
+    label,
+    number,
+    positive,
+    table,
+    whole,
+)
 from adapter_twin.workload.files import parse_ranks, records, run_to_workload
 from adapter_twin.workload.scenario import EngineConfig, Slo, Workload
 
 TABLE = datasets.REPOSITORY / "data" / "sweeps" / "explorer.parquet"
+
+EXPLORER = table(
+    "explorer",
+    **each("model rates_per_adapter ranks", label()),
+    **each("mean_input_tokens mean_requested_output_tokens", positive()),
+    **each("served_adapters adapter_slots", whole(1)),
+    **each("feasible_start simulated", BOOL),
+    offered_tokens_per_s=number(0),
+    **each("total_throughput mean_ttft_ms p99_ttft_ms mean_itl_ms", OPTIONAL),
+)
+"""The capacity explorer reads, besides its shares, a row per run, as in a sweep."""
 
 DURATION_S, SEED = 3600.0, 0
 """Of every run, as in `adapter_twin.plan.optimum.optimum`."""
@@ -118,7 +139,7 @@ def explore(jobs: int = -1) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        `adapter_twin.tables.schemas.EXPLORER`, in the order of `workloads`.
+        `EXPLORER`, in the order of `workloads`.
     """
     calibrations = {model: load_calibration("auto", model) for model in MODELS}
     tasks = [

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, require
 
 # pandas, pandera and pyarrow are imported late: who only asks where data lies needs none of them.
 if TYPE_CHECKING:
@@ -26,14 +26,15 @@ if TYPE_CHECKING:
 _PACKAGE = Path(__file__).resolve().parents[1]
 _IN_WHEEL = _PACKAGE / "_data"
 REPOSITORY = Path.cwd() if _IN_WHEEL.is_dir() else _PACKAGE.parent
-"""The checkout; an installed wheel has none and takes the folder in which it is used."""
+"""This is the checkout; an installed wheel has none and takes the folder in which it is used."""
 SHIPPED = _IN_WHEEL if _IN_WHEEL.is_dir() else REPOSITORY / "data"
-"""What the package itself needs of ``data/``."""
+"""This folder holds what the package itself needs of ``data/``."""
 EXTERNAL = REPOSITORY / "data" / "external"
-"""Where imported data goes (git-ignored)."""
+"""Imported data goes to this folder, which git ignores."""
 CHECKSUMS = SHIPPED / "checksums.json"
-"""SHA-256 of the measured tables: data set -> file name -> ``sha256:...``."""
+"""This file holds the SHA-256 of the measured tables by data set and file name."""
 DATASET = "agullo2025"
+"""The reference study's measurements have this name."""
 
 
 def roots() -> list[Path]:
@@ -57,16 +58,16 @@ def file_name(table: str) -> str:
 def load(table: str, dataset: str = DATASET) -> pd.DataFrame:
     """Read a measured table and check it against its schema.
 
-    Parameters
-    ----------
-    table : str
-        A key of `adapter_twin.tables.schemas.TABLES`.
-    dataset : str
-
     Raises
     ------
     AdapterTwinError
-        Unknown table, absent data (the message says how to get it) or a damaged file.
+        No such table in `adapter_twin.tables.schemas.TABLES`, absent data (the message says how to
+        get it) or a damaged file.
+
+    Examples
+    --------
+    >>> int(load("memory")["adapter_slots"].min())
+    8
     """
     from adapter_twin.tables.schemas import TABLES
     from adapter_twin.workload.strict import suggestion
@@ -102,10 +103,8 @@ def read_campaign(folder: str | Path) -> dict[str, pd.DataFrame]:
 
     paths = {name: Path(folder) / f"{name}.parquet" for name in CAMPAIGN_TABLES}
     there = {name: path for name, path in paths.items() if path.is_file()}
-    if not there:
-        raise AdapterTwinError(
-            f"{folder}: holds no campaign's tables; measure one with `adapter-twin profile`"
-        )
+    absent = f"{folder}: holds no campaign's tables; measure one with `adapter-twin profile`"
+    require(bool(there), absent)
     return {name: read_table(path, CAMPAIGN_TABLES[name]) for name, path in there.items()}
 
 
@@ -118,17 +117,15 @@ def sharegpt_lengths(dataset: str = DATASET) -> LengthMarginals:
     for kind in ("prompt", "output"):
         side = bins[bins["kind"] == kind].sort_values("bin_left_tokens")
         left, right = side["bin_left_tokens"].to_numpy(), side["bin_right_tokens"].to_numpy()
-        if len(side) == 0 or (left[1:] != right[:-1]).any():
-            raise AdapterTwinError(
-                f"sharegpt_lengths: the {kind} bins do not join; fetch the table again"
-            )
+        joined = len(side) > 0 and bool((left[1:] == right[:-1]).all())
+        require(joined, f"sharegpt_lengths: the {kind} bins do not join; fetch the table again")
         sides[f"{kind}_edges"] = (*left.tolist(), float(right[-1]))
         sides[f"{kind}_counts"] = tuple(side["count"].tolist())
     return LengthMarginals(**sides)
 
 
 def inventory(dataset: str = DATASET) -> pd.DataFrame:
-    """List the measured tables: what is there, from where, and whether it is what was published.
+    """List the measured tables, where they lie, and whether they are as published.
 
     Returns
     -------
@@ -169,11 +166,6 @@ def _count_rows(path: Path) -> int:
 def read_runs(path: str | Path) -> pd.DataFrame:
     """Read the configuration columns of a table of runs, and no other column.
 
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        A ``.parquet`` or ``.csv`` file.
-
     Returns
     -------
     pandas.DataFrame
@@ -201,7 +193,15 @@ def read_measured_runs(path: str | Path) -> pd.DataFrame:
 def read_table(
     path: str | Path, schema: DataFrameSchema, columns: Sequence[str] | None = None
 ) -> pd.DataFrame:
-    """Read a Parquet or CSV file and check it against `schema`; raises as `read_runs`."""
+    """Read a Parquet or CSV file and check it against `schema`; raises as `read_runs`.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+    schema : pandera.pandas.DataFrameSchema
+    columns : sequence of str, optional
+        The only ones to read.
+    """
     from adapter_twin.tables.schemas import validate
 
     return validate(read_frame(path, columns), schema, path)
@@ -210,17 +210,14 @@ def read_table(
 def read_frame(path: str | Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """Read a Parquet or CSV file that is there, whole and not empty."""
     path = Path(path)
-    if path.is_dir():
-        raise AdapterTwinError(f"{path}: is a folder; give a table in it, .parquet or .csv")
+    require(not path.is_dir(), f"{path}: is a folder; give a table in it, .parquet or .csv")
     _require_suffix(path)
-    if not path.is_file():
-        raise AdapterTwinError(f"{path}: no such file; check the path")
-    if path.stat().st_size == 0:
-        raise AdapterTwinError(f"{path}: the file is empty; fetch or write it again")
+    require(path.is_file(), f"{path}: no such file; check the path")
+    require(path.stat().st_size > 0, f"{path}: the file is empty; fetch or write it again")
     try:
         return _read(path, columns)
     except (ValueError, OSError) as error:  # Arrow's and pandas' reading errors are ValueErrors.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise AdapterTwinError(
             f"{path}: malformed or truncated {path.suffix[1:]} table ({reason.rstrip('.')}); "
             "fetch or write it again"
@@ -271,8 +268,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         The folder is missing or cannot be written to.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise AdapterTwinError(f"{path}: the folder {path.parent} does not exist; create it first")
+    folder = path.parent
+    require(folder.is_dir(), f"{path}: the folder {folder} does not exist; create it first")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -284,5 +281,5 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def _require_suffix(path: Path) -> None:
-    if path.suffix not in (".parquet", ".csv"):
-        raise AdapterTwinError(f"{path}: unknown kind of table; name it .parquet or .csv")
+    known = path.suffix in (".parquet", ".csv")
+    require(known, f"{path}: unknown kind of table; name it .parquet or .csv")

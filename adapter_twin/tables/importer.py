@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.tables.datasets import DATASET, EXTERNAL, write_table
-from adapter_twin.tables.run_folder import CAMPAIGNS, RESULTS, PublishedCampaign, read_run
+from adapter_twin.tables.run_folder import CAMPAIGNS, RESULTS, read_run
 
 REPOSITORY_URL = "https://github.com/FerranAgulloLopez/GPULLMAdapterOptimization"
 COMMIT = "bae36e2dad9615d851ff32d10a96633d21615647"
@@ -48,6 +47,12 @@ def import_repository(source: Path | None = None, out: Path = EXTERNAL) -> list[
 def fetch_repository(folder: Path, url: str = REPOSITORY_URL, commit: str = COMMIT) -> Path:
     """Check out the two campaigns at the pinned commit, without history or other files.
 
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Becomes the clone.
+    url, commit : str
+
     Raises
     ------
     AdapterTwinError
@@ -69,16 +74,12 @@ def _git(folder: Path, *arguments: str) -> None:
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    except FileNotFoundError:
-        reason = "git is not installed"
-    except subprocess.CalledProcessError as error:
-        reason = (error.stderr.strip() or f"git exited with {error.returncode}").splitlines()[-1]
-    else:
-        return
-    raise AdapterTwinError(
-        f"{folder}: git {arguments[0]} failed ({reason}); clone {REPOSITORY_URL} yourself "
-        "and give its folder to `adapter-twin data --import`"
-    )
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        told = getattr(error, "stderr", "git is not installed").strip() or str(error)
+        raise AdapterTwinError(
+            f"{folder}: git {arguments[0]} failed ({told.splitlines()[-1]}); clone "
+            f"{REPOSITORY_URL} yourself and give its folder to `adapter-twin data --import`"
+        ) from None
 
 
 def read_repository(source: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -92,21 +93,18 @@ def read_repository(source: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     from adapter_twin.tables.schemas import RUNS, SERIES, validate
 
     root = source / RESULTS if (source / RESULTS).is_dir() else source
-    parsed = [read_run(folder, campaign) for campaign, folder in _run_folders(root)]
-    if not parsed:
-        raise AdapterTwinError(
-            f"{source}: no run folders below {' or '.join(c.folder for c in CAMPAIGNS)}; "
-            f"give the root of a clone of {REPOSITORY_URL}"
-        )
+    parsed = [
+        read_run(folder, campaign)
+        for campaign in CAMPAIGNS
+        for folder in sorted((root / campaign.folder).glob("*/*/_*_*_*_"))
+    ]
+    require(
+        bool(parsed),
+        f"{source}: no run folders below {' or '.join(c.folder for c in CAMPAIGNS)}; "
+        f"give the root of a clone of {REPOSITORY_URL}",
+    )
     runs = pd.DataFrame([run for run, _ in parsed])
     samples = [series for _, series in parsed if series is not None]
-    if not samples:
-        raise AdapterTwinError(f"{source}: no run has sampled metrics (time.npy); clone it again")
+    require(bool(samples), f"{source}: no run has sampled metrics (time.npy); clone it again")
     series = pd.concat(samples, ignore_index=True)
     return validate(runs, RUNS, source), validate(series, SERIES, source)
-
-
-def _run_folders(root: Path) -> Iterator[tuple[PublishedCampaign, Path]]:
-    for campaign in CAMPAIGNS:
-        for folder in sorted((root / campaign.folder).glob("*/*/_*_*_*_")):
-            yield campaign, folder

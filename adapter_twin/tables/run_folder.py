@@ -1,4 +1,4 @@
-"""Read one raw run folder of the reference study.
+"""The raw run folders of the reference study, read one by one.
 
 A run is a folder ``_SLOTS_SERVED_MAXRANK_``; its parent names ranks and rates, one way per
 campaign. It holds the client's output (``log_*.out``), the sampled server metrics (``*.npy``) and,
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, one_line, require
 
 Floats = npt.NDArray[np.float64]
 
@@ -30,7 +30,7 @@ RESULTS = "benchmarks/lora/definitive_results"
 HOUR_S = 3600.0
 SAMPLED_AFTER_S = 15.0
 CLIENT_CAP = 24_000
-"""In-flight requests from which on the load generator counts as out of ports."""
+"""From that many in-flight requests on, the load generator counts as out of ports."""
 
 
 class PublishedCampaign(NamedTuple):
@@ -111,10 +111,17 @@ def read_run(
         A name that does not parse, a missing or malformed log, a truncated series.
     """
     run = read_names(folder, campaign)
-    log = _read_log(folder)
+    logs = sorted(folder.glob("log_*.out"))
+    require(bool(logs), f"{folder}: no client log (log_*.out); fetch the folder again")
+    log = logs[-1].read_text(errors="replace")  # The job number in the name grows with time.
     series = read_series(folder) if (folder / "time.npy").is_file() else None
     report = read_report(log, folder)
-    run["max_num_seqs"] = _max_num_seqs(log, folder)
+    max_num_seqs = re.search(r'--max-num-seqs="?(\d+)', log)
+    if max_num_seqs is None:
+        raise AdapterTwinError(
+            f"{folder}: the client log names no --max-num-seqs; it is truncated, fetch it again"
+        )
+    run["max_num_seqs"] = int(max_num_seqs[1])
     run["status"] = _status(folder, report, series)
     run |= read_traffic(log, folder)
     run |= report
@@ -156,22 +163,6 @@ def read_names(folder: Path, campaign: PublishedCampaign) -> dict[str, Any]:
     }
 
 
-def _read_log(folder: Path) -> str:
-    logs = sorted(folder.glob("log_*.out"))
-    if not logs:
-        raise AdapterTwinError(f"{folder}: no client log (log_*.out); fetch the folder again")
-    return logs[-1].read_text(errors="replace")  # The job number in the name grows with time.
-
-
-def _max_num_seqs(log: str, folder: Path) -> int:
-    found = re.search(r'--max-num-seqs="?(\d+)', log)
-    if found is None:
-        raise AdapterTwinError(
-            f"{folder}: the client log names no --max-num-seqs; it is truncated, fetch it again"
-        )
-    return int(found[1])
-
-
 def read_report(log: str, folder: Path) -> dict[str, float]:
     """Read the client's closing report: all NaN where the client did not get that far."""
     start = log.find("Serving Benchmark Intermediate Result")
@@ -179,10 +170,10 @@ def read_report(log: str, folder: Path) -> dict[str, float]:
         return dict.fromkeys(REPORT, np.nan)
     lines = (line.partition(":") for line in log[start:].splitlines())
     values = {label.strip(): value.strip() for label, _, value in lines}
-    missing = next((label for label in REPORT.values() if label not in values), None)
-    if missing is not None:
-        raise AdapterTwinError(
-            f"{folder}: the client's report lacks {missing!r}; the log is truncated, fetch it again"
+    for label in REPORT.values():
+        require(
+            label in values,
+            f"{folder}: the client's report lacks {label!r}; the log is truncated, fetch it again",
         )
     return {column: _float(values[label], label, folder) for column, label in REPORT.items()}
 
@@ -207,8 +198,8 @@ def read_traffic(log: str, folder: Path) -> dict[str, Any]:
         [_float(x, "Adapter rates", folder) for x in rates[i].split()] for i in (1, 2)
     )
     prompts, input_tokens, output_tokens = (int(count) for count in pool.groups())
-    if len(values) != len(counts) or prompts == 0:
-        raise AdapterTwinError(f"{folder}: malformed traffic in the client log; fetch it again")
+    sound = len(values) == len(counts) and prompts > 0
+    require(sound, f"{folder}: malformed traffic in the client log; fetch it again")
     return {
         "rate_values": " ".join(rates[1].split()),
         "rate_counts": " ".join(rates[2].split()),
@@ -238,32 +229,31 @@ def read_series(folder: Path) -> pd.DataFrame:
     time = _load(folder / "time.npy")
     columns = {column: _load(folder / f"{file}.npy") for column, file in SERIES_FILES.items()}
     for column, values in columns.items():
-        if values.shape != time.shape or time.ndim != 1 or time.size == 0:
-            raise AdapterTwinError(
-                f"{folder / SERIES_FILES[column]}.npy: shape {values.shape}, but time.npy has "
-                f"{time.shape}; fetch the folder again"
-            )
+        require(
+            values.shape == time.shape and time.ndim == 1 and time.size > 0,
+            f"{folder / SERIES_FILES[column]}.npy: shape {values.shape}, but time.npy has "
+            f"{time.shape}; fetch the folder again",
+        )
     busy = np.flatnonzero(columns["running"] > 0)
     if busy.size == 0:
         missing = dict.fromkeys(columns, np.full(time.size, np.nan))
         return pd.DataFrame({"t_s": time - time[-1] + HOUR_S + SAMPLED_AFTER_S, **missing})
     for column in ("prompt_tokens_total", "generated_tokens_total"):
         counter = columns[column]
-        columns[column] = np.where(
-            (counter == 0) & (np.maximum.accumulate(counter) > 0), np.nan, counter
-        )
+        lost = (counter == 0) & (np.maximum.accumulate(counter) > 0)
+        columns[column] = np.where(lost, np.nan, counter)
     return pd.DataFrame({"t_s": time - time[busy[-1]] + HOUR_S, **columns})
 
 
 def _load(path: Path) -> Floats:
+    require(path.is_file(), f"{path}: no such file; fetch it again")
     try:
         # Published data must never run code: pickled objects are refused.
         return np.asarray(np.load(path, allow_pickle=False), dtype=np.float64)
-    except FileNotFoundError:
-        reason = "no such file"
     except (ValueError, OSError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-    raise AdapterTwinError(f"{path}: malformed or truncated series ({reason}); fetch it again")
+        raise AdapterTwinError(
+            f"{path}: malformed or truncated series ({one_line(error)}); fetch it again"
+        ) from None
 
 
 def summarize_series(series: pd.DataFrame | None) -> dict[str, float]:

@@ -22,7 +22,6 @@ from adapter_twin.plan.criterion import MARGIN, Criterion
 from adapter_twin.plan.recommend import vllm_args
 from adapter_twin.service.metrics import STARVATION_THRESHOLD
 from adapter_twin.tables import datasets
-from adapter_twin.tables.schemas import EXPLORER
 from adapter_twin.workload.files import run_to_workload
 from adapter_twin.workload.scenario import Slo
 from study import explorer
@@ -39,7 +38,7 @@ PHONE = {"width": 390, "height": 844}
 
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
-    return datasets.read_table(explorer.TABLE, EXPLORER)
+    return datasets.read_table(explorer.TABLE, explorer.EXPLORER)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from adapter_twin.plan.grid import GRID, MAX_NUM_SEQS
 from adapter_twin.plan.optimum import optimum
 from adapter_twin.plan.recommend import vllm_args
 from adapter_twin.tables import datasets
-from adapter_twin.tables.schemas import EXPLORER
 from adapter_twin.workload.scenario import EngineConfig, Slo
 from study import explorer
 
@@ -29,7 +28,7 @@ STRICT = Slo(ttft_ms=200, itl_ms=30, percentile=99.9)
 
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
-    return datasets.read_table(explorer.TABLE, EXPLORER)
+    return datasets.read_table(explorer.TABLE, explorer.EXPLORER)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +109,7 @@ def test_a_small_table_survives_the_file(
     monkeypatch.setattr(explorer, "LENGTHS", ((223.0, 200.0),))
     afresh = explorer.explore(jobs=1)
     path = datasets.write_table(explorer.compact(afresh), tmp_path / "small.parquet")
-    stored = datasets.read_table(path, EXPLORER)
+    stored = datasets.read_table(path, explorer.EXPLORER)
     recorded = explorer.runs_of(table, explorer.workloads()[0]).reset_index(drop=True)
     pd.testing.assert_frame_equal(stored, recorded, check_categorical=False, rtol=1e-6)
     assert 0 < stored.simulated.sum() < stored.feasible_start.sum() < len(stored)
