@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from adapter_twin.calibrate.copying import simulate_copying
 from adapter_twin.calibrate.published_fit import fitted_runs
-from adapter_twin.calibrate.step_observations import step_observations
+from adapter_twin.calibrate.step_observations import simulate_copies, step_observations
 from adapter_twin.laws import Calibration
 from adapter_twin.laws.step_time import FEATURES, batch_features, multipliers
 from adapter_twin.service.metrics import is_starved, per_adapter
@@ -209,7 +208,7 @@ def step_residuals(calibration: Calibration, tables: dict[str, pd.DataFrame]) ->
         calibration.lengths,
         calibration.scheduling,
         calibration.memory,
-        simulate_copying(calibration, runs, jobs=1),
+        simulate_copies(calibration, runs, jobs=1),
     )
     expected_ms = calibration.step_time.expected_ms(observed)
     tokens = observed.batches[:, :, 1].mean(axis=1).clip(min=1)

@@ -1,4 +1,4 @@
-"""Fit a calibration to a campaign of `adapter-twin profile`.
+"""The fit of a calibration to a campaign of `adapter-twin profile`.
 
 The engine's laws come from the micro-profiles, where the batch of every step is known; only the
 front end's overhead needs serving runs, and takes those that were not held out.
@@ -6,16 +6,13 @@ front end's overhead needs serving runs, and takes those that were not held out.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from adapter_twin import __version__
 from adapter_twin.calibrate.client_side import fit_overhead, observe
-from adapter_twin.calibrate.published_fit import RANGE_COLUMNS
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.calibrate.published_fit import assemble
 from adapter_twin.laws.calibration import Calibration
 from adapter_twin.laws.emitted_lengths import EarlyStopLaw, LengthLaw
 from adapter_twin.laws.front_end import UNLIMITED, FrontEndLaw, MeasurementLaw
@@ -26,7 +23,7 @@ from adapter_twin.laws.step_time import StepObservations, StepTimeLaw, batch_fea
 from adapter_twin.workload.strict import require
 
 TABLES = ("runs", "micro_steps", "adapter_loads", "engine_starts")
-"""Tables that a calibration is fitted to."""
+"""A calibration is fitted to these tables."""
 
 BATCH = ["engine_id", "point", "batched_tokens", "decodes", "prompts", "distinct_adapters"]
 """Steps that agree in these ran the same batch but for the length of its contexts."""
@@ -70,13 +67,10 @@ def calibrate_campaign(
     runs = tables["runs"]
     fitted = runs[(runs.status == "ok") & ~runs.held_out]
     batches = median_steps(tables["micro_steps"])
-    ranges = runs[list(RANGE_COLUMNS)].agg(["min", "max"])
     starts = tables["engine_starts"].rename(columns={"capture_s": "graph_capture_s"})
-    calibration = Calibration(
-        name=f"{model}@{gpu}-vllm{engine_version}",
-        model=model,
-        gpu=gpu,
-        engine_version=engine_version,
+    calibration = assemble(
+        *(model, gpu, engine_version, source, runs),
+        rows={"runs": len(fitted), "step_times": len(batches)},
         memory=MemoryLaw(model).fit(starts),
         step_time=StepTimeLaw().fit(observations(batches)),
         loading=LoadingLaw(model).fit(tables["adapter_loads"]),
@@ -85,20 +79,13 @@ def calibrate_campaign(
         early_stop=EarlyStopLaw.never(),
         lengths=LengthLaw(),  # the runs tell their own distribution
         measurement=MeasurementLaw(arrivals="poisson", in_flight_cap=int(UNLIMITED)),
-        valid_range={column: ranges[column].tolist() for column in RANGE_COLUMNS},
-        provenance={
-            "source": source,
-            "rows": {"runs": len(fitted), "step_times": len(batches)},
-            "date": datetime.now(UTC).date().isoformat(),
-            "version": __version__,
-        },
     )
     light = fitted[fitted.waiting_mean < 1]
-    if len(light) < 3:
-        raise AdapterTwinError(
-            f"runs: {len(light)} of the runs to fit to were served without a queue; at least 3 are "
-            "needed for the front end's overhead: add lightly loaded runs to the campaign"
-        )
+    require(
+        len(light) >= 3,
+        f"runs: {len(light)} of the runs to fit to were served without a queue; at least 3 are "
+        "needed for the front end's overhead: add lightly loaded runs to the campaign",
+    )
     fit_overhead(calibration, light, observe(calibration, light, jobs))
     return calibration
 

@@ -1,10 +1,10 @@
-"""What only shows at the client: fitted to what the twin of the engine leaves unexplained."""
+"""The client's side: laws fitted to what the twin of the engine leaves unexplained of a run."""
 
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,35 +18,27 @@ from adapter_twin.twin.simulate import simulate_run
 Floats = NDArray[np.float64]
 
 SETTLED_S = 300.0
-"""Scrapes before that are disturbed by first uses."""
+"""First uses disturb the scrapes before this time."""
 
 SPELL_S = 300.0
-"""Scrapes are compared in medians over spells of that length, one in every two."""
+"""Scrapes are compared in medians over spells of this length, one in every two."""
 
 START_S = 120.0
-"""Nearly all first uses happen by then."""
+"""Nearly all first uses happen in this first part of a run."""
 
 PAUSES_MS = np.arange(0.0, 525.0, 25.0)
-"""Candidates for the pause of a first use."""
+"""These are the candidates for the pause of a first use."""
 
 RESAMPLES = 1000
-"""Of the runs, for the interval of the pause."""
+"""The runs are resampled this many times for the interval of the pause."""
 
 
-@dataclass(frozen=True)
-class Observed:
-    """What the twin makes of a measured run.
-
-    Attributes
-    ----------
-    median_ttft_ms, running : float
-        Running requests are the mean over the steps.
-    pauses : recarray of `adapter_twin.twin.clock.PAUSES`
-    """
+class Observed(NamedTuple):
+    """A measured run as the twin serves it; running requests are the mean over its steps."""
 
     median_ttft_ms: float
     running: float
-    pauses: Any
+    pauses: Any  # recarray of `adapter_twin.twin.clock.PAUSES`
 
 
 def fit_first_use(
@@ -65,6 +57,7 @@ def fit_first_use(
     series : DataFrame
         Their samples (table ``series``).
     jobs : int
+        Processes.
     """
     law = calibration.front_end
     by_run = dict(tuple(series.groupby("run_id", observed=True)))
@@ -96,7 +89,16 @@ def _start_misses(calibration: Calibration, row: dict[Any, Any], samples: pd.Dat
 
 
 def observe(calibration: Calibration, runs: pd.DataFrame, jobs: int) -> list[Observed]:
-    """Simulate runs as they were measured, by the laws fitted so far."""
+    """Simulate runs as they were measured, by the laws fitted so far.
+
+    Parameters
+    ----------
+    calibration : Calibration
+    runs : DataFrame
+        Table ``runs``.
+    jobs : int
+        Processes.
+    """
     rows = runs.to_dict("records")
     return list(Parallel(n_jobs=jobs)(delayed(_observe)(calibration, row) for row in rows))
 

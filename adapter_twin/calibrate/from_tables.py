@@ -1,4 +1,4 @@
-"""Calibrate from a folder of measured tables: the published ones, or those of a campaign."""
+"""Calibrations from a folder of measured tables: the published ones, or those of a campaign."""
 
 from __future__ import annotations
 
@@ -43,6 +43,11 @@ def calibrate_tables(
     ------
     AdapterTwinError
         A table is missing or damaged, or holds no such model.
+
+    Examples
+    --------
+    >>> calibrate_tables(Path("data/campaigns/cpu-small")).name  # doctest: +SKIP
+    'small@cpu-vllm0.32.0'
     """
     if (folder / "micro_steps.parquet").is_file():
         measured = datasets.read_campaign(folder)

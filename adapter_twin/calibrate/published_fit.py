@@ -1,4 +1,4 @@
-"""Fit a calibration to measured tables."""
+"""The fit of a calibration to the published tables of one-hour runs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
-from numpy.typing import NDArray
 
 from adapter_twin import __version__
-from adapter_twin.calibrate.client_side import (
-    fit_first_use,
-    fit_overhead,
-    fit_scrapes,
-    observe,
-)
-from adapter_twin.calibrate.copying import simulate_copying
-from adapter_twin.calibrate.step_observations import step_observations
+from adapter_twin.calibrate.client_side import fit_first_use, fit_overhead, fit_scrapes, observe
+from adapter_twin.calibrate.step_observations import simulate_copies, step_observations
 from adapter_twin.laws.calibration import Calibration
 from adapter_twin.laws.emitted_lengths import EarlyStopLaw, LengthLaw
 from adapter_twin.laws.front_end import FrontEndLaw, MeasurementLaw
@@ -34,33 +27,25 @@ from adapter_twin.twin.simulate import simulate_run
 from adapter_twin.workload.lengths import LengthMarginals
 
 TABLES = (
-    "runs",
-    "series",
-    "windows",
-    "steps",
-    "base_steps",
-    "adapter_loads",
-    "memory",
-    "scheduler_runs",
+    *("runs", "series", "windows", "steps", "base_steps"),
+    *("adapter_loads", "memory", "scheduler_runs"),
 )
-"""Tables that a calibration is fitted to."""
+"""A calibration is fitted to these tables."""
 
 RANGE_COLUMNS = (
-    "adapter_slots",
-    "served_adapters",
-    "max_lora_rank",
-    "mean_input_tokens",
-    "mean_requested_output_tokens",
+    *("adapter_slots", "served_adapters", "max_lora_rank"),
+    *("mean_input_tokens", "mean_requested_output_tokens"),
 )
+"""A calibration tells the range of these columns that it has seen."""
 
 LONGEST_OUTPUTS = (None, 1000.0, 900.0, 800.0, 700.0)
-"""Candidates, in tokens of the histogram; None does not cut."""
+"""Output lengths may be cut off here, in tokens of the histogram; None does not cut."""
 
 GATED_WAITING = 600.0
-"""Mean waiting requests from which on a run counts as gated by its slots."""
+"""From this many waiting requests on, in the mean, a run counts as gated by its slots."""
 
-CLIENT_SIDE_RUNS = 3
-"""Of the completed runs every that many are simulated to fit the client's side."""
+CLIENT_SIDE_STRIDE = 3
+"""One completed run in this many is simulated to fit the client's side."""
 
 
 def calibrate(
@@ -106,12 +91,9 @@ def calibrate(
     memory = MemoryLaw(model).fit(tables["memory"])
     observations = step_observations(tables, model, lengths, scheduling, memory)
     series = tables["series"][tables["series"].run_id.isin(unsaturated.run_id)]
-    ranges = runs.dropna(subset=["duration_s"])[list(RANGE_COLUMNS)].agg(["min", "max"])
-    calibration = Calibration(
-        name=f"{model}@{gpu}-vllm{engine_version}",
-        model=model,
-        gpu=gpu,
-        engine_version=engine_version,
+    calibration = assemble(
+        *(model, gpu, engine_version, source, runs.dropna(subset=["duration_s"])),
+        rows={"runs": len(runs), "step_times": len(observations.step_ms)},
         memory=memory,
         step_time=StepTimeLaw().fit(observations),
         loading=LoadingLaw(model).fit(tables["adapter_loads"]),
@@ -120,13 +102,6 @@ def calibrate(
         early_stop=EarlyStopLaw().fit(unsaturated, series),
         lengths=lengths,
         measurement=MeasurementLaw(),
-        valid_range={column: ranges[column].tolist() for column in RANGE_COLUMNS},
-        provenance={
-            "source": source,
-            "rows": {"runs": len(runs), "step_times": len(observations.step_ms)},
-            "date": datetime.now(UTC).date().isoformat(),
-            "version": __version__,
-        },
     )
     # Copies of adapters depend on the step time and on the lengths, and both on them: two rounds
     # settle the step time, so that the lengths are chosen well, and a third one goes by these.
@@ -135,13 +110,52 @@ def calibrate(
     calibration = _choose_longest_output(calibration, clean, marginals, busy, jobs)
     calibration = without_copies(calibration, tables, clean, jobs)
     fit_first_use(calibration, unsaturated, series, jobs)
-    observed = clean.iloc[::CLIENT_SIDE_RUNS]
+    observed = clean.iloc[::CLIENT_SIDE_STRIDE]
     light = observed.run_id.isin(unsaturated.run_id)
     for _ in range(2):  # the overhead depends a little on the scrapes, and they on the overhead
         seen = observe(calibration, observed, jobs)
         fit_overhead(calibration, observed[light], list(compress(seen, light)))
         fit_scrapes(calibration, observed, seen, tables["series"])
     return calibration
+
+
+def assemble(
+    model: str,
+    gpu: str,
+    engine_version: str,
+    source: dict[str, Any],
+    measured: pd.DataFrame,
+    *,
+    rows: dict[str, int],
+    **laws: Any,
+) -> Calibration:
+    """Put fitted laws together, with their range and provenance.
+
+    Parameters
+    ----------
+    model, gpu, engine_version, source
+        As for `calibrate`.
+    measured : DataFrame
+        Runs whose configurations are the valid range.
+    rows : dict of int
+        Rows that the laws were fitted to, by kind.
+    **laws : Estimator
+    """
+    ranges = measured[list(RANGE_COLUMNS)].agg(["min", "max"])
+    return Calibration(
+        name=f"{model}@{gpu}-vllm{engine_version}",
+        model=model,
+        gpu=gpu,
+        engine_version=engine_version,
+        **laws,
+        valid_range={column: ranges[column].tolist() for column in RANGE_COLUMNS},
+        provenance={
+            "source": source,
+            "rows": rows,
+            "date": datetime.now(UTC).date().isoformat(),
+            "version": __version__,
+        },
+    )
 
 
 def fitted_runs(runs: pd.DataFrame) -> pd.DataFrame:
@@ -164,13 +178,9 @@ def without_copies(
     jobs : int
         Processes for the simulations.
     """
+    copies, known = simulate_copies(calibration, runs, jobs), calibration
     observations = step_observations(
-        tables,
-        calibration.model,
-        calibration.lengths,
-        calibration.scheduling,
-        calibration.memory,
-        simulate_copying(calibration, runs, jobs),
+        tables, known.model, known.lengths, known.scheduling, known.memory, copies
     )
     return replace(calibration, step_time=StepTimeLaw().fit(observations))
 
@@ -197,17 +207,18 @@ def _choose_longest_output(
     """
     gated = (runs.adapter_slots < runs.served_adapters) & (runs.waiting_mean > GATED_WAITING)
     rows = runs[gated].iloc[::2]
-    candidates: dict[str, Calibration] = {}
-    errors: dict[str, NDArray[np.float64]] = {}
-    for longest in LONGEST_OUTPUTS:
-        lengths = LengthLaw(longest).fit(marginals, windows)
-        candidate = replace(calibration, lengths=lengths)
+    candidates = {
+        f"{longest or np.inf:g}": replace(
+            calibration, lengths=LengthLaw(longest).fit(marginals, windows)
+        )
+        for longest in LONGEST_OUTPUTS
+    }
+    errors = {}
+    for longest, candidate in candidates.items():
         served = Parallel(n_jobs=jobs)(
             delayed(_served)(candidate, row) for row in rows.to_dict("records")
         )
-        name = f"{longest or np.inf:g}"
-        candidates[name] = candidate
-        errors[name] = 100 * np.abs(np.array(served) / rows.total_throughput - 1)
+        errors[longest] = 100 * np.abs(np.array(served) / rows.total_throughput - 1)
     means = {longest: float(error.mean()) for longest, error in errors.items()}
     best = min(means, key=means.__getitem__)
     # One standard error: the least change to the histogram that does about as well as the best.

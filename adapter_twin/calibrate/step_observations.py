@@ -1,4 +1,9 @@
-"""From measured tables to `StepObservations`: what each measured step time was a step time of."""
+"""Measured tables as `StepObservations`: each step time with the batch that it was measured of.
+
+The step times of whole runs are those of model, scheduling and copies of adapters together, and no
+measurement tells the copies apart. The twin makes each copy from the configuration, so its own
+copies are taken out of what the step-time law is fitted to, and the law is fitted again.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +12,41 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from joblib import Parallel, delayed
 from numpy.typing import NDArray
 
-from adapter_twin.calibrate.copying import Copying
+from adapter_twin.laws.calibration import Calibration
 from adapter_twin.laws.emitted_lengths import LengthLaw
 from adapter_twin.laws.memory import MemoryLaw
 from adapter_twin.laws.scheduling import SchedulingLaw
 from adapter_twin.laws.step_time import StepObservations, batch_features
+from adapter_twin.twin.simulate import simulate_run
 from adapter_twin.workload.files import run_to_workload
 from adapter_twin.workload.lengths import draw_lengths
 from adapter_twin.workload.scenario import Lengths
 
 Floats = NDArray[np.float64]
 
-SAMPLES = 256
-"""Batches drawn for each window: its prompts make the steps differ."""
+Copies = Mapping[str, tuple[Floats, Floats]]
+"""By run: the end of each step, and the time spent on copies before it (one more), in s."""
 
-MEAN_PROMPT_TOKENS = 223.0
-BUDGET_TOKENS = 2048
+SAMPLES = 256
+"""This many batches are drawn for each window, because its prompts make the steps differ."""
+
+MEAN_PROMPT_TOKENS, BUDGET_TOKENS = 223.0, 2048
+"""The reference campaign's prompts had this mean length, and its steps this token budget."""
 
 WINDOWS_WEIGHT, HOURS_WEIGHT, STEPS_WEIGHT, BASE_WEIGHT = 1.0, 1.0, 0.3, 0.1
-"""Share of the sources in the fit: whole runs decide, calibration steps keep the law physical."""
+"""The sources weigh this much: whole runs decide, calibration steps keep the law physical."""
 
 CALIBRATION_RANK = 8.0
-"""Rank of the adapters in the calibration steps."""
+"""The adapters in the calibration steps have this rank."""
+
+BATCH = ["batched_tokens", "running", "kv_tokens", "distinct_adapters"]
+"""These columns tell a single batch, in the order of `batch_features`."""
 
 SETTLED_S = 600.0
-"""The spread of the running requests is taken from then on."""
+"""The spread of the running requests is taken from this time on."""
 
 
 def step_observations(
@@ -42,7 +55,7 @@ def step_observations(
     lengths: LengthLaw,
     scheduling: SchedulingLaw,
     memory: MemoryLaw,
-    copying: Copying | None = None,
+    copies: Copies | None = None,
 ) -> StepObservations:
     """Collect the step times of one model.
 
@@ -55,38 +68,55 @@ def step_observations(
     scheduling : SchedulingLaw
         Its share is taken out of the measured times.
     memory : MemoryLaw
-    copying : Copying, optional
-        Copies of adapters to take out of the measured times.
+    copies : mapping, optional
+        See `simulate_copies`; taken out of the measured times.
     """
     names = ("runs", "windows", "steps", "base_steps")
     one_model = {name: tables[name][tables[name].model == model] for name in names}
     windows = clean_windows(one_model["windows"], one_model["runs"])
     hours = whole_hours(one_model["runs"], tables["series"], memory)
+    windows, hours = (_without_copies(stretches, copies or {}) for stretches in (windows, hours))
     return StepObservations.concatenate(
         [
-            _of_windows(
-                _without_copies(windows, copying),
-                WINDOWS_WEIGHT,
-                lengths,
-                scheduling,
-                decides=False,
-            ),
-            _of_windows(
-                _without_copies(hours, copying), HOURS_WEIGHT, lengths, scheduling, decides=True
-            ),
+            _of_windows(windows, WINDOWS_WEIGHT, lengths, scheduling, decides=False),
+            _of_windows(hours, HOURS_WEIGHT, lengths, scheduling, decides=True),
             _of_steps(one_model["steps"], scheduling),
             _of_base_steps(one_model["base_steps"], scheduling),
         ]
     )
 
 
-def _without_copies(rows: pd.DataFrame, copying: Copying | None) -> pd.DataFrame:
-    """Take the copies of adapters out of the step times of stretches of runs."""
-    if copying is None:
-        return rows
-    from_s = rows.t_s.to_numpy(float)
-    copied_ms = copying.per_step_ms(rows.run_id, from_s, from_s + rows.dt_s.to_numpy(float))
-    return rows.assign(step_ms=rows.step_ms - copied_ms)
+def simulate_copies(calibration: Calibration, runs: pd.DataFrame, jobs: int) -> Copies:
+    """Simulate the runs that exchange adapters; those with a slot for each load it once.
+
+    Parameters
+    ----------
+    calibration : Calibration
+    runs : DataFrame
+        Table ``runs``.
+    jobs : int
+        Processes.
+    """
+    rows = runs[runs.adapter_slots < runs.served_adapters].to_dict("records")
+    copies = Parallel(n_jobs=jobs)(delayed(_copies)(calibration, row) for row in rows)
+    return dict(zip((row["run_id"] for row in rows), copies, strict=True))
+
+
+def _copies(calibration: Calibration, row: dict[Any, Any]) -> tuple[Floats, Floats]:
+    steps = simulate_run(row, calibration).steps
+    return steps.end_s.copy(), np.concatenate(([0.0], np.cumsum(steps.load_s, dtype=float)))
+
+
+def _without_copies(stretches: pd.DataFrame, copies: Copies) -> pd.DataFrame:
+    """Take the mean copy time of the steps that end in a stretch of a run out of its step time."""
+    copied_ms = np.zeros(len(stretches))
+    places = zip(stretches.run_id, stretches.t_s, stretches.dt_s, strict=True)
+    for i, (run_id, from_s, dt_s) in enumerate(places):
+        if run_id in copies:
+            end_s, total_s = copies[run_id]
+            first, last = np.searchsorted(end_s, [from_s, from_s + dt_s])
+            copied_ms[i] = 1e3 * ((total_s[last] - total_s[first]) / max(last - first, 1))
+    return stretches.assign(step_ms=stretches.step_ms - copied_ms)
 
 
 def clean_windows(windows: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
@@ -101,7 +131,14 @@ def clean_windows(windows: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def whole_hours(runs: pd.DataFrame, series: pd.DataFrame, memory: MemoryLaw) -> pd.DataFrame:
-    """Turn the averages of whole runs into rows like windows, by Little's law."""
+    """Turn the averages of whole runs into rows like windows, by Little's law.
+
+    Parameters
+    ----------
+    runs, series : DataFrame
+        Tables of these names.
+    memory : MemoryLaw
+    """
     runs = runs[(runs.status == "ok") & ~runs.client_collapsed.astype(bool)]
     settled = series[series.t_s > SETTLED_S]
     spread = settled.groupby("run_id", observed=True).running.std()
@@ -192,43 +229,30 @@ def _of_steps(steps: pd.DataFrame, scheduling: SchedulingLaw) -> StepObservation
         "kv_bin": (steps.kv_tokens / 1e4).round(),
     }
     groups = steps.assign(**kinds).groupby(["adapter_slots", *kinds])
-    columns = ["batched_tokens", "running", "kv_tokens", "distinct_adapters"]
-    means = groups[columns].mean().assign(ms=groups.step_ms.median(), n=groups.size())
-    means = means[means.n >= 10].reset_index()
-    return _of_single_batches(
-        means.ms, means.batched_tokens.round(), means.running, means.kv_tokens,
-        means.distinct_adapters, means.adapter_slots, STEPS_WEIGHT, scheduling,
-    )  # fmt: skip
+    means = groups[BATCH].mean().assign(step_ms=groups.step_ms.median())
+    means = means[groups.size() >= 10].reset_index()
+    means["batched_tokens"] = means.batched_tokens.round()
+    return _of_single_batches(means, STEPS_WEIGHT, scheduling)
 
 
 def _of_base_steps(steps: pd.DataFrame, scheduling: SchedulingLaw) -> StepObservations:
     """Calibration runs without adapters."""
     steps = steps.dropna(subset=["kv_tokens"])
     steps = steps[(steps.kind == "default_output") & (steps.running >= 2)]
-    none = 0 * steps.running
-    return _of_single_batches(
-        steps.step_ms, steps.running, steps.running, steps.kv_tokens, none, none,
-        BASE_WEIGHT, scheduling,
-    )  # fmt: skip
+    batches = steps.assign(batched_tokens=steps.running, distinct_adapters=0, adapter_slots=0)
+    return _of_single_batches(batches, BASE_WEIGHT, scheduling)
 
 
 def _of_single_batches(
-    step_ms: pd.Series,
-    tokens: pd.Series,
-    running: pd.Series,
-    kv_tokens: pd.Series,
-    adapters: pd.Series,
-    slots: pd.Series,
-    weight: float,
-    scheduling: SchedulingLaw,
+    batches: pd.DataFrame, weight: float, scheduling: SchedulingLaw
 ) -> StepObservations:
-    n = len(step_ms)
-    columns = [x.to_numpy(float) for x in (tokens, running, kv_tokens, adapters)]
+    n, slots = len(batches), batches.adapter_slots.to_numpy(float)
+    scheduling_ms = scheduling.predict_ms(batches.running.to_numpy(float), np.zeros(n))
     return StepObservations(
-        step_ms=step_ms.to_numpy(float) - scheduling.predict_ms(columns[1], np.zeros(n)),
+        step_ms=batches.step_ms.to_numpy(float) - scheduling_ms,
         waiting=np.zeros(n),
-        batches=batch_features(*columns)[:, None, :],
-        slots=slots.to_numpy(float),
+        batches=batch_features(*batches[BATCH].to_numpy(float).T)[:, None, :],
+        slots=slots,
         rank=np.where(slots > 0, CALIBRATION_RANK, 0.0),
         group=np.full(n, ""),
         decides=np.zeros(n, bool),

@@ -20,12 +20,13 @@ from adapter_twin.laws.step_time import StepTimeLaw
 from adapter_twin.tables import datasets
 from adapter_twin.workload.models import model_shape
 from adapter_twin.workload.scenario import EngineConfig, Workload
-from adapter_twin.workload.strict import dataclass, read
+from adapter_twin.workload.strict import dataclass, read, require
 
 FOLDER = datasets.SHIPPED / "calibrations"
+"""The calibrations that come with the package lie in this folder."""
 
 RANGE_MARGIN = 1.25
-"""No warning up to that far outside the measured range."""
+"""Values up to this factor outside the measured range give no warning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,8 @@ class Calibration:
 
         vLLM's ``scheduler_reserve_full_isl``, which is on since 0.19.
         """
-        return _release(self.engine_version) >= (0, 19)
+        release = re.findall(r"\d+", self.engine_version)[:2]
+        return tuple(map(int, release)) >= (0, 19)
 
     def warn_outside_range(self, engine: EngineConfig, workload: Workload) -> None:
         """Warn of what lies outside the range of the measurements."""
@@ -95,13 +97,7 @@ class Calibration:
 
     @classmethod
     def from_json(cls, path: Path) -> Calibration:
-        """Read a calibration.
-
-        Raises
-        ------
-        AdapterTwinError
-            The file is missing or truncated, or a field is missing or wrong.
-        """
+        """Read a calibration; raise `AdapterTwinError` if the file or one of its fields is bad."""
         try:
             return read(cls, json.loads(path.read_text()))
         except OSError as error:
@@ -112,10 +108,6 @@ class Calibration:
             raise AdapterTwinError(
                 f"calibration: {path} is no calibration ({error}); run adapter-twin calibrate"
             ) from None
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def list_calibrations() -> list[str]:
@@ -144,17 +136,13 @@ def load_calibration(name: str, model: str) -> Calibration:
     """
     model_shape(model)
     names = list_calibrations()
+    known = ", ".join(names)
     if name == "auto":
-        of_model = [known for known in names if known.startswith(f"{model}@")]
-        if not of_model:
-            raise AdapterTwinError(f"calibration: none for {model}; there are {', '.join(names)}")
-        name = of_model[0]
-    path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
-    if name not in names and not name.endswith(".json"):
-        raise AdapterTwinError(f"calibration: {name!r} is unknown; use auto or {', '.join(names)}")
-    calibration = Calibration.from_json(path)
-    if calibration.model != model:
-        raise AdapterTwinError(
-            f"calibration: {calibration.name} is of {calibration.model}, not of {model}; use auto"
-        )
+        name = next((known for known in names if known.startswith(f"{model}@")), "")
+        require(bool(name), f"calibration: none for {model}; there are {known}")
+    is_file = name.endswith(".json")
+    require(is_file or name in names, f"calibration: {name!r} is unknown; use auto or {known}")
+    calibration = Calibration.from_json(Path(name) if is_file else FOLDER / f"{name}.json")
+    of = calibration.model
+    require(of == model, f"calibration: {calibration.name} is of {of}, not of {model}; use auto")
     return calibration

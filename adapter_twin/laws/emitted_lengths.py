@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LEVELS = 41
+"""A length distribution is kept as its quantiles at this many levels."""
+
 BLOCK_REST_TOKENS = 8.0
-"""Mean unused part of a request's last KV block of 16 tokens."""
+"""On average this much of a request's last KV block of 16 tokens is unused."""
 
 
 class LengthLaw(Estimator):
@@ -61,12 +63,12 @@ class LengthLaw(Estimator):
         from scipy.optimize import brentq
 
         for side in ("prompt", "output"):
-            edges, counts = (getattr(marginals, f"{side}_{part}") for part in ("edges", "counts"))
+            edges, counts = marginals.histogram(side)
             cumulative = np.concatenate(([0.0], np.cumsum(counts))) / np.sum(counts)
             kept = np.concatenate(([True], np.diff(cumulative) > 0))
             levels = np.linspace(0, 1, LEVELS)
-            if side == "output":  # finer towards the tail
-                levels = np.sqrt(levels)
+            if side == "output":
+                levels = np.sqrt(levels)  # finer towards the tail
             quantiles = np.interp(levels, cumulative[kept], np.asarray(edges)[kept])
             if side == "output":  # edges must increase, so the cap is not quite flat
                 longest = self.longest_output or np.inf

@@ -1,4 +1,4 @@
-"""What the laws have in common: ``fit``, attributes that end in an underscore, and JSON.
+"""The base of all laws: ``fit``, attributes that end in an underscore, and JSON.
 
 They follow scikit-learn's conventions without its base class, whose import would slow down every
 command.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from adapter_twin.laws.estimator import Estimator
 
 UNLIMITED = np.iinfo(np.int64).max
-"""Requests in flight, where no load generator limits them."""
+"""This many requests may be in flight where no load generator limits them."""
 
 Floats = NDArray[np.float64]
 
@@ -59,11 +59,8 @@ class FrontEndLaw(Estimator):
         design = sm.add_constant(running)
         fit = sm.RLM((ttft_ms - engine_ttft_ms) / ttft_ms, design / ttft_ms[:, None]).fit()
         self.overhead_ms_, self.overhead_per_running_ms_ = np.maximum(fit.params, 0).tolist()
-        low_high = fit.conf_int()
-        self.interval_ |= {
-            "overhead_ms_": low_high[0].tolist(),
-            "overhead_per_running_ms_": low_high[1].tolist(),
-        }
+        names = ("overhead_ms_", "overhead_per_running_ms_")
+        self.interval_ |= dict(zip(names, fit.conf_int().tolist(), strict=True))
         return self
 
     @property
@@ -104,7 +101,14 @@ class MeasurementLaw(Estimator):
         self.scrape_ms_ = self.scrape_ms_per_label_ = self.scrape_ms_per_name_ = 0.0
 
     def fit(self, labels: Floats, names: Floats, scrape_ms: Floats) -> MeasurementLaw:
-        """Fit to measured durations of reads, given simulated numbers of label sets and names."""
+        """Fit to measured durations of reads, one to a row.
+
+        Parameters
+        ----------
+        labels, names : float64, shape (reads,)
+            Label sets, and adapter names in them, as simulated.
+        scrape_ms : float64, shape (reads,)
+        """
         from scipy.optimize import nnls
 
         design = np.column_stack([np.ones(len(labels)), labels, names])

@@ -48,13 +48,13 @@ class LoadingLaw(Estimator):
         memory, disk = (loads[loads.source == source] for source in ("memory", "disk"))
         both = len(memory) > 0 and len(disk) > 0
         require(both, f"adapter_loads: {self.model} needs some from memory and some from disk")
-        full = memory["rank"] == memory.max_lora_rank
         self.interval_ = {}
-        # Where only one kind was measured it stands for the other.
-        self.full_slot_ms_ = self._median("full_slot_ms_", memory.load_ms[full | (not full.any())])
-        self.padded_slot_ms_ = self._median(
-            "padded_slot_ms_", memory.load_ms[~full | bool(full.all())]
-        )
+        full = memory["rank"] == memory.max_lora_rank
+        for name, rows in (("full_slot_ms_", full), ("padded_slot_ms_", ~full)):
+            # Where only one kind was measured it stands for the other.
+            load_ms = np.sort(memory.load_ms[rows | (not rows.any())])
+            self.interval_[name] = _interval_of_median(load_ms)
+            setattr(self, name, float(np.median(load_ms)))
         # Medians by rank: the first read of a file is an outlier of up to a second.
         by_rank = disk.groupby("rank").load_ms.median() - self.full_slot_ms_
         degree = min(1, len(by_rank) - 1)
@@ -63,15 +63,6 @@ class LoadingLaw(Estimator):
         self.read_ms_, self.read_ms_per_rank_ = float(intercept), float(slope)
         return self
 
-    def _median(self, name: str, values: pd.Series[float]) -> float:
-        """Median and its order-statistics interval (binomial, normal approximation)."""
-        ordered = np.sort(values.to_numpy())
-        half = 0.98 * np.sqrt(len(ordered))
-        low = max(int(len(ordered) / 2 - half), 0)
-        high = min(int(np.ceil(len(ordered) / 2 + half)), len(ordered) - 1)
-        self.interval_[name] = (float(ordered[low]), float(ordered[high]))
-        return float(np.median(ordered))
-
     def load_s(self, ranks: NDArray[np.int64], max_lora_rank: int | NDArray[np.int64]) -> Floats:
         """Return the copy times into a slot of `max_lora_rank` in s, one per rank given."""
         full = np.asarray(ranks) == max_lora_rank
@@ -79,6 +70,13 @@ class LoadingLaw(Estimator):
 
     def read_s(self, ranks: NDArray[np.int64]) -> Floats:
         """Return the reading times from disk in s, one per rank given."""
-        return (
-            np.maximum(self.read_ms_ + self.read_ms_per_rank_ * np.asarray(ranks, float), 0) / 1e3
-        )
+        read_ms = self.read_ms_ + self.read_ms_per_rank_ * np.asarray(ranks, float)
+        return np.maximum(read_ms, 0) / 1e3
+
+
+def _interval_of_median(ordered: Floats) -> tuple[float, float]:
+    """Return the order-statistics interval of a median (binomial, normal approximation)."""
+    half = 0.98 * np.sqrt(len(ordered))
+    low = max(int(len(ordered) / 2 - half), 0)
+    high = min(int(np.ceil(len(ordered) / 2 + half)), len(ordered) - 1)
+    return float(ordered[low]), float(ordered[high])

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
@@ -31,19 +30,18 @@ if TYPE_CHECKING:
 GIB = 2**30
 MIB = 2**20
 EXTRA_VOCABULARY = 256
-"""vLLM's ``lora_extra_vocab_size``: rows of new tokens that each slot may bring."""
+"""Each slot may bring this many rows of new tokens (vLLM's ``lora_extra_vocab_size``)."""
 
 
-def slot_tensors(shape: ModelShape, max_loras: int, max_lora_rank: int) -> Iterator[int]:
-    """Yield the sizes in bytes of the slot tensors in the order in which vLLM allocates them."""
-    h, v = shape.hidden, shape.vocabulary
+def _slot_tensors(shape: ModelShape, max_loras: int, max_lora_rank: int) -> list[int]:
+    """Return the sizes in bytes of the slot tensors in the order in which vLLM allocates them."""
+    h, v, extra = shape.hidden, shape.vocabulary, EXTRA_VOCABULARY * shape.hidden
     widths = [max_lora_rank * width for width in _layer_widths(shape) * shape.layers]
     if shape.adapts_vocabulary:
         # embedding and output layer: A, B, and rows for the extra tokens
-        widths += [max_lora_rank * v, max_lora_rank * h, EXTRA_VOCABULARY * h, EXTRA_VOCABULARY * h]
-        widths += [max_lora_rank * h, max_lora_rank * v, EXTRA_VOCABULARY * h]
-    for width in widths:
-        yield max_loras * width * BYTES_PER_WEIGHT
+        widths += [max_lora_rank * v, max_lora_rank * h, extra, extra]
+        widths += [max_lora_rank * h, max_lora_rank * v, extra]
+    return [max_loras * width * BYTES_PER_WEIGHT for width in widths]
 
 
 def _layer_widths(shape: ModelShape) -> list[int]:
@@ -54,16 +52,30 @@ def _layer_widths(shape: ModelShape) -> list[int]:
 
 
 def slots_bytes(shape: ModelShape, max_loras: int, max_lora_rank: int) -> int:
-    """Return the memory in bytes that the adapter slots take, without what an allocator adds."""
-    return sum(slot_tensors(shape, max_loras, max_lora_rank))
+    """Return the memory in bytes that the adapter slots take, without what an allocator adds.
+
+    Parameters
+    ----------
+    shape : ModelShape
+    max_loras, max_lora_rank : int
+        As on `EngineConfig`.
+    """
+    return sum(_slot_tensors(shape, max_loras, max_lora_rank))
 
 
 @lru_cache(maxsize=1024)
 def slots_gib(model: str, max_loras: int, max_lora_rank: int) -> float:
-    """Return the GPU memory in GiB that PyTorch's allocator takes for the adapter slots."""
+    """Return the GPU memory in GiB that PyTorch's allocator takes for the adapter slots.
+
+    Parameters
+    ----------
+    model : str
+    max_loras, max_lora_rank : int
+        As on `EngineConfig`.
+    """
     free: list[int] = []  # rests of segments, smallest first
     reserved = small = 0
-    for size in slot_tensors(model_shape(model), max_loras, max_lora_rank):
+    for size in _slot_tensors(model_shape(model), max_loras, max_lora_rank):
         size = math.ceil(size / 512) * 512
         if size <= MIB:
             small += size
@@ -83,12 +95,10 @@ SlotsTake = Literal["segments", "bytes", "apart"]
 
 
 def _slots_take(kv_gib: NDArray[np.float64], asked_gib: pd.Series[float] | None) -> SlotsTake:
-    """Tell from engine starts how slots take memory: a CPU's KV cache is as large as was asked for.
-
-    Where the same was asked for whatever the slots, they are apart; else they were counted.
-    """
+    """Tell from engine starts how slots take memory: a CPU's KV cache is as large as asked for."""
     if asked_gib is None or not np.allclose(kv_gib, asked_gib, rtol=0.01):
         return "segments"
+    # where the same was asked for whatever the slots, they are apart; else they were counted
     return "apart" if asked_gib.nunique() == 1 else "bytes"
 
 
@@ -158,18 +168,16 @@ class MemoryLaw(Estimator):
         return self
 
     def _slots_gib(self, max_loras: ArrayLike, max_lora_rank: ArrayLike) -> NDArray[np.float64]:
-        pairs = np.broadcast_arrays(np.asarray(max_loras, int), np.asarray(max_lora_rank, int))
-        slots = [
-            self._taken_gib(int(g), int(r)) for g, r in zip(*map(np.ravel, pairs), strict=True)
-        ]
-        return np.array(slots).reshape(pairs[0].shape)
+        pair = np.asarray(max_loras, int), np.asarray(max_lora_rank, int)
 
-    def _taken_gib(self, max_loras: int, max_lora_rank: int) -> float:
-        if self.slots_ == "apart":
-            return 0.0
-        if self.slots_ == "bytes":
-            return slots_bytes(model_shape(self.model), max_loras, max_lora_rank) / GIB
-        return slots_gib(self.model, max_loras, max_lora_rank)
+        def taken_gib(max_loras: int, max_lora_rank: int) -> float:
+            if self.slots_ == "apart":
+                return 0.0
+            if self.slots_ == "bytes":
+                return slots_bytes(model_shape(self.model), max_loras, max_lora_rank) / GIB
+            return slots_gib(self.model, max_loras, max_lora_rank)
+
+        return np.asarray(np.vectorize(taken_gib, otypes=[float])(*pair))
 
     def kv_cache_tokens(
         self, max_loras: ArrayLike, max_lora_rank: ArrayLike
@@ -180,7 +188,7 @@ class MemoryLaw(Estimator):
         return np.asarray(16 * np.floor(left_gib * GIB / block_bytes))
 
     def kv_gib(self, tokens: float) -> float:
-        """Return the memory in GiB that so many KV-cache tokens take."""
+        """Return the memory in GiB that n KV-cache tokens take."""
         return tokens * model_shape(self.model).kv_bytes_per_token / GIB
 
     @property

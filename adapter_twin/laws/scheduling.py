@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 GATED_SLOTS = 64
-"""Up to this many slots, they and not KV blocks gated the measured runs: the scan is a full one."""
+"""Up to this many slots, they and not KV blocks gated the measured runs: scans are full ones."""
 
 
 def of_scheduler_runs(runs: pd.DataFrame) -> pd.DataFrame:
@@ -72,13 +72,10 @@ class SchedulingLaw(Estimator):
             setattr(self, name, float(value))
         fit = sm.WLS(schedule_ms, design, weights=weight**2).fit()
         self.interval_ = dict(zip(names, fit.conf_int().tolist(), strict=True))
-        group = measured.group.to_numpy()
-        error = np.concatenate(
-            [
-                (design[group == g] @ solve(group != g)) / schedule_ms[group == g] - 1
-                for g in np.unique(group)
-            ]
-        )
+        error = np.empty(len(design))
+        for group in measured.group.unique():
+            left_out = (measured.group == group).to_numpy()
+            error[left_out] = design[left_out] @ solve(~left_out) / schedule_ms[left_out] - 1
         self.cv_error_percent_ = float(100 * np.abs(error).mean())
         return self
 

@@ -13,7 +13,8 @@ follows tokens x ``max_lora_rank`` as soon as a batch holds an adapter at all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -24,69 +25,47 @@ from adapter_twin.laws.estimator import Estimator
 Floats = NDArray[np.float64]
 
 FEATURES = (
-    "launch",
-    "tokens",
-    "decodes",
-    "context_tokens",
-    "adapters",
-    "adapters_tiles",
-    "tiles",
+    *("launch", "tokens", "decodes", "context_tokens", "adapters", "adapters_tiles", "tiles"),
     "adapted",  # one if the batch holds an adapter
     "adapted_tokens",  # all its tokens then
 )
-"""What a step does, in the order of the compiled law (`adapter_twin.twin.step_law.StepLaw`)."""
+"""A step does these, in the order of the compiled law (`adapter_twin.twin.step_law.StepLaw`)."""
 
 TILE = 32
-"""Tokens per tile of vLLM's adapter kernels."""
+"""A tile of vLLM's adapter kernels has this many tokens."""
 
 Term = tuple[str, str]
 """A feature and its factor: "1", "L" (adapters or none), "G" (slots), "R" (rank) or "GR"."""
 
 _COMMON: tuple[Term, ...] = (
-    ("launch", "1"),
-    ("launch", "G"),
-    ("launch", "GR"),
-    ("tokens", "1"),
-    ("decodes", "1"),
-    ("context_tokens", "1"),
-    ("adapters", "1"),
-    ("adapters", "R"),
+    *(("launch", "1"), ("launch", "G"), ("launch", "GR"), ("tokens", "1")),
+    *(("decodes", "1"), ("context_tokens", "1"), ("adapters", "1"), ("adapters", "R")),
 )
 _TILED: tuple[Term, ...] = (("adapters_tiles", "1"), ("tiles", "G"), ("tiles", "GR"))
-
-_ADAPTED: tuple[Term, ...] = (("tokens", "L"),)
+_ADAPTED: tuple[Term, ...] = (*_COMMON, *_TILED, ("tokens", "L"))
 _GATHERED: tuple[Term, ...] = (
-    ("launch", "1"),
-    ("tokens", "1"),
-    ("decodes", "1"),
-    ("context_tokens", "1"),
-    ("adapters", "1"),
-    ("adapted", "1"),
-    ("adapted_tokens", "1"),
-    ("adapted_tokens", "R"),
+    *(("launch", "1"), ("tokens", "1"), ("decodes", "1"), ("context_tokens", "1")),
+    *(("adapters", "1"), ("adapted", "1"), ("adapted_tokens", "1"), ("adapted_tokens", "R")),
 )
 
 SWITCHES_TILING, LEAVES_GRAPHS = 128.0, 512.0
-"""Tokens in a batch past which vLLM 0.8.5's adapter kernels and its CUDA graphs change."""
+"""Past this many tokens in a batch vLLM 0.8.5's adapter kernels and its CUDA graphs change."""
 
 FORMS: dict[str, tuple[tuple[float, ...], tuple[Term, ...]]] = {
     "additive": ((), _COMMON),
     "regimes": ((SWITCHES_TILING, LEAVES_GRAPHS), _COMMON),
     "tiles": ((SWITCHES_TILING, LEAVES_GRAPHS), _COMMON + _TILED),
     "tiles, long prefills apart": ((SWITCHES_TILING, LEAVES_GRAPHS, 1024.0), _COMMON + _TILED),
-    "tiles and tokens of adapters": (
-        (SWITCHES_TILING, LEAVES_GRAPHS, 1024.0),
-        _COMMON + _TILED + _ADAPTED,
-    ),
+    "tiles and tokens of adapters": ((SWITCHES_TILING, LEAVES_GRAPHS, 1024.0), _ADAPTED),
     "the same, finer within the graphs": (
         (SWITCHES_TILING, 256.0, 384.0, LEAVES_GRAPHS, 1024.0),
-        _COMMON + _TILED + _ADAPTED,
+        _ADAPTED,
     ),
     "tokens x padded rank": ((), _GATHERED),
     "tokens x padded rank, few tokens apart": ((32.0,), _GATHERED),
     "tokens x padded rank, few and many apart": ((32.0, 256.0), _GATHERED),
 }
-"""Candidate forms: batch sizes past which the coefficients change, and the terms of each regime."""
+"""A candidate form has batch sizes past which its coefficients change, and terms per regime."""
 
 
 @dataclass(frozen=True)
@@ -122,38 +101,33 @@ class StepObservations:
     def concatenate(cls, parts: Sequence[StepObservations]) -> StepObservations:
         """Join observations; those of single batches are repeated to the others' sample size."""
         samples = max(part.batches.shape[1] for part in parts)
-        columns: dict[str, Any] = {
-            name: np.concatenate([getattr(part, name) for part in parts])
-            for name in ("step_ms", "waiting", "slots", "rank", "group", "decides", "weight")
-        }
-        batches = [np.repeat(p.batches, samples // p.batches.shape[1], axis=1) for p in parts]
-        return cls(batches=np.concatenate(batches), **columns)
+        repeated = [
+            replace(p, batches=np.repeat(p.batches, samples // p.batches.shape[1], axis=1))
+            for p in parts
+        ]
+        return cls(
+            *(np.concatenate(c) for c in zip(*(vars(p).values() for p in repeated), strict=True))
+        )
 
 
 def batch_features(
     tokens: Floats, decodes: Floats, context_tokens: Floats, adapters: Floats
 ) -> Floats:
-    """Return `FEATURES` of batches along a new last axis."""
-    tiles = np.ceil(tokens / TILE)
-    adapted = np.asarray(adapters) > 0
-    columns = np.broadcast_arrays(
-        1.0,
-        tokens,
-        decodes,
-        context_tokens,
-        adapters,
-        adapters * tiles,
-        tiles,
-        adapted,
-        adapted * tokens,
-    )
-    return np.stack(columns, axis=-1)
+    """Return `FEATURES` of batches along a new last axis.
+
+    Parameters
+    ----------
+    tokens, decodes, context_tokens, adapters : float64, of shapes that broadcast
+        Tokens and decoding requests in the batch, KV tokens read, distinct adapters.
+    """
+    tiles, adapted = np.ceil(tokens / TILE), np.asarray(adapters) > 0
+    work = (1.0, tokens, decodes, context_tokens, adapters, adapters * tiles, tiles)
+    return np.stack(np.broadcast_arrays(*work, adapted, adapted * tokens), axis=-1)
 
 
 def multipliers(max_loras: int, max_lora_rank: int) -> dict[str, int]:
     """Return the values of the factors of `Term` for an engine with adapters."""
-    slots, rank = max_loras, max_lora_rank
-    return {"1": 1, "L": 1, "G": slots, "R": rank, "GR": slots * rank}
+    return {"1": 1, "L": 1, "G": max_loras, "R": max_lora_rank, "GR": max_loras * max_lora_rank}
 
 
 class StepTimeLaw(Estimator):
@@ -190,18 +164,13 @@ class StepTimeLaw(Estimator):
         values, weight = _solve(design, observed.step_ms, observed.weight)
         self.token_breaks_ = list(FORMS[self.form_][0])
         self.waiting_ms_ = float(values[-1])
-        intervals = _intervals(design, observed, weight, values > 0)
+        active = values > 0
+        intervals = _intervals(design[:, active], observed, weight)
+        kept = list(compress(zip(names, values, strict=False), active))
+        keys = ("regime", "feature", "multiplier", "ms", "low_ms", "high_ms")
         self.terms_ = [
-            {
-                "regime": g,
-                "feature": f,
-                "multiplier": m,
-                "ms": float(v),
-                "low_ms": low,
-                "high_ms": high,
-            }
-            for (g, f, m), v, (low, high) in zip(names, values[:-1], intervals, strict=False)
-            if v > 0
+            dict(zip(keys, (*name, float(value), *interval), strict=True))
+            for (name, value), interval in zip(kept, intervals, strict=False)
         ]
         return self
 
@@ -236,7 +205,16 @@ class StepTimeLaw(Estimator):
     def predict_ms(
         self, batches: Floats, max_loras: int, max_lora_rank: int, waiting: float = 0.0
     ) -> Floats:
-        """Return step times in ms for batches (`batch_features`), less scheduling and loading."""
+        """Return step times in ms, less scheduling and loading.
+
+        Parameters
+        ----------
+        batches : float64, shape (..., features)
+            See `batch_features`.
+        max_loras, max_lora_rank : int
+        waiting : float
+            Requests waiting.
+        """
         regime = np.searchsorted(self.token_breaks_, batches[..., FEATURES.index("tokens")])
         coefficients = self.for_engine(max_loras, max_lora_rank)[regime]
         return np.asarray((batches * coefficients).sum(axis=-1) + self.waiting_ms_ * waiting)
@@ -282,16 +260,12 @@ def _solve(design: Floats, step_ms: Floats, weight: Floats) -> tuple[Floats, Flo
     return values, (relative * robust) ** 2
 
 
-def _intervals(
-    design: Floats, observed: StepObservations, weight: Floats, active: NDArray[np.bool_]
-) -> list[tuple[float, float]]:
-    """95 % intervals of the active coefficients, clustered by workload; (0, 0) for the others."""
+def _intervals(design: Floats, observed: StepObservations, weight: Floats) -> list[list[float]]:
+    """Return 95 % intervals of the coefficients, clustered by workload."""
     import statsmodels.api as sm
 
     clusters = np.unique(observed.group, return_inverse=True)[1]
-    fit = sm.WLS(observed.step_ms, design[:, active], weights=weight).fit(
-        cov_type="cluster", cov_kwds={"groups": clusters}
-    )
-    interval = np.zeros((design.shape[1], 2))
-    interval[active] = fit.conf_int()
-    return [(float(low), float(high)) for low, high in interval]
+    fit = sm.WLS(observed.step_ms, design, weights=weight)
+    clustered = fit.fit(cov_type="cluster", cov_kwds={"groups": clusters})
+    intervals: list[list[float]] = clustered.conf_int().tolist()
+    return intervals
