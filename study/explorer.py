@@ -24,7 +24,7 @@ from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.learn.stored import write_text
 from adapter_twin.parallel import track
 from adapter_twin.plan.criterion import MARGIN, TIE, Criterion
-from adapter_twin.plan.grid import GRID, HOPELESS, evaluate, grid_runs, slot_rank
+from adapter_twin.plan.grid import GRID, STARVING_UTILISATION, evaluate, grid_runs, slot_rank
 from adapter_twin.plan.recommend import vllm_args
 from adapter_twin.service.metrics import STARVATION_THRESHOLD
 from adapter_twin.tables import datasets
@@ -205,7 +205,7 @@ def page_data(table: pd.DataFrame) -> dict[str, Any]:
             "starvation": STARVATION_THRESHOLD,
             "margin": MARGIN,
             "tie": TIE,
-            "hopeless": HOPELESS,
+            "hopeless": STARVING_UTILISATION,
         },
         "criterion": _criterion_templates(),
         "choices": {

@@ -13,7 +13,8 @@ from adapter_twin.fleet.strategies import Held, place_and_hold
 from adapter_twin.laws import load_calibration
 from adapter_twin.plan.criterion import MARGIN
 from adapter_twin.plan.demand import Demand
-from adapter_twin.plan.recommend import NOTABLE_WAIT_MS, vllm_args
+from adapter_twin.plan.explanation import NOTABLE_WAIT_MS
+from adapter_twin.plan.recommend import vllm_args
 from adapter_twin.plan.steady_state import warmed_up
 from adapter_twin.workload.scenario import config_hash
 

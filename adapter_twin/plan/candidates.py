@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from adapter_twin.capacity.analytic import analyse
 from adapter_twin.laws import load_calibration
 from adapter_twin.laws.calibration import Calibration
 from adapter_twin.plan.criterion import MARGIN, Criterion
 from adapter_twin.plan.demand import Demand
-from adapter_twin.plan.grid import HOPELESS
+from adapter_twin.plan.grid import STARVING_UTILISATION
 from adapter_twin.plan.steady_state import (
     FIGURES,
     Window,
@@ -27,37 +27,31 @@ if TYPE_CHECKING:
     import pandas as pd
 
 REPLICATIONS = 5
-"""Windows, each with traffic of its own, by which a choice is confirmed and predicted."""
+"""A choice is confirmed and predicted by this number of windows, each with its own traffic."""
 
-UNPROMISING = 0.75
-"""Where the analytic throughput is below that share of the load, the twin is not asked."""
+PROMISING_SHARE = 0.75
+"""The twin is not asked where the analytic throughput is below this share of the load."""
 
-FAR_BEHIND = 20.0
-"""Nor where adapters wait so long for a slot that the mean TTFT is that many times the best one's,
-and no more is served."""
+LONGEST_TTFT_RATIO = 20.0
+"""Nor is it where adapters wait so long for a slot that the mean TTFT is this many times the best
+one's, and no more is served."""
 
-CERTAIN_GROWTH = 1.2
-"""No more than that times the analytic capacity can be served."""
+MOST_UTILISATION = 1.2
+"""No load beyond this multiple of the analytic capacity is served."""
 
 GROWTH_STEP = 1.1
-"""Resolution, as a ratio, of the highest load that can be served."""
+"""The highest load that is served is found to within this ratio."""
 
 MOST_GROWTH = 10.0
-"""Where more can be served, that is enough to know."""
+"""The search for the highest load ends at this factor on all rates."""
 
-ALIKE = 1.1
-RESERVE = 1.25
-"""Mean TTFTs within the ratio `ALIKE` differ by less than the twin errs by; of such candidates the
-one with the lowest mean TTFT at `RESERVE` times the load is taken."""
+SIMILAR_TTFT = 1.1
+"""Mean TTFTs within this ratio differ by less than the twin errs by."""
+
+RESERVE_LOAD = 1.25
+"""Of candidates with similar mean TTFTs, the one with the lowest at this load is taken."""
 
 HOUR_S = 3600.0
-
-
-class Choice(NamedTuple):
-    """A number of slots that serves a demand."""
-
-    row: pd.Series[Any]  # of the table that it was chosen from
-    windows: list[Window]
 
 
 def candidate_slots(demand: Demand) -> list[int]:
@@ -110,12 +104,12 @@ class Candidates:
         slots = candidate_slots(self.demand)
         engines = [self.demand.engine(size) for size in slots]
         table = analyse(self.demand.workload(HOUR_S), engines, self.calibration)
-        possible = table.feasible_start & (table.utilisation < HOPELESS)
+        possible = table.feasible_start & (table.utilisation < STARVING_UTILISATION)
         share = table.total_throughput / table.offered_tokens_per_s
-        promising = possible & (share >= min(UNPROMISING, share[possible].max()))
+        promising = possible & (share >= min(PROMISING_SHARE, share[possible].max()))
         sure = table[promising & table.holds]
         for best in sure.sort_values("mean_ttft_ms").head(1).itertuples():
-            behind = table.holds & (table.mean_ttft_ms > FAR_BEHIND * best.mean_ttft_ms)
+            behind = table.holds & (table.mean_ttft_ms > LONGEST_TTFT_RATIO * best.mean_ttft_ms)
             promising &= ~behind | (table.total_throughput > best.total_throughput)
         names = {name: f"analytic_{name}" for name in FIGURES}
         return table.rename(columns=names).assign(adapter_slots=slots, promising=promising)
@@ -127,14 +121,10 @@ class Candidates:
         bounds = self.bounds()
         promising = bounds.index[bounds.promising]
         figures = [self.figures(int(slots)) for slots in bounds.adapter_slots[promising]]
-        served = pd.DataFrame(figures, index=promising, columns=self.columns, dtype=float)
+        names = [*FIGURES, *([] if self.demand.slo is None else ["slo_attainment"])]
+        served = pd.DataFrame(figures, index=promising, columns=names, dtype=float)
         table = bounds.join(served)
         return table.assign(serves=self.criterion.feasible(table))
-
-    @property
-    def columns(self) -> list[str]:
-        """Names of the figures."""
-        return [*FIGURES, *([] if self.demand.slo is None else ["slo_attainment"])]
 
     def figures(self, slots: int, load: float = 1.0) -> dict[str, float]:
         """Simulate one number of slots, all rates multiplied by `load`, unless it is known."""
@@ -162,8 +152,8 @@ class Candidates:
         rows = bounds[bounds.promising].sort_values(likely, ascending=[True, False])
         return any(self.is_served(self.figures(int(slots))) for slots in rows.adapter_slots)
 
-    def choose(self, table: pd.DataFrame) -> Choice | None:
-        """Return the best candidate that satisfies the criterion on further requests too."""
+    def choose(self, table: pd.DataFrame) -> tuple[pd.Series[Any], list[Window]] | None:
+        """Return the best row of `table` that serves further windows too, and all its windows."""
         ranked = self._ranked(table)
         others = range(self.demand.seed + 1, self.demand.seed + REPLICATIONS)
         traffics = [self.traffic, *map(self._draw, others)] if len(ranked) else []
@@ -171,20 +161,20 @@ class Candidates:
             engine = self.demand.engine(int(row.adapter_slots))
             windows = [serve(traffic, engine, self.calibration) for traffic in traffics]
             if self.is_served(mean_figures(windows)):
-                return Choice(row, windows)
+                return row, windows
         return None
 
     def _ranked(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Return what the criterion ranks; of those `ALIKE` at the top, the sturdiest first."""
+        """Return what the criterion ranks; of those similar at the top, the sturdiest first."""
         import pandas as pd
 
         ranked: pd.DataFrame = self.criterion.ranked(table)
-        alike = ranked[ranked.tied & (ranked.mean_ttft_ms <= ALIKE * ranked.mean_ttft_ms.min())]
-        if len(alike) <= 1:
+        fast = ranked.mean_ttft_ms <= SIMILAR_TTFT * ranked.mean_ttft_ms.min()
+        similar = ranked.adapter_slots[ranked.tied & fast].to_list()
+        if len(similar) <= 1:
             return ranked
         # too few slots show in TTFT as soon as the load grows
-        slots = alike.adapter_slots.to_list()
-        sturdiest = min(slots, key=lambda size: self.figures(size, RESERVE)["mean_ttft_ms"])
+        sturdiest = min(similar, key=lambda size: self.figures(size, RESERVE_LOAD)["mean_ttft_ms"])
         first = ranked.adapter_slots.isin([sturdiest])
         return pd.concat([ranked[first], ranked[~first]])
 
@@ -194,7 +184,7 @@ class Candidates:
         """Return one row per load that is not hopeless: ``load``, figures, and ``serves``."""
         rows = []
         for load in loads:
-            if load * utilisation < HOPELESS:
+            if load * utilisation < STARVING_UTILISATION:
                 figures = self.figures(slots, load)
                 rows.append({"load": load, **figures, "serves": self.is_served(figures)})
         return rows
@@ -210,7 +200,7 @@ class Candidates:
         rows : sequence of mapping
             What `at_loads` returned, which narrows it.
         """
-        low, high = 1.0, min(max(CERTAIN_GROWTH / utilisation, GROWTH_STEP), MOST_GROWTH)
+        low, high = 1.0, min(max(MOST_UTILISATION / utilisation, GROWTH_STEP), MOST_GROWTH)
         for row in rows:
             if row["load"] > 1 and not row["serves"]:
                 high = min(high, row["load"])

@@ -39,7 +39,7 @@ FIGURES = (
 )
 """What is kept of a run's service (`adapter_twin.service.metrics.service`)."""
 
-HOPELESS = 1.6
+STARVING_UTILISATION = 1.6
 """Offered load by what the analytic model can serve, past which a run starves for certain."""
 
 
@@ -106,7 +106,7 @@ def evaluate(
 ) -> pd.DataFrame:
     """Predict the service of the runs of one traffic mix, without any measurement's effect.
 
-    Runs that the GPU refuses to start, and those whose offered load is `HOPELESS`, are not
+    Runs that the GPU refuses to start, and those whose offered load is `STARVING_UTILISATION`, are not
     simulated. Runs of the same number of served adapters meet the very same requests.
 
     Parameters
@@ -131,7 +131,7 @@ def evaluate(
 
     slos = slo if isinstance(slo, Mapping) else {"slo_attainment": slo}
     bounds = predict_analytic(runs, calibration)
-    simulated = bounds.feasible_start & (bounds.utilisation < HOPELESS)
+    simulated = bounds.feasible_start & (bounds.utilisation < STARVING_UTILISATION)
     rows = records(runs[simulated])
     same_traffic = [list(group) for _, group in groupby(rows, lambda row: row["served_adapters"])]
     tasks = (joblib.delayed(_serve)(group, calibration, seed, slos) for group in same_traffic)

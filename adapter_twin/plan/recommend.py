@@ -1,42 +1,21 @@
-"""How to serve concrete adapters on one GPU: slots, flags, and the service to expect."""
+"""A recommendation for concrete adapters on one GPU: slots, flags, and the service to expect."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapter_twin import __version__
-from adapter_twin.capacity.analytic import analyse
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
-from adapter_twin.plan.candidates import (
-    ALIKE,
-    CERTAIN_GROWTH,
-    GROWTH_STEP,
-    HOUR_S,
-    MOST_GROWTH,
-    RESERVE,
-    Candidates,
-)
+from adapter_twin.plan.candidates import HOUR_S
 from adapter_twin.plan.demand import Demand
-from adapter_twin.plan.refusal import BINDING, why_not
+from adapter_twin.plan.explanation import explanation, why_not
+from adapter_twin.plan.search import Answer, Refusal, around, search
 from adapter_twin.plan.steady_state import expect, first_uses_s, worst_adapter
 from adapter_twin.workload.scenario import EngineConfig, config_hash
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-LOADS = (0.5, 0.75, 1.25, 1.5, 2.0)
-"""Factors on all rates in the what-if table."""
-
 NEIGHBOURS = 2
-"""Numbers of slots in the what-if table below the choice, and above it."""
-
-WELL_SHORT = 0.8
-"""Where the load can grow to less than that share of the capacity, something else stops it."""
-
-NOTABLE_WAIT_MS = 1000.0
-"""A longer mean TTFT is pointed out."""
+"""The what-if table shows this many numbers of slots below the choice, and above it."""
 
 WHAT_IF = (
     "adapter_slots",
@@ -49,7 +28,7 @@ WHAT_IF = (
     "slo_attainment",
     "serves",
 )
-"""Columns of the what-if table."""
+"""The what-if table has these columns."""
 
 
 def recommend(demand: Demand) -> dict[str, Any]:
@@ -89,18 +68,12 @@ def recommend(demand: Demand) -> dict[str, Any]:
     >>> print(*recommend(demand)["vllm_args"][:5])
     --enable-lora --max-loras 16 --max-cpu-loras 16
     """
-    replica = Candidates.of(demand)
-    table = replica.table()
-    choice = replica.choose(table)
-    if choice is None:
-        raise AdapterTwinError(why_not(demand, table))
-    best = choice.row
-    engine = demand.engine(int(best.adapter_slots))
+    found = search(demand)
+    if isinstance(found, Refusal):
+        raise AdapterTwinError(why_not(found))
+    best, engine = found.best, found.engine
     calibration = load_calibration(demand.calibration, demand.model)
     calibration.warn_outside_range(engine, demand.workload(HOUR_S))
-    loads = replica.at_loads(engine.max_loras, best.utilisation, LOADS)
-    growth = replica.growth(engine.max_loras, best.utilisation, loads)
-    binds_next = _binds_next(replica, engine, best.utilisation, growth)
     return {
         "adapter_slots": engine.max_loras,
         "max_cpu_loras": engine.max_cpu_loras,
@@ -109,17 +82,17 @@ def recommend(demand: Demand) -> dict[str, Any]:
         "startup_s": float(calibration.memory.startup_s(engine.max_loras)),
         "first_uses_s": first_uses_s(demand, calibration),
         "offered_tokens_per_s": demand.workload(HOUR_S).offered_tokens_per_s,
-        "expected": expect(choice.windows, demand.slo),
-        "worst_served": worst_adapter(demand, choice.windows),
+        "expected": expect(found.windows, demand.slo),
+        "worst_served": worst_adapter(demand, found.windows),
         "utilisation": float(best.utilisation),
-        "headroom": growth - 1,
+        "headroom": found.growth - 1,
         "binds": str(best.binds),
-        "binds_next": binds_next,
-        "reason": "; ".join(_reasons(replica, table, best, growth, binds_next)),
+        "binds_next": found.binds_next,
+        "reason": explanation(found),
         "vllm_args": vllm_args(engine),
         "sglang_args": sglang_args(engine, base_model=demand.base_model_request_rate > 0),
-        "what_if": _what_if(table, engine.max_loras, loads),
-        "criterion": str(replica.criterion),
+        "what_if": _what_if(found),
+        "criterion": str(found.criterion),
         "calibration": calibration.name,
         "seed": demand.seed,
         "version": __version__,
@@ -156,78 +129,13 @@ def sglang_args(engine: EngineConfig, *, base_model: bool) -> list[str]:
     ]
 
 
-def _binds_next(
-    replica: Candidates, engine: EngineConfig, utilisation: float, growth: float
-) -> str:
-    """Return what ends the growth of the load; well short of the capacity it is waiting."""
-    if growth < min(WELL_SHORT / utilisation, MOST_GROWTH / GROWTH_STEP):
-        return "slots" if replica.demand.slo is None else "slo"
-    workload = replica.demand.workload(HOUR_S, load=CERTAIN_GROWTH / utilisation)
-    return str(analyse(workload, [engine], replica.calibration).binds.iloc[0])
-
-
-def _what_if(table: pd.DataFrame, slots: int, loads: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _what_if(answer: Answer) -> list[dict[str, Any]]:
     """Return the chosen slots and their neighbours, then other loads on the chosen ones."""
-    here = _place(table, slots)
-    around = table.loc[max(here - NEIGHBOURS, 0) : here + NEIGHBOURS].assign(load=1.0)
-    same = {"adapter_slots": slots, "kv_cache_tokens": float(table.kv_cache_tokens[here])}
-    rows: list[Mapping[Any, Any]] = [*around.to_dict("records"), *(same | row for row in loads)]
+    best = answer.best
+    near = around(answer.table, best, NEIGHBOURS).assign(load=1.0)
+    same = {
+        "adapter_slots": int(best.adapter_slots),
+        "kv_cache_tokens": float(best.kv_cache_tokens),
+    }
+    rows = [*near.to_dict("records"), *(same | row for row in answer.loads)]
     return [{name: row[name] for name in WHAT_IF if name in row} for row in rows]
-
-
-def _place(table: pd.DataFrame, slots: int) -> int:
-    return int((table.adapter_slots == slots).argmax())
-
-
-def _reasons(
-    replica: Candidates, table: pd.DataFrame, best: pd.Series[Any], growth: float, binds_next: str
-) -> Iterator[str]:
-    """Say what binds, and why neither fewer nor more slots are better."""
-    yield (
-        f"{BINDING[best.binds]} binds: the load is {best.utilisation:.0%} of the GPU's capacity "
-        f"for this mix, and {_growth(growth)} before {BINDING[binds_next]} binds"
-    )
-    yield from _neighbour_reasons(replica, table, best)
-    slo = replica.demand.slo
-    if best.mean_ttft_ms > NOTABLE_WAIT_MS and (slo is None or slo.ttft_ms is None):
-        yield (
-            f"requests wait {best.mean_ttft_ms / 1e3:,.1f} s on average, which throughput does not "
-            "show; give an slo with ttft_ms to rule that out"
-        )
-    if not best.holds:
-        yield "so close to saturation the service may vary more than the intervals say"
-
-
-def _growth(growth: float) -> str:
-    if growth == 1:
-        return f"cannot grow by {GROWTH_STEP - 1:.0%}"
-    if growth < MOST_GROWTH / GROWTH_STEP:
-        return f"can grow by about {growth - 1:.0%}"
-    return f"can grow at least {int(growth)}-fold"
-
-
-def _neighbour_reasons(
-    replica: Candidates, table: pd.DataFrame, best: pd.Series[Any]
-) -> Iterator[str]:
-    here = _place(table, best.adapter_slots)
-    for place, other in table.loc[here - 1 : here + 1].drop(index=here).iterrows():
-        told = f"{'fewer' if place == here - 1 else 'more'} slots ({other.adapter_slots})"
-        if not other.feasible_start:
-            yield f"{told} leave too little KV cache to start"
-        elif not other.serves:
-            yield f"{told} would not serve the load well enough"
-        else:
-            yield f"{told} give {_in_place_of(other, best)}"
-        if other.serves and other.mean_ttft_ms < best.mean_ttft_ms:
-            slots = int(other.adapter_slots), int(best.adapter_slots)
-            grown, own = (replica.figures(size, RESERVE) for size in slots)
-            if grown["mean_ttft_ms"] > ALIKE * own["mean_ttft_ms"]:
-                yield f"at {RESERVE:g} times the load they give {_in_place_of(grown, own)}"
-
-
-def _in_place_of(other: Any, best: Any) -> str:
-    ttft_ms, itl_ms = "mean_ttft_ms", "mean_itl_ms"
-    return (
-        f"a mean TTFT of {other[ttft_ms]:,.0f} ms in place of {best[ttft_ms]:,.0f} ms and an ITL "
-        f"of {other[itl_ms]:,.0f} ms in place of {best[itl_ms]:,.0f} ms"
-    )

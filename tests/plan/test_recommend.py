@@ -13,10 +13,15 @@ from scipy import stats
 
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
-from adapter_twin.plan.candidates import ALIKE, REPLICATIONS, Candidates, candidate_slots
+from adapter_twin.plan.candidates import (
+    REPLICATIONS,
+    SIMILAR_TTFT,
+    Candidates,
+    candidate_slots,
+)
 from adapter_twin.plan.demand import Demand, load_demand
 from adapter_twin.plan.recommend import recommend, sglang_args, vllm_args
-from adapter_twin.plan.refusal import largest_subset
+from adapter_twin.plan.search import largest_subset
 from adapter_twin.plan.steady_state import (
     TWIN_ERROR,
     WARM_UP_S,
@@ -84,7 +89,7 @@ def test_the_choice_is_as_good_as_the_best_by_the_rule_of_the_optimum(
     ranked = replica.criterion.ranked(replica.table())
     chosen = ranked[ranked.adapter_slots == answer["adapter_slots"]].iloc[0]
     assert chosen.tied
-    assert chosen.mean_ttft_ms <= ALIKE * ranked.iloc[0].mean_ttft_ms
+    assert chosen.mean_ttft_ms <= SIMILAR_TTFT * ranked.iloc[0].mean_ttft_ms
 
 
 def test_intervals_hold_their_values(served: tuple[Demand, dict[str, Any]]) -> None:

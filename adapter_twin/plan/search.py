@@ -1,0 +1,187 @@
+"""The search for the slots that serve a demand best, or for what of it can be served at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from adapter_twin.capacity.analytic import analyse
+from adapter_twin.plan.candidates import (
+    GROWTH_STEP,
+    HOUR_S,
+    MOST_GROWTH,
+    MOST_UTILISATION,
+    RESERVE_LOAD,
+    Candidates,
+)
+from adapter_twin.plan.criterion import Criterion
+from adapter_twin.plan.demand import Demand
+from adapter_twin.plan.steady_state import Window
+from adapter_twin.workload.scenario import LORA_RANKS, EngineConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LOADS = (0.5, 0.75, 1.25, 1.5, 2.0)
+"""The choice is simulated with all rates multiplied by each of these factors."""
+
+CAPACITY_REACHED = 0.8
+"""Waiting, not the capacity, ends a growth that falls short of this share of the capacity."""
+
+SUBSET_PARTS = 16
+"""The number of adapters that can be served is found to this part of all of them."""
+
+MOST_LEFT_OUT = 0.2
+"""At most this share of the adapters may be left out for the sake of the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The slots chosen for a demand, and what was simulated to tell how good they are.
+
+    Attributes
+    ----------
+    demand : Demand
+    criterion : Criterion
+    table : pandas.DataFrame
+        All numbers of slots, see `adapter_twin.plan.candidates.Candidates.table`.
+    best : pandas.Series
+        The chosen row of `table`.
+    windows : list of Window
+        Service of the chosen slots, window by window.
+    loads : list of dict
+        Their service at `LOADS`.
+    growth : float
+        Highest factor on all rates that they serve.
+    binds_next : str
+        What ends that growth.
+    reserve : dict of int to dict
+        Figures at `RESERVE_LOAD` by number of slots: of neighbours with a lower mean TTFT, and of
+        the choice.
+    """
+
+    demand: Demand
+    criterion: Criterion
+    table: pd.DataFrame
+    best: pd.Series[Any]
+    windows: list[Window]
+    loads: list[dict[str, Any]]
+    growth: float
+    binds_next: str
+    reserve: dict[int, dict[str, float]]
+
+    @property
+    def engine(self) -> EngineConfig:
+        """The engine with the chosen slots."""
+        return self.demand.engine(int(self.best.adapter_slots))
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A demand that no number of slots serves, and what of it could be served.
+
+    Attributes
+    ----------
+    demand : Demand
+    criterion : Criterion
+    table : pandas.DataFrame
+        As in `Answer`.
+    served : int
+        Adapters, evenly chosen, that could be served.
+    narrow : Demand, optional
+        The demand without its few widest adapters, where that can be served.
+    """
+
+    demand: Demand
+    criterion: Criterion
+    table: pd.DataFrame
+    served: int = 0
+    narrow: Demand | None = None
+
+
+def search(demand: Demand) -> Answer | Refusal:
+    """Simulate a demand on every promising number of slots, and more on the best one.
+
+    Raises
+    ------
+    AdapterTwinError
+        There is no calibration of that name, or of the model.
+    """
+    replica = Candidates.of(demand)
+    table = replica.table()
+    chosen = replica.choose(table)
+    if chosen is None and not table.feasible_start.any():
+        return Refusal(demand, replica.criterion, table)
+    if chosen is None:
+        served, narrow = largest_subset(demand), _without_wide_adapters(demand)
+        return Refusal(demand, replica.criterion, table, served, narrow)
+    best, windows = chosen
+    slots, utilisation = int(best.adapter_slots), float(best.utilisation)
+    loads = replica.at_loads(slots, utilisation, LOADS)
+    growth = replica.growth(slots, utilisation, loads)
+    return Answer(
+        demand=demand,
+        criterion=replica.criterion,
+        table=table,
+        best=best,
+        windows=windows,
+        loads=loads,
+        growth=growth,
+        binds_next=_binds_next(replica, slots, utilisation, growth),
+        reserve=_at_reserve(replica, table, best),
+    )
+
+
+def around(table: pd.DataFrame, best: pd.Series[Any], distance: int = 1) -> pd.DataFrame:
+    """Return a row of a table and its neighbours, in the order of their slots.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+    best : pandas.Series
+        A row of `table`.
+    distance : int
+        Rows on either side.
+    """
+    here: Any = best.name
+    return table.loc[max(here - distance, 0) : here + distance]
+
+
+def largest_subset(demand: Demand) -> int:
+    """Return the largest number of adapters, spread evenly over the mix, that can be served."""
+    low, high = 0, len(demand.adapters)
+    while high - low > max(1, len(demand.adapters) // SUBSET_PARTS):
+        middle = (low + high) // 2
+        serves = Candidates.of(demand.subset(middle)).can_serve()
+        low, high = (middle, high) if serves else (low, middle)
+    return low
+
+
+def _without_wide_adapters(demand: Demand) -> Demand | None:
+    """Return the demand without the few adapters that force the rank, if that can be served."""
+    for rank in reversed([rank for rank in LORA_RANKS if rank < demand.max_lora_rank]):
+        kept = tuple(adapter for adapter in demand.adapters if adapter.rank <= rank)
+        if len(kept) < (1 - MOST_LEFT_OUT) * len(demand.adapters):
+            return None
+        narrow = replace(demand, adapters=kept)
+        if Candidates.of(narrow).can_serve():
+            return narrow
+    return None
+
+
+def _binds_next(replica: Candidates, slots: int, utilisation: float, growth: float) -> str:
+    """Return what ends the growth of the load; well short of the capacity it is waiting."""
+    if growth < min(CAPACITY_REACHED / utilisation, MOST_GROWTH / GROWTH_STEP):
+        return "slots" if replica.demand.slo is None else "slo"
+    workload = replica.demand.workload(HOUR_S, load=MOST_UTILISATION / utilisation)
+    return str(analyse(workload, [replica.demand.engine(slots)], replica.calibration).binds.iloc[0])
+
+
+def _at_reserve(
+    replica: Candidates, table: pd.DataFrame, best: pd.Series[Any]
+) -> dict[int, dict[str, float]]:
+    """Return what a higher load does to neighbours that seem faster, and to the choice."""
+    near = around(table, best)
+    faster = near.adapter_slots[near.serves & (near.mean_ttft_ms < best.mean_ttft_ms)]
+    sizes = [*faster, best.adapter_slots] if len(faster) else []
+    return {int(size): replica.figures(int(size), RESERVE_LOAD) for size in sizes}
