@@ -7,17 +7,25 @@ from collections.abc import Sequence
 import joblib
 import pandas as pd
 
-from adapter_twin.learn.explain import diagnostics, regress
-from adapter_twin.learn.labels import label
-from adapter_twin.learn.surrogates import MODELS, TARGETS, Split, chosen, compare, split
+from adapter_twin.learn.surrogates import (
+    CLASSIFIERS,
+    MODELS,
+    TARGETS,
+    chosen,
+    compare,
+    compare_classifiers,
+    split,
+    verdicts,
+)
+from adapter_twin.learn.sweep import label
 from adapter_twin.learn.training import train_chosen
-from adapter_twin.learn.verdicts import CLASSIFIERS, compare_classifiers, verdicts
 from adapter_twin.plan.candidates import HOUR_S
 from adapter_twin.plan.criterion import Criterion
 from adapter_twin.plan.grid import GRID, grid_runs
 from adapter_twin.workload.scenario import Slo
 from study import measured_grids
 from study.ch01_to_06 import MEAN_INPUT_TOKENS, MEAN_OUTPUT_TOKENS
+from study.ch09_explain import diagnostics, regress
 
 LLAMA = "llama-3.1-8b-instruct"
 
@@ -163,11 +171,11 @@ def compare_models(labelled: dict[str, pd.DataFrame], models: Sequence[str]) -> 
 def compare_verdicts(
     sweep: pd.DataFrame, criteria: dict[str, Criterion], names: Sequence[str]
 ) -> pd.DataFrame:
-    """Return `adapter_twin.learn.verdicts.compare_classifiers` by language model and verdict."""
+    """Return `adapter_twin.learn.surrogates.compare_classifiers` by language model and verdict."""
     tables = []
     for model, runs in sweep.groupby("model", observed=True):
         for verdict, criterion in criteria.items():
-            parts: Split = split(verdicts(runs, criterion))
+            parts = split(verdicts(runs, criterion))
             table = compare_classifiers(parts, tuple(names))
             tables.append(table.assign(language_model=model, verdict=verdict))
     return pd.concat(tables, ignore_index=True)

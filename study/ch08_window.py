@@ -10,9 +10,9 @@ import numpy as np
 
 from adapter_twin.laws import Calibration
 from adapter_twin.plan.criterion import Criterion
-from adapter_twin.plan.grid import GRID, evaluate, grid_runs, simulate_row
+from adapter_twin.plan.grid import GRID, evaluate, grid_runs, simulate_quietly
 from adapter_twin.service.metrics import ttft_s
-from adapter_twin.workload.files import records
+from adapter_twin.workload.files import records, run_to_workload
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +45,8 @@ def settling(runs: pd.DataFrame, calibration: Calibration, seeds: Sequence[int])
     tables = []
     for row in records(runs):
         for seed in seeds:
-            run = simulate_row(row, calibration, seed)
+            engine, workload = run_to_workload(row)
+            run = simulate_quietly(workload, engine, calibration, seed)
             minute = (run.records.arrival_s / MINUTE_S).astype(int)
             ttft_ms = pd.Series(1e3 * ttft_s(run.records)).groupby(minute).mean()
             ends_s = MINUTE_S * (ttft_ms.index.to_numpy() + 1)

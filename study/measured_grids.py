@@ -9,9 +9,16 @@ import numpy as np
 
 from adapter_twin.capacity.analytic import predict_analytic
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.learn.surrogates import TARGETS, feature_array, fit, to_grid
-from adapter_twin.learn.verdicts import fit_classifier, pick, verdicts
-from adapter_twin.plan.criterion import Criterion
+from adapter_twin.learn.features import configuration_features
+from adapter_twin.learn.surrogates import (
+    TARGETS,
+    feature_array,
+    fit,
+    fit_classifier,
+    to_grid,
+    verdicts,
+)
+from adapter_twin.plan.criterion import TIE, Criterion
 from adapter_twin.plan.grid import evaluate, grid_runs, slot_rank
 from adapter_twin.service.metrics import half_smape
 from adapter_twin.service.predict import load_calibrations
@@ -107,7 +114,7 @@ def model_picks(
     grids : pandas.DataFrame
         See `measured_grids`.
     labels : pandas.DataFrame
-        See `adapter_twin.learn.labels.label`.
+        See `adapter_twin.learn.sweep.label`.
     features, model : str
         See `adapter_twin.learn.surrogates`.
     """
@@ -143,7 +150,7 @@ def classifier_picks(
     criterion : Criterion
         What makes a run of the sweep a served one.
     name : str
-        Of `adapter_twin.learn.verdicts.CLASSIFIERS`.
+        Of `adapter_twin.learn.surrogates.CLASSIFIERS`.
     """
     import pandas as pd
 
@@ -155,6 +162,34 @@ def classifier_picks(
         tables.append(pick(own, fit_classifier(judged, name), WORKLOAD))
     picks = pd.concat(tables, ignore_index=True)
     return picks[[*WORKLOAD, *CONFIGURATION, "total_throughput"]]
+
+
+def pick(runs: pd.DataFrame, classifier: Any, within: list[str]) -> pd.DataFrame:
+    """Return the configuration of each workload that a classifier would choose.
+
+    What is served has the throughput that is offered, so the most offered load that is served wins;
+    among ties, the configuration that is surest to be served.
+
+    Parameters
+    ----------
+    runs : pandas.DataFrame
+        Configurations that start; as for
+        `adapter_twin.learn.features.configuration_features`, and ``offered_tokens_per_s``.
+    classifier : estimator
+        See `adapter_twin.learn.surrogates.fit_classifier`.
+    within : list of str
+        Columns that tell the workloads apart.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Rows of `runs`, one per workload of which anything is served, with ``total_throughput``.
+    """
+    served = classifier.predict_proba(configuration_features(runs).to_numpy())[:, 1]
+    good = runs.assign(sure=served, total_throughput=runs.offered_tokens_per_s).query("sure > 0.5")
+    most = good.groupby(within, observed=True).total_throughput.transform("max")
+    tied = good[good.total_throughput >= (1 - TIE) * most]
+    return tied.sort_values("sure", ascending=False).drop_duplicates(within).drop(columns="sure")
 
 
 def authors_picks(sweep: pd.DataFrame) -> pd.DataFrame:

@@ -25,8 +25,7 @@ import numpy as np
 
 from adapter_twin.capacity.batches import NODES, Batches
 from adapter_twin.capacity.fixed_point import settle
-from adapter_twin.capacity.run_columns import read_runs
-from adapter_twin.capacity.traffic_mix import Mix, Moments, Traffic, moments
+from adapter_twin.capacity.traffic_mix import Mix, Traffic, read_runs
 from adapter_twin.laws import Calibration
 from adapter_twin.service.metrics import is_starved
 from adapter_twin.service.predict import load_calibrations
@@ -34,8 +33,6 @@ from adapter_twin.workload.scenario import EngineConfig, Workload
 
 if TYPE_CHECKING:
     import pandas as pd
-
-__all__ = ["Moments", "Traffic", "analyse", "analyse_each", "moments", "predict_analytic"]
 
 CELLS = 1 << 16
 """Rows x groups of adapters worked on together: more would fill caches, not save time."""

@@ -1,33 +1,47 @@
-"""Traffic in the analytic model's terms: how many adapters have which rate, moments of lengths."""
+"""Traffic in the analytic model's terms: the adapters of each rate, and moments of lengths."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import Calibration
 from adapter_twin.laws.emitted_lengths import EarlyStopLaw
+from adapter_twin.workload.files import parse_ranks, parse_rates, records, run_to_workload
 from adapter_twin.workload.lengths import LengthMarginals, draw_lengths
-from adapter_twin.workload.scenario import Lengths, Workload
+from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload
+from adapter_twin.workload.strict import require
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Floats = NDArray[np.float64]
 
 PROMPTS = 6
-"""So many prompts in one step are told apart; more are taken together."""
+"""Up to this number of prompts in one step are told apart; more are taken together."""
 
 POINTS = 4
-"""Equally likely points of their tokens."""
+"""The tokens of these prompts are represented by this number of equally likely points."""
 
 DISTINCT_RATES = 16
-SIMILAR = 0.03
-"""Of more rates than that, those that differ by less than 3 % are taken together: that moves
+MERGED_RATIO = 0.03
+"""Of more rates than these, those that differ by less than 3 % are taken together: that moves
 throughput and ITL by less than 0.1 %, and waits for slots by less than 0.3 %."""
+
+SHAPING = (
+    *("model", "ranks", "served_adapters", "adapter_slots", "max_lora_rank", "max_num_seqs"),
+    *("max_num_batched_tokens", "block_size", "duration_s", "arrival_cv", "length_distribution"),
+    *("mean_input_tokens", "mean_requested_output_tokens", "length_cv"),
+)
+"""These columns of a runs table tell all but the adapters' rates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +147,68 @@ def group_rates(rates: ArrayLike, adapters: ArrayLike) -> tuple[Floats, Floats]:
     each, count = each[busy], count[busy]
     if len(each) <= DISTINCT_RATES:
         return each, count
-    group = np.floor(np.log(each / each.min()) / SIMILAR).astype(np.int64)
+    group = np.floor(np.log(each / each.min()) / MERGED_RATIO).astype(np.int64)
     members: Floats = np.bincount(group, count).astype(float)
     request_rate = np.bincount(group, count * each)
     some = members > 0
     return request_rate[some] / members[some], members[some]
+
+
+def read_runs(runs: pd.DataFrame) -> list[tuple[EngineConfig, Traffic]]:
+    """Return what `adapter_twin.workload.files.run_to_workload` makes of each row.
+
+    Hundreds of adapters take ten times as long to build as to analyse, so rows are read without
+    them, once for those that differ in rates only. Rows of equal traffic get the same object.
+
+    Raises
+    ------
+    AdapterTwinError
+        As `adapter_twin.workload.files.run_to_workload`.
+    """
+    names = [name for name in SHAPING if name in runs]
+    shapes = zip(*(runs[name].tolist() for name in names), strict=True)
+    rates, exponents = (
+        runs[name].tolist() if name in runs else [default] * len(runs)
+        for name, default in {"rates_per_adapter": "", "zipf_exponent": 0.0}.items()
+    )
+    without_adapters = lru_cache(maxsize=None)(partial(_without_adapters, names))
+    traffic, pairs = lru_cache(maxsize=None)(_dealt), []
+    for place, (shape, text, exponent) in enumerate(zip(shapes, rates, exponents, strict=True)):
+        try:
+            engine, workload = without_adapters(shape)
+            dealt = traffic(str(text), exponent, engine.max_cpu_loras, workload)
+        except (AdapterTwinError, TypeError):
+            engine, workload = run_to_workload(records(runs.iloc[[place]])[0])
+            dealt = Traffic.of(workload)
+        pairs.append((engine, dealt))
+    return pairs
+
+
+def _without_adapters(
+    names: Sequence[str], cells: tuple[Any, ...]
+) -> tuple[EngineConfig, Workload]:
+    row = dict(zip(names, cells, strict=True))
+    engine, workload = run_to_workload(row, adapters=())
+    dealt = parse_ranks(row.get("ranks"))[: engine.max_cpu_loras]
+    require(min(dealt) > 0 and max(dealt) <= engine.max_lora_rank, "ranks do not fit")
+    return engine, workload
+
+
+def _dealt(rates: str, zipf_exponent: float, served: int, workload: Workload) -> Traffic:
+    """Deal rates as `deal_adapters` or `zipf_adapters` do."""
+    values, is_even = parse_rates(rates), math.isnan(zipf_exponent) or zipf_exponent == 0
+    require(min(values) >= 0 and (is_even or 0 < zipf_exponent < math.inf), "out of range")
+    if not is_even:
+        require(len(values) == 1, "no mean")
+        weights = np.arange(1.0, served + 1) ** -zipf_exponent
+        groups = group_rates(served * values[0] / weights.sum() * weights, np.ones(served))
+    else:
+        everyone, more = divmod(served, len(values))
+        adapters = dict.fromkeys(values, 0)
+        for place, rate in enumerate(values):
+            adapters[rate] += everyone + (place < more)
+        groups = group_rates(list(adapters), list(adapters.values()))
+    return Traffic(*groups, 0.0, workload.lengths, workload.duration_s)
 
 
 @dataclass(frozen=True, slots=True)

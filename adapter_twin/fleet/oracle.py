@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 
-from adapter_twin.capacity.analytic import Traffic, analyse_each
-from adapter_twin.capacity.traffic_mix import group_rates
+from adapter_twin.capacity.analytic import analyse_each
+from adapter_twin.capacity.traffic_mix import Traffic, group_rates
 from adapter_twin.fleet.engines import Engines
 from adapter_twin.fleet.parts import split_adapters
 from adapter_twin.fleet.placement import Placement, ReplicaPlan

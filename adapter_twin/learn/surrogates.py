@@ -1,29 +1,38 @@
-"""Interpretable models of the optimum, and of starvation: fitted to a sweep, judged by workload.
+"""Interpretable models of the optimum, and classifiers of configurations: served, or starving.
 
-Workloads that share their rates are never split: they differ in ranks only, and one of them would
-give the others away. The last folds of the rates are a test set that no choice has seen.
+The former are fitted to the optima of a sweep. The latter are fitted to the runs that it had to
+simulate; what starts but is hopeless, or does not start at all, is told without them. Workloads
+that share their rates are never split: they differ in ranks only, and one of them would give the
+others away. A fifth of the rates is a test set that no choice has seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import joblib
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.compose import TransformedTargetRegressor
-from sklearn.ensemble import HistGradientBoostingRegressor, RandomForestRegressor
-from sklearn.linear_model import LinearRegression, RidgeCV
+from sklearn.ensemble import (
+    HistGradientBoostingClassifier,
+    HistGradientBoostingRegressor,
+    RandomForestClassifier,
+    RandomForestRegressor,
+)
+from sklearn.linear_model import LinearRegression, LogisticRegression, RidgeCV
+from sklearn.metrics import f1_score
 from sklearn.model_selection import GroupKFold, GroupShuffleSplit, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, SplineTransformer, StandardScaler
-from sklearn.tree import DecisionTreeRegressor
+from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
-from adapter_twin.learn.features import paper_features, traffic_features
+from adapter_twin.learn.features import configuration_features, paper_features, traffic_features
+from adapter_twin.plan.criterion import Criterion
 from adapter_twin.service.metrics import half_smape, mape
 
 if TYPE_CHECKING:
@@ -32,13 +41,13 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 TARGETS = ("served_adapters", "adapter_slots", "total_throughput")
-"""The optimum: N*, G*, and the throughput there in tokens/s."""
+"""The models predict these of an optimum: N*, G*, and the throughput there in tokens/s."""
 
 FEATURES: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
     "paper": paper_features,
     "traffic": traffic_features,
 }
-"""Sets of features, by name."""
+"""A model sees one of these sets of features."""
 
 
 def feature_array(features: str, workloads: pd.DataFrame) -> Floats:
@@ -47,7 +56,7 @@ def feature_array(features: str, workloads: pd.DataFrame) -> Floats:
 
 
 YARDSTICKS = ("random forest", "gradient boosting")
-"""Compared to tell what it costs to be interpretable; never chosen."""
+"""These models are compared to tell what it costs to be interpretable; they are never chosen."""
 
 FOLDS = 5
 TEST_SHARE = 0.2
@@ -76,28 +85,52 @@ BOOSTING = {
     "n_jobs": 1,
     "random_state": 0,
 }
-"""Of explainable boosting machines."""
+"""Explainable boosting machines have these options."""
 
 
-def _boosted_gam() -> Any:
-    from interpret.glassbox import ExplainableBoostingRegressor
+def _boosted_gam(kind: str) -> Any:
+    from interpret import glassbox
 
-    return ExplainableBoostingRegressor(**BOOSTING)
+    return getattr(glassbox, kind)(**BOOSTING)
+
+
+def _trees(tree: Any, forest: Any, boosting: Any, gam: str) -> dict[str, Callable[[], Any]]:
+    """Return the tree-based models of one kind, regressors or classifiers."""
+    small = {
+        f"small tree, depth {d}": partial(tree, max_depth=d, random_state=0) for d in (2, 4, 6)
+    }
+    return {
+        **small,
+        "decision tree": partial(tree, min_samples_leaf=3, random_state=0),
+        "random forest": partial(forest, 200, min_samples_leaf=2, random_state=0),
+        "gradient boosting": partial(boosting, max_iter=200, random_state=0),
+        "explainable boosting": partial(_boosted_gam, gam),
+    }
 
 
 MODELS: dict[str, Callable[[], Any]] = {
     "linear": lambda: linear(LinearRegression()),
     "ridge": lambda: linear(RidgeCV(np.logspace(-3, 3, 13))),
     "piecewise linear": lambda: linear(_bent(RidgeCV(np.logspace(-3, 3, 13)))),
-    "small tree, depth 2": lambda: DecisionTreeRegressor(max_depth=2, random_state=0),
-    "small tree, depth 4": lambda: DecisionTreeRegressor(max_depth=4, random_state=0),
-    "small tree, depth 6": lambda: DecisionTreeRegressor(max_depth=6, random_state=0),
-    "decision tree": lambda: DecisionTreeRegressor(min_samples_leaf=3, random_state=0),
-    "random forest": lambda: RandomForestRegressor(200, min_samples_leaf=2, random_state=0),
-    "gradient boosting": lambda: HistGradientBoostingRegressor(max_iter=200, random_state=0),
-    "explainable boosting": _boosted_gam,
+    **_trees(
+        DecisionTreeRegressor,
+        RandomForestRegressor,
+        HistGradientBoostingRegressor,
+        "ExplainableBoostingRegressor",
+    ),
 }
-"""The models that are compared, by name, simplest first."""
+"""The models of the optimum that are compared, by name, simplest first."""
+
+CLASSIFIERS: dict[str, Callable[[], Any]] = {
+    "logistic regression": lambda: linear(LogisticRegression(C=100.0, max_iter=2000)),
+    **_trees(
+        DecisionTreeClassifier,
+        RandomForestClassifier,
+        HistGradientBoostingClassifier,
+        "ExplainableBoostingClassifier",
+    ),
+}
+"""The classifiers of configurations that are compared, by name, simplest first."""
 
 
 def make_model(name: str) -> Any:
@@ -108,8 +141,7 @@ def make_model(name: str) -> Any:
     return TransformedTargetRegressor(MODELS[name](), func=np.log, inverse_func=np.exp)
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
+class Split(NamedTuple):
     """Workloads of one model, or runs of them, split by their rates."""
 
     train: pd.DataFrame
@@ -188,3 +220,58 @@ def to_grid(values: Floats, grid: Iterable[int]) -> NDArray[np.int64]:
     steps = np.array(sorted(grid))
     distance = np.abs(np.log(np.asarray(values)[:, None]) - np.log(steps))
     return np.asarray(steps[distance.argmin(axis=1)])
+
+
+def verdicts(runs: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
+    """Return the simulated runs of a sweep with ``serves``: the criterion's verdict."""
+    simulated = runs[runs.simulated]
+    return simulated.assign(serves=criterion.feasible(simulated)).reset_index(drop=True)
+
+
+def fit_classifier(train: pd.DataFrame, name: str) -> Any:
+    """Fit one of `CLASSIFIERS` to runs with a verdict."""
+    return clone(CLASSIFIERS[name]()).fit(configuration_features(train).to_numpy(), train.serves)
+
+
+def compare_classifiers(
+    parts: Split, names: tuple[str, ...] = tuple(CLASSIFIERS), *, jobs: int = -1
+) -> pd.DataFrame:
+    """Return the errors of every classifier, cross-validated and on test.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``model``; ``cv_macro_f1`` of runs left out in training, which a classifier is chosen by;
+        ``test_macro_f1``; of the test runs, in percent, ``served_wrongly`` (said to be served, but
+        starve) and ``starved_wrongly``.
+    """
+    import pandas as pd
+
+    tasks = (joblib.delayed(_verdict_errors)(parts, name) for name in names)
+    return pd.DataFrame(joblib.Parallel(jobs)(tasks))
+
+
+def _verdict_errors(parts: Split, name: str) -> dict[str, Any]:
+    train, test = parts.train, parts.test
+    left_out = cross_val_predict(
+        CLASSIFIERS[name](),
+        configuration_features(train).to_numpy(),
+        train.serves,
+        groups=train.rates_per_adapter,
+        cv=GroupKFold(FOLDS),
+    )
+    unseen = fit_classifier(train, name).predict(configuration_features(test).to_numpy())
+    truth = test.serves.to_numpy()
+    return {
+        "model": name,
+        "cv_macro_f1": f1_score(train.serves, left_out, average="macro"),
+        "test_macro_f1": f1_score(truth, unseen, average="macro"),
+        "served_wrongly": 100 * float(np.mean(unseen & ~truth)),
+        "starved_wrongly": 100 * float(np.mean(~unseen & truth)),
+    }
+
+
+def chosen_classifier(comparison: pd.DataFrame) -> str:
+    """Return the interpretable classifier with the highest cross-validated macro-F1."""
+    own = comparison[~comparison.model.isin(YARDSTICKS)]
+    return str(own.set_index("model").cv_macro_f1.idxmax())

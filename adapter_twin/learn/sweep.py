@@ -1,4 +1,4 @@
-"""Run a sweep: written as it comes, resumed after a kill, on many cores or many machines."""
+"""Sweeps: written as they come, resumed after a kill, on many cores or machines; their optima."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from adapter_twin import __version__
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.learn.design import Design, load_design
 from adapter_twin.parallel import track, workers
+from adapter_twin.plan.criterion import Criterion
 from adapter_twin.plan.grid import FIGURES, evaluate, grid_runs
 from adapter_twin.tables.datasets import read_table, replacing, write_table
 from adapter_twin.workload.files import records
@@ -22,6 +23,19 @@ if TYPE_CHECKING:
 
 DESIGN = "design.yaml"
 PARTS = "parts"
+
+WORKLOAD = [
+    "workload_id",
+    "model",
+    "rates_per_adapter",
+    "ranks",
+    "mean_input_tokens",
+    "mean_requested_output_tokens",
+    "zipf_exponent",
+    "arrival_cv",
+    "max_lora_rank",
+]
+"""These columns of a sweep describe a workload."""
 
 
 def run_sweep(
@@ -89,6 +103,47 @@ def read_sweep(path: Path) -> pd.DataFrame:
     parts = sorted((path / PARTS).glob("*/*.parquet"))
     require(bool(parts), f"{path}: holds no part of a sweep; run adapter-twin sweep first")
     return validate(pd.concat(map(pd.read_parquet, parts), ignore_index=True), SWEEP, path)
+
+
+def label(runs: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
+    """Return each workload's best configuration.
+
+    A workload of which no configuration is feasible gets no label. The reference study kept its
+    curve's first point instead, and so trained on configurations that starve.
+
+    Parameters
+    ----------
+    runs : pandas.DataFrame
+        A sweep; replications are averaged first.
+    criterion : Criterion
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per workload: `WORKLOAD`; ``has_optimum``; ``served_adapters``, ``adapter_slots``,
+        ``total_throughput`` (tokens/s) and ``mean_ttft_ms`` of the optimum; ``tied_slots``, those
+        that serve as many adapters within the tie, joined by ``-``; ``censored``: the optimum is at
+        the grid's largest number of adapters, so the true one may lie beyond.
+    """
+    configuration = ["served_adapters", "adapter_slots"]
+    workloads = runs.drop_duplicates("workload_id")[WORKLOAD]
+    if runs.seed.nunique() > 1:
+        numbers = runs.groupby(["workload_id", *configuration], observed=True, as_index=False)
+        means = numbers.mean(numeric_only=True)
+        runs = means.assign(feasible_start=means.feasible_start > 0)
+    ranked = criterion.ranked(runs, within=["workload_id"])
+    best = ranked.drop_duplicates("workload_id").set_index("workload_id")
+    shown = best[[*configuration, "total_throughput", "mean_ttft_ms"]]
+    labels = workloads.join(shown, on="workload_id")
+    chosen = ranked.workload_id.map(best.served_adapters).astype(float)
+    ties = ranked[ranked.tied & (ranked.served_adapters == chosen)]
+    by_workload = ties.sort_values("adapter_slots").groupby("workload_id", observed=True)
+    tied_slots = by_workload.adapter_slots.agg(lambda slots: "-".join(map(str, slots)))
+    return labels.assign(
+        has_optimum=labels.served_adapters.notna(),
+        tied_slots=labels.workload_id.map(tied_slots),
+        censored=labels.served_adapters == runs.served_adapters.max(),
+    ).reset_index(drop=True)
 
 
 def compact(runs: pd.DataFrame) -> pd.DataFrame:

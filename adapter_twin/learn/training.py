@@ -5,6 +5,7 @@ Beside the models lie what they were chosen by, a model card and the small trees
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,6 @@ import numpy as np
 from sklearn.model_selection import GroupKFold
 
 from adapter_twin import __version__
-from adapter_twin.learn.labels import label
 from adapter_twin.learn.stored import About, Trained, store, store_estimator, write_text
 from adapter_twin.learn.surrogates import (
     FEATURES,
@@ -20,19 +20,17 @@ from adapter_twin.learn.surrogates import (
     MODELS,
     TARGETS,
     chosen,
+    chosen_classifier,
     compare,
+    compare_classifiers,
     feature_array,
     fit,
+    fit_classifier,
     make_model,
     split,
-)
-from adapter_twin.learn.trees import rules
-from adapter_twin.learn.verdicts import (
-    chosen_classifier,
-    compare_classifiers,
-    fit_classifier,
     verdicts,
 )
+from adapter_twin.learn.sweep import label
 from adapter_twin.plan.criterion import Criterion
 from adapter_twin.tables.datasets import write_table
 from adapter_twin.workload.strict import require
@@ -41,9 +39,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CONFIDENCE = 0.9
+"""An interval holds this share of the unseen workloads."""
 
 FEWEST_RATES = 3 * FOLDS
-"""Mixes of rates: a 90 % interval needs more than ten, with a fifth left out."""
+"""A 90 % interval needs more than ten mixes of rates, with a fifth left out."""
+
+LEAF = -1
+"""scikit-learn marks a node without children by this number."""
+
+MERGED_WITHIN = 0.02
+"""Leaves are merged whose predictions differ by less than this, relatively."""
 
 SMALL_TREES = [name for name in MODELS if name.startswith("small tree")]
 
@@ -72,7 +77,7 @@ def train(
     -------
     comparison, classifiers : pandas.DataFrame
         See `adapter_twin.learn.surrogates.compare` and
-        `adapter_twin.learn.verdicts.compare_classifiers`; by ``language_model``.
+        `adapter_twin.learn.surrogates.compare_classifiers`; by ``language_model``.
 
     Raises
     ------
@@ -193,6 +198,42 @@ def small_trees(labelled: pd.DataFrame) -> str:
             tree = fit(labelled, "paper", target, model).regressor_
             texts.append(f"{target}, {model}\n{rules(tree, names)}")
     return "\n".join(texts)
+
+
+def rules(tree: Any, names: Sequence[str]) -> str:
+    """Return a regression tree of a logarithm as rules for the value itself.
+
+    Parameters
+    ----------
+    tree : sklearn.tree.DecisionTreeRegressor
+        Fitted to logarithms.
+    names : sequence of str
+        Of the features.
+    """
+    lines: list[str] = []
+    _describe(tree.tree_, 0, names, "", lines)
+    return "\n".join(lines) + "\n"
+
+
+def _describe(tree: Any, node: int, names: Sequence[str], indent: str, lines: list[str]) -> None:
+    low, high = _range(tree, node)
+    if high <= low * (1 + MERGED_WITHIN):
+        value = float(np.exp(tree.value[node].item()))
+        lines.append(f"{indent}: {value:.4g}  ({int(tree.n_node_samples[node])} workloads)")
+        return
+    name, threshold = names[tree.feature[node]], tree.threshold[node]
+    for sign, child in (("<=", tree.children_left[node]), (">", tree.children_right[node])):
+        lines.append(f"{indent}{name} {sign} {threshold:.4g}")
+        _describe(tree, child, names, f"{indent}|   ", lines)
+
+
+def _range(tree: Any, node: int) -> tuple[float, float]:
+    """Return the lowest and highest prediction below a node."""
+    if tree.children_left[node] == LEAF:
+        value = float(np.exp(tree.value[node].item()))
+        return value, value
+    ranges = [_range(tree, c) for c in (tree.children_left[node], tree.children_right[node])]
+    return min(low for low, _ in ranges), max(high for _, high in ranges)
 
 
 def _card(

@@ -1,4 +1,4 @@
-"""The rule that picks a configuration from a table of runs: the one copy."""
+"""The rule that picks a configuration from a table of runs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 TIE = 0.01
 """Throughputs this close to the best one, relatively, are as good."""
 
-
 MARGIN = 0.02
-"""Safety margin of a pick: it costs little throughput, and keeps picks from starving."""
+"""This safety margin of a pick costs little throughput, and keeps picks from starving."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

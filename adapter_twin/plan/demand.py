@@ -1,4 +1,4 @@
-"""What is to be served: concrete adapters with their traffic, from a YAML file or a request log."""
+"""A demand: concrete adapters with their traffic, from a YAML file or a request log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from adapter_twin.workload.files import (
     read_yaml,
 )
 from adapter_twin.workload.scenario import (
-    Adapter,
     Adapters,
     Arrivals,
     EngineConfig,
@@ -41,10 +40,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LOG_COLUMNS = ("adapter", "arrival_s", "prompt_tokens", "output_tokens")
-"""Of a request log; an empty adapter is the base model."""
+"""A request log has these columns; an empty adapter is the base model."""
 
 LEAST_CV = 0.01
-"""Lengths that vary less than that are as good as constant."""
+"""Lengths that vary less than this are as good as constant."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,14 +109,9 @@ class Demand:
 
     def workload(self, duration_s: float, load: float = 1.0) -> Workload:
         """Return the traffic of a window, all rates multiplied by `load`."""
-        adapters = self.adapters
-        if load != 1:
-            adapters = tuple(
-                Adapter(name=a.name, rank=a.rank, request_rate=load * a.request_rate)
-                for a in adapters
-            )
+        scaled = (replace(a, request_rate=load * a.request_rate) for a in self.adapters)
         return Workload(
-            adapters=adapters,
+            adapters=self.adapters if load == 1 else tuple(scaled),
             duration_s=duration_s,
             lengths=self.lengths,
             arrivals=self.arrivals,
@@ -137,20 +131,15 @@ class Demand:
         )
 
     def subset(self, count: int) -> Demand:
-        """Return the demand of so many adapters, spread evenly over all rates and ranks."""
+        """Return the demand of `count` adapters, spread evenly over all rates and ranks."""
         ordered = sorted(self.adapters, key=lambda adapter: (adapter.request_rate, adapter.rank))
         chosen = ((np.arange(count) + 0.5) * len(ordered) / count).astype(int)
         return replace(
             self,
             adapters=tuple(ordered[i] for i in chosen),
             base_model_request_rate=self.base_model_request_rate * count / len(ordered),
-            slots=None if self.slots is None else _up_to(self.slots, count),
+            slots=self.slots and (tuple(size for size in self.slots if size <= count) or (count,)),
         )
-
-
-def _up_to(slots: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """Return the sizes that so many adapters can fill, at least one."""
-    return tuple(size for size in slots if size <= count) or (count,)
 
 
 def load_demand(path: str | Path) -> Demand:
@@ -158,8 +147,8 @@ def load_demand(path: str | Path) -> Demand:
 
     Adapters are listed or in one of the short forms of
     `adapter_twin.workload.files.load_scenario`. In place of rates and `lengths` there may be a
-    ``request_log``, the path of a table relative to the
-    file with the columns `LOG_COLUMNS`: adapters then have a name and a rank only.
+    ``request_log``, the path of a table relative to the file, with the columns `LOG_COLUMNS`:
+    adapters then have a name and a rank only.
 
     Raises
     ------
@@ -194,7 +183,7 @@ def _require_rates(adapters: object) -> None:
 
 
 def read_log(path: Path) -> pd.DataFrame:
-    """Read a request log, one row per request.
+    """Return a request log, one row per request.
 
     Raises
     ------
@@ -219,7 +208,7 @@ def read_log(path: Path) -> pd.DataFrame:
 
 
 def measure(log: pd.DataFrame, adapters: object) -> dict[str, Any]:
-    """Return the keys of `Demand` that a request log tells.
+    """Return the keys of `Demand` that follow from a request log.
 
     Parameters
     ----------

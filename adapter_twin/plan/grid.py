@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby, product
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 GRID = (16, 32, 64, 96, 128, 160, 192, 256, 320, 384)
-"""Served adapters, and adapter slots, of the reference study's grids."""
+"""The reference study's grids have these numbers of served adapters, and of slots."""
 
 MAX_NUM_SEQS = 2048
-"""Of the reference study's engines."""
+"""The reference study's engines have this limit."""
 
 FIGURES = (
     "total_throughput",
@@ -37,10 +37,10 @@ FIGURES = (
     "mean_itl_ms",
     "p99_itl_ms",
 )
-"""What is kept of a run's service (`adapter_twin.service.metrics.service`)."""
+"""These figures of `adapter_twin.service.metrics.service_of` are kept of a run."""
 
 STARVING_UTILISATION = 1.6
-"""Offered load by what the analytic model can serve, past which a run starves for certain."""
+"""A run starves for certain where its load is this multiple of the analytic capacity."""
 
 
 def _different(grid: tuple[int, ...]) -> tuple[int, ...]:
@@ -79,6 +79,7 @@ def grid_runs(
     served, slots : sequence of int
         Pairs with more slots than served adapters are left out.
     duration_s : float
+        Window of each run.
     """
     import pandas as pd
 
@@ -106,8 +107,8 @@ def evaluate(
 ) -> pd.DataFrame:
     """Predict the service of the runs of one traffic mix, without any measurement's effect.
 
-    Runs that the GPU refuses to start, and those whose offered load is `STARVING_UTILISATION`, are not
-    simulated. Runs of the same number of served adapters meet the very same requests.
+    Runs that the GPU refuses to start are not simulated, nor are those past `STARVING_UTILISATION`.
+    Runs of the same number of served adapters meet the very same requests.
 
     Parameters
     ----------
@@ -147,32 +148,19 @@ def _serve(
     rows: list[dict[str, Any]], calibration: Calibration, seed: int, slos: Mapping[str, Slo | None]
 ) -> list[dict[str, float]]:
     """Simulate runs of the same traffic."""
-    return list(_serve_each(rows, calibration, seed, slos))
-
-
-def _serve_each(
-    rows: list[dict[str, Any]], calibration: Calibration, seed: int, slos: Mapping[str, Slo | None]
-) -> Iterator[dict[str, float]]:
-    trace = None
-    for row in rows:
-        if trace is None:
-            trace = draw_requests(run_to_workload(row)[1], calibration, seed=seed)
-        run = simulate_row(row, calibration, seed, trace)
+    configured = [run_to_workload(row) for row in rows]
+    trace = draw_requests(configured[0][1], calibration, seed=seed)
+    figures = []
+    for engine, workload in configured:
+        run = simulate_quietly(workload, engine, calibration, seed, trace)
         service = service_of(run)
         attained = {
             name: slo_attainment(run.records, slo, run.duration_s)
             for name, slo in slos.items()
             if slo is not None
         }
-        yield {name: service[name] for name in FIGURES} | attained
-
-
-def simulate_row(
-    row: Mapping[str, Any], calibration: Calibration, seed: int, trace: Trace | None = None
-) -> Simulation:
-    """Simulate one of `grid_runs`; `trace` spares drawing its requests again."""
-    engine, workload = run_to_workload(row)
-    return simulate_quietly(workload, engine, calibration, seed, trace)
+        figures.append({name: service[name] for name in FIGURES} | attained)
+    return figures
 
 
 def simulate_quietly(
@@ -182,7 +170,13 @@ def simulate_quietly(
     seed: int,
     trace: Trace | None = None,
 ) -> Simulation:
-    """Simulate without a warning of extrapolations: the caller warns, once for many runs."""
+    """Simulate without a warning of extrapolations: the caller warns, once for many runs.
+
+    Parameters
+    ----------
+    workload, engine, calibration, seed, trace
+        As for `adapter_twin.twin.simulate.simulate`.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return simulate(workload, engine, calibration, seed=seed, trace=trace)

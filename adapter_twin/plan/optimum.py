@@ -1,4 +1,4 @@
-"""How many adapters can this GPU serve, with how many slots: a search with the twin."""
+"""The optimum of a traffic mix: how many adapters a GPU serves best, with how many slots."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONFIGURATION = ("served_adapters", "adapter_slots")
 SERVICE = ("total_throughput", "mean_ttft_ms", "p99_ttft_ms")
 
 ALTERNATIVES = 10
-"""So many of the next best configurations are shown beside those that tie."""
+"""This number of the next best configurations is shown beside those that tie."""
 
 
 def optimum(

@@ -1,4 +1,4 @@
-"""The service of one replica once it is warm: simulated windows, cut after a warm-up."""
+"""The service of one warm replica: simulated windows, cut after a warm-up."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ FIGURES = (
     "mean_itl_ms",
     "p99_itl_ms",
 )
-"""What is told of a window (`adapter_twin.service.metrics.service`)."""
+"""These figures of `adapter_twin.service.metrics.service_of` are told of a window."""
 
 WARM_UP_S = 300.0
-"""Batches have filled by then, and adapters without a slot have begun to wait."""
+"""By this time batches have filled, and adapters without a slot have begun to wait."""
 
 WINDOW_S = 900.0
 ENOUGH_REQUESTS = 1000
 LONG_WINDOW_S = 4 * 3600.0
 FEWEST_REQUESTS = 100
-"""Slow traffic gets a longer window, so that percentiles and shares mean something: until there are
-enough requests, or the window is long and there are a few."""
+"""Slow traffic gets a longer window, so that percentiles and shares mean something: one with enough
+requests, or a long one with the fewest that will do."""
 
 TWIN_ERROR = {
     "total_throughput": 0.026,
@@ -50,10 +50,10 @@ TWIN_ERROR = {
     "mean_itl_ms": 0.1,
     "p99_itl_ms": 0.467,
 }
-"""The twin's own error, relative, meant for 95 % of the runs: the errors on measured runs that the
-fit had not seen (``data/expected/bars_left_out.csv``, the worse of two models), taken as normal, so
-2.46 times a mean and 2.91 times a median. A mean TTFT is given the error of the percentile. Errors
-have heavier tails, so that fewer runs are within (``data/expected/coverage_left_out.csv``)."""
+"""The twin's own relative error on 95 % of the runs, were errors normal: 2.46 times the mean, or
+2.91 times the median, of the errors on measured runs that the fit had not seen, for the worse of
+two models (``data/expected/bars_left_out.csv``). A mean TTFT is given the error of the percentile.
+Errors have heavier tails, so fewer runs are within (``data/expected/coverage_left_out.csv``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,16 @@ def first_uses_s(demand: Demand, calibration: Calibration) -> float:
 def draw_traffic(
     demand: Demand, calibration: Calibration, *, seed: int, load: float = 1.0
 ) -> WindowTraffic:
-    """Draw the requests of one window."""
+    """Draw the requests of one window.
+
+    Parameters
+    ----------
+    demand : Demand
+    calibration : Calibration
+    seed : int
+    load : float
+        Factor on all rates.
+    """
     workload = demand.workload(WARM_UP_S + WINDOW_S, load)
     rate = workload.offered_request_rate
     window_s = max(WINDOW_S, min(ENOUGH_REQUESTS / rate, LONG_WINDOW_S), FEWEST_REQUESTS / rate)
@@ -125,7 +134,14 @@ def draw_traffic(
 
 
 def serve(traffic: WindowTraffic, engine: EngineConfig, calibration: Calibration) -> Window:
-    """Simulate an engine on one window's requests; the caller warns of extrapolations, once."""
+    """Simulate an engine on one window's requests; the caller warns of extrapolations, once.
+
+    Parameters
+    ----------
+    traffic : WindowTraffic
+    engine : EngineConfig
+    calibration : Calibration
+    """
     run = simulate_quietly(traffic.workload, engine, calibration, traffic.seed, traffic.trace)
     service = service_of(run, slo=traffic.slo, warm_up_s=WARM_UP_S)
     names = FIGURES if traffic.slo is None else (*FIGURES, "slo_attainment")

@@ -138,7 +138,9 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
-def run_to_workload(row: Mapping[str, Any]) -> tuple[EngineConfig, Workload]:
+def run_to_workload(
+    row: Mapping[str, Any], adapters: tuple[Adapter, ...] | None = None
+) -> tuple[EngineConfig, Workload]:
     """Turn the configuration columns of one run into what the twin takes.
 
     Parameters
@@ -149,6 +151,8 @@ def run_to_workload(row: Mapping[str, Any]) -> tuple[EngineConfig, Workload]:
         messages. A campaign of one's own may add ``max_num_batched_tokens, block_size,
         length_distribution, length_cv``, a sweep ``zipf_exponent, arrival_cv``. Nothing else is
         read.
+    adapters : tuple of Adapter, optional
+        Stand in for those that the row tells.
 
     Raises
     ------
@@ -156,7 +160,7 @@ def run_to_workload(row: Mapping[str, Any]) -> tuple[EngineConfig, Workload]:
         A missing column or a value out of range; the message names the run and the column.
     """
     try:
-        engine, workload = _engine(row), _workload(row)
+        engine, workload = _engine(row), _workload(row, adapters)
         check_ranks(engine, workload)
         return engine, workload
     except AdapterTwinError as error:
@@ -185,10 +189,10 @@ def _engine(row: Mapping[str, Any]) -> EngineConfig:
     )
 
 
-def _workload(row: Mapping[str, Any]) -> Workload:
+def _workload(row: Mapping[str, Any], adapters: tuple[Adapter, ...] | None) -> Workload:
     arrival_cv = _setting(row, "arrival_cv", 1.0)
     return Workload(
-        adapters=_adapters(row),
+        adapters=_adapters(row) if adapters is None else adapters,
         duration_s=_number(row, "duration_s", DEFAULT_DURATION_S),
         lengths=Lengths(
             mean_input_tokens=_number(row, "mean_input_tokens", DEFAULT_MEAN_INPUT_TOKENS),

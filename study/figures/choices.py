@@ -61,7 +61,7 @@ def optima(labels: pd.DataFrame) -> Figure:
     Parameters
     ----------
     labels : pandas.DataFrame
-        See `adapter_twin.learn.labels.label`, with ``adapter_load`` in tokens/s.
+        See `adapter_twin.learn.sweep.label`, with ``adapter_load`` in tokens/s.
     """
     models = sorted(labels["model"].unique())
     figure, panels = plt.subplots(
@@ -138,7 +138,7 @@ def importance(table: pd.DataFrame) -> Figure:
     Parameters
     ----------
     table : pandas.DataFrame
-        See `adapter_twin.learn.explain.importance`.
+        See `study.ch09_explain.importance`.
     """
     models = list(dict.fromkeys(table.model))
     features = list(dict.fromkeys(table.feature))
@@ -162,7 +162,7 @@ def dependence(table: pd.DataFrame, ylabel: str) -> Figure:
     Parameters
     ----------
     table : pandas.DataFrame
-        See `adapter_twin.learn.explain.dependence`.
+        See `study.ch09_explain.dependence`.
     ylabel : str
     """
     features = list(dict.fromkeys(table.feature))

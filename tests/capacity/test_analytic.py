@@ -9,8 +9,8 @@ import pytest
 
 from adapter_twin.capacity import traffic_mix
 from adapter_twin.capacity.analytic import analyse, predict_analytic
-from adapter_twin.capacity.run_columns import read_runs
 from adapter_twin.capacity.slot_sharing import share_slots
+from adapter_twin.capacity.traffic_mix import read_runs
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
 from adapter_twin.laws.step_time import StepTimeLaw

@@ -37,34 +37,38 @@ from adapter_twin.learn.stored import (
     store_estimator,
 )
 from adapter_twin.learn.surrogates import (
+    CLASSIFIERS,
     FEATURES,
     MODELS,
     TARGETS,
     YARDSTICKS,
     chosen,
+    chosen_classifier,
     compare,
+    compare_classifiers,
     cross_validate,
     feature_array,
     fit,
+    fit_classifier,
     split,
     to_grid,
+    verdicts,
 )
 from adapter_twin.learn.sweep import read_sweep
-from adapter_twin.learn.training import coverage, interval_factor, train, train_chosen
-from adapter_twin.learn.trees import SAME, rules
-from adapter_twin.learn.verdicts import (
-    CLASSIFIERS,
-    chosen_classifier,
-    compare_classifiers,
-    fit_classifier,
-    pick,
-    verdicts,
+from adapter_twin.learn.training import (
+    MERGED_WITHIN,
+    coverage,
+    interval_factor,
+    rules,
+    train,
+    train_chosen,
 )
 from adapter_twin.plan.criterion import Criterion
 from adapter_twin.plan.grid import grid_runs
 from adapter_twin.service.metrics import mape
 from adapter_twin.workload.files import records, run_to_workload
 from adapter_twin.workload.scenario import Slo
+from study.measured_grids import pick
 
 LLAMA = "llama-3.1-8b-instruct"
 PAPER_SWEEP = Path(__file__).parents[2] / "data" / "sweeps" / "paper.parquet"
@@ -391,7 +395,7 @@ def test_rules_give_the_trees_prediction(rows: list[tuple[int, int, float]]) -> 
     tree.fit(x, np.log([value for *_, value in rows]))
     text = rules(tree, ["a", "b"])
     for (a, b, _), predicted in zip(rows, np.exp(tree.predict(x)), strict=True):
-        assert follow(text, {"a": a, "b": b}) == pytest.approx(predicted, rel=SAME + 1e-3)
+        assert follow(text, {"a": a, "b": b}) == pytest.approx(predicted, rel=MERGED_WITHIN + 1e-3)
 
 
 # Verdicts and picks

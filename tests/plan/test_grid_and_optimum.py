@@ -19,8 +19,7 @@ from adapter_twin import parallel
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
 from adapter_twin.learn.design import Design, Factorial, SpaceFilling, load_design
-from adapter_twin.learn.labels import label
-from adapter_twin.learn.sweep import read_sweep, run_sweep
+from adapter_twin.learn.sweep import label, read_sweep, run_sweep
 from adapter_twin.plan.criterion import TIE, Criterion
 from adapter_twin.plan.grid import evaluate, grid_runs
 from adapter_twin.plan.optimum import optimum

@@ -7,16 +7,14 @@ import pandas as pd
 import pytest
 
 from adapter_twin.laws import load_calibration
-from adapter_twin.learn import explain
-from adapter_twin.learn.labels import label
-from adapter_twin.learn.surrogates import TARGETS, fit
-from adapter_twin.learn.sweep import read_sweep
+from adapter_twin.learn.surrogates import FEATURES, TARGETS, fit
+from adapter_twin.learn.sweep import label, read_sweep
 from adapter_twin.learn.training import small_trees
 from adapter_twin.plan.criterion import Criterion
 from adapter_twin.plan.grid import grid_runs
 from adapter_twin.tables.datasets import REPOSITORY
 from adapter_twin.workload.scenario import Slo
-from study import ch08_to_10, ch08_window, measured_grids
+from study import ch08_to_10, ch08_window, ch09_explain, measured_grids
 from study.figures import choices
 
 LLAMA = "llama-3.1-8b-instruct"
@@ -209,19 +207,19 @@ def law(n: int = 60, noise: float = 0.01) -> pd.DataFrame:
 
 
 def test_the_regression_finds_the_law_and_leaves_out_what_does_not_vary() -> None:
-    fitted = explain.regress(law(), "traffic", "served_adapters")
-    table = explain.coefficients(fitted).set_index("feature")
+    fitted = ch09_explain.regress(law(), "traffic", "served_adapters")
+    table = ch09_explain.coefficients(fitted).set_index("feature")
     assert set(table.index) <= {"adapter_load", "rank_load", "slot_mib"}
     spread = np.log(law().rates_per_adapter.astype(float)).std()
     assert table.percent["adapter_load"] == pytest.approx(100 * np.expm1(-0.5 * spread), rel=0.02)
     assert table.low["adapter_load"] < table.percent["adapter_load"] < table.high["adapter_load"]
     assert table.p["rank_load"] > 0.01
-    assert explain.diagnostics(fitted)["r_squared"] > 0.99
+    assert ch09_explain.diagnostics(fitted)["r_squared"] > 0.99
 
 
 def test_a_shuffled_feature_hurts_as_much_as_it_mattered() -> None:
     rows = law(noise=0.0)
-    found = explain.importance(rows, rows, "traffic", "served_adapters", ["linear"])
+    found = ch09_explain.importance(rows, rows, "traffic", "served_adapters", ["linear"])
     by_feature = found.set_index("feature").increase
     assert by_feature["adapter_load"] > 10
     assert by_feature.drop("adapter_load").abs().max() < 0.5
@@ -229,13 +227,15 @@ def test_a_shuffled_feature_hurts_as_much_as_it_mattered() -> None:
 
 def test_dependence_follows_the_law() -> None:
     rows = law()
-    found = explain.dependence(rows, "traffic", "served_adapters", ["linear"], ["adapter_load"])
+    found = ch09_explain.dependence(
+        rows, "traffic", "served_adapters", ["linear"], ["adapter_load"]
+    )
     assert found.predicted.is_monotonic_decreasing
 
 
 def test_a_drawn_tree_speaks_of_adapters_not_of_logarithms() -> None:
     tree = fit(law(), "traffic", "served_adapters", "small tree, depth 2").regressor_
-    figure = choices.small_tree(tree, list(explain.FEATURES["traffic"](law())))
+    figure = choices.small_tree(tree, list(FEATURES["traffic"](law())))
     texts = [text.get_text() for text in figure.axes[0].texts]
     predicted = [float(text.split("predicted: ")[1]) for text in texts if "predicted" in text]
     assert max(predicted) > 100

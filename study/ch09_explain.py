@@ -1,4 +1,4 @@
-"""What the models have learnt: inference of the linear one, importance and dependence of any."""
+"""Explanations of the models: inference of the linear one, importance and dependence of any."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adapter_twin.learn.surrogates import FEATURES, fit, logarithms
+from adapter_twin.learn.training import rules
 from adapter_twin.service.metrics import half_smape
 
 if TYPE_CHECKING:
     import pandas as pd
 
 REPEATS = 20
-"""Permutations of each feature."""
+"""Each feature is permuted this number of times."""
+
+
+def leaves(tree: Any) -> int:
+    """Return the number of leaves of a small tree once those that agree are merged."""
+    return rules(tree, [str(i) for i in range(tree.n_features_in_)]).count(": ")
 
 
 def regress(labelled: pd.DataFrame, features: str, target: str) -> Any:
