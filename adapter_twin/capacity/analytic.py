@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CELLS = 1 << 16
-"""Rows x groups of adapters worked on together: more would fill caches, not save time."""
+"""This number of rows x groups of adapters is worked on together: more would only fill caches."""
 
 KNEE = (0.94, 1.2)
 """Between these utilisations a small error decides whether a queue builds up."""
@@ -94,6 +94,12 @@ def analyse(
     workload: Workload, engines: Sequence[EngineConfig], calibration: Calibration
 ) -> pd.DataFrame:
     """Predict how engines serve one workload.
+
+    Parameters
+    ----------
+    workload : Workload
+    engines : sequence of EngineConfig
+    calibration : Calibration
 
     Returns
     -------

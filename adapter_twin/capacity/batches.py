@@ -22,18 +22,18 @@ from adapter_twin.workload.scenario import EngineConfig
 Floats = NDArray[np.float64]
 
 NODES = 40
-"""Numbers of running requests at which the step time is evaluated."""
+"""The step time is evaluated at this number of numbers of running requests."""
 
 FEWEST_RUNNING = 0.01
 
 NEGLIGIBLE = 1e-15
-"""Probability below which a number of prompts is left out."""
+"""A number of prompts that is less likely than this is left out."""
 
 OVERLAP = 0.2
-"""Share of a burst that runs at the same time; chosen by the twin's latencies of half a sample."""
+"""This share of a burst runs at the same time; half a sample of the twin's latencies chose it."""
 
 WIDEST_SWING = 0.9
-"""Of the running requests around their mean, relatively."""
+"""Running requests swing around their mean by at most this share of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Where arrivals and completions balance, with what waiting does to both: a fixed point."""
+"""The fixed point of arrivals and completions, and of what waiting does to both."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from adapter_twin.laws import Calibration
 
 Floats = NDArray[np.float64]
 
-TURNS = 4
-"""Rounds in which waiting slows the steps down and slow steps let requests wait."""
+ROUNDS = 4
+"""In each of these rounds waiting slows the steps down, and slow steps let requests wait."""
 
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """Where arrivals and completions balance, or else the fullest batch; arrays of shape (n,).
+    """A state of balance, or else the fullest batch; arrays of shape (n,).
 
     Attributes
     ----------
@@ -60,7 +60,7 @@ class Delays:
     scanning: Floats
 
     def halfway_to(self, other: Delays) -> Delays:
-        """Return the means of both: whole turns overshoot, for slow steps fill the batch.
+        """Return the means of both: whole steps overshoot, for slow steps fill the batch.
 
         A full batch, for one, ends the scans of the queue that slowed the steps down.
         """
@@ -72,10 +72,10 @@ def settle(mix: Mix, batches: Batches, calibration: Calibration) -> tuple[Balanc
     """Alternate between a state and the delays in it."""
     n = len(batches.slots)
     delays = Delays(np.ones(n), *np.zeros((3, n)))
-    for turn in range(TURNS):
+    for one in range(ROUNDS):
         state = _balance(mix, batches, delays)
         found = _delays(mix, batches, state, calibration)
-        delays = found if turn == 0 else delays.halfway_to(found)
+        delays = found if one == 0 else delays.halfway_to(found)
     return state, delays
 
 

@@ -1,4 +1,4 @@
-"""How adapters take turns on the slots: a polling queue.
+"""The polling queue in which adapters take turns on the slots.
 
 An adapter in a slot serves all its requests at once (M/M/infinity), and leaves when it has none.
 While more adapters have requests than there are slots, the one whose head has waited longest comes
@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 STATES = 64
-"""Requests of one adapter up to which the length of its visits is computed exactly."""
+"""The length of an adapter's visit is computed exactly up to this number of its requests."""
 
 HEAVIEST = 30.0
-"""An adapter with more requests than that in service never leaves its slot within any window."""
+"""An adapter with more requests than this in service does not leave its slot within any window."""
 
 SHORTEST_WAIT_S = 1e-4
 HALVINGS = 25
@@ -31,7 +31,7 @@ EARLIEST_S, LATEST_S = 1e-3, 1e6
 """Between these the last adapter that gets a slot has its first request."""
 
 TOLERANCE = 1.001
-"""Of the adapters that are active by the slots: the wait is found to within a rounding error."""
+"""Adapters that are active may exceed the slots by this ratio: the wait is rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ def _head_wait_s(
 
 @numba.njit(cache=True, error_model="numpy")
 def _last_admission_s(slots: float, rates: Floats, active: Floats) -> float:
-    """Return the time in s by which so many adapters have had a request as there are slots.
+    """Return the time in s by which as many adapters have had a request as there are slots.
 
     After ``t`` seconds ``1 - exp(-rate t)`` of a group have had a first request, so frequent
     adapters are ahead. `active`, of shape (g,), are those that would hold a slot if all came.

@@ -1,4 +1,4 @@
-"""The design of a sweep: which workloads, on which numbers of served adapters and slots.
+"""The design of a sweep: its workloads, and its numbers of served adapters and slots.
 
 A ``DESIGN.yaml`` holds the keys of `Design`. Its workloads are a factorial of rates and ranks, a
 space-filling sample (scrambled Sobol points), or both.
@@ -150,7 +150,7 @@ _RANGES = (*_LOGARITHMIC, "zipf_exponent", "arrival_cv")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Design:
-    """What a sweep runs: each workload on every pair of served adapters N and slots G <= N.
+    """A sweep of each workload on every pair of served adapters N and slots G <= N.
 
     Attributes
     ----------

@@ -1,9 +1,9 @@
-"""What the interpretable models see of a traffic mix, and of a configuration."""
+"""The features of a traffic mix, and of a configuration, that the interpretable models see."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,24 +20,18 @@ PAPER = [
 """The reference study's features: of rates in requests/s and of ranks, over the adapters."""
 
 TRAFFIC = [
-    "adapter_load",
-    "top_share",
-    "rank_load",
-    "slot_mib",
-    "output_share",
-    "request_tokens",
-    "zipf_exponent",
-    "arrival_cv",
+    *("adapter_load", "top_share", "rank_load", "slot_mib"),
+    *("output_share", "request_tokens", "zipf_exponent", "arrival_cv"),
 ]
-"""Ours: what decides capacity (see `traffic_features`)."""
+"""These features of ours decide the capacity, see `traffic_features`."""
 
 CONFIGURATION = ["served_adapters", "adapter_slots", "slots_per_adapter", "offered", "slots_gib"]
-"""Besides `TRAFFIC`, of a configuration (see `configuration_features`)."""
+"""A configuration has these features besides `TRAFFIC`, see `configuration_features`."""
 
 MIB_PER_GIB = 1024
 
 MANY_SLOTS = 64
-"""Memory comes in segments: what a slot takes is told by many of them."""
+"""Memory comes in segments, so this number of slots tells what one takes."""
 
 
 def paper_features(workloads: pd.DataFrame) -> pd.DataFrame:
@@ -69,48 +63,25 @@ def traffic_features(workloads: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    rows = zip(*(workloads[name].tolist() for name in _DESCRIBED), strict=True)
-    return pd.DataFrame(
-        np.array([_traffic(*row) for row in rows]), columns=TRAFFIC, index=workloads.index
-    )
+    rows = np.array([_traffic(row) for row in workloads.itertuples()])
+    return pd.DataFrame(rows, columns=TRAFFIC, index=workloads.index)
 
 
-_DESCRIBED = (
-    "model",
-    "rates_per_adapter",
-    "ranks",
-    "max_lora_rank",
-    "mean_input_tokens",
-    "mean_requested_output_tokens",
-    "zipf_exponent",
-    "arrival_cv",
-)
-
-
-def _traffic(
-    model: str,
-    rates: str,
-    ranks: str,
-    slot_rank: int,
-    input_tokens: float,
-    output_tokens: float,
-    zipf_exponent: float,
-    arrival_cv: float,
-) -> tuple[float, ...]:
-    """Return `TRAFFIC` of one workload, its columns in the order of `_DESCRIBED`."""
-    dealt_rates, dealt_ranks = np.array(parse_rates(rates)), np.array(parse_ranks(ranks))
-    period = np.lcm(len(dealt_rates), len(dealt_ranks))
-    load = np.resize(dealt_rates, period)
-    tokens = input_tokens + output_tokens
+def _traffic(row: Any) -> tuple[float, ...]:
+    """Return `TRAFFIC` of one workload."""
+    rates, ranks = np.array(parse_rates(row.rates_per_adapter)), np.array(parse_ranks(row.ranks))
+    period = np.lcm(len(rates), len(ranks))
+    load = np.resize(rates, period)
+    tokens = row.mean_input_tokens + row.mean_requested_output_tokens
     return (
-        dealt_rates.mean() * tokens,
-        dealt_rates[dealt_rates == dealt_rates.max()].sum() / dealt_rates.sum(),
-        np.resize(dealt_ranks, period) @ load / load.sum(),
-        MIB_PER_GIB * slots_gib(model, MANY_SLOTS, slot_rank) / MANY_SLOTS,
-        output_tokens / tokens,
+        rates.mean() * tokens,
+        rates[rates == rates.max()].sum() / rates.sum(),
+        np.resize(ranks, period) @ load / load.sum(),
+        MIB_PER_GIB * slots_gib(row.model, MANY_SLOTS, row.max_lora_rank) / MANY_SLOTS,
+        row.mean_requested_output_tokens / tokens,
         tokens,
-        zipf_exponent,
-        arrival_cv,
+        row.zipf_exponent,
+        row.arrival_cv,
     )
 
 

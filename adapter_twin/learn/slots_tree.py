@@ -1,4 +1,4 @@
-"""A tree that learns from the twin which number of slots serves a given set of adapters best."""
+"""A tree that has learnt from the twin which slots serve a given set of adapters best."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MODEL = "decision tree"
-"""Of `adapter_twin.learn.surrogates.MODELS`."""
+"""The tree is this one of `adapter_twin.learn.surrogates.MODELS`."""
 
 
 def learn_slots(design: Path, out: Path, calibration: str) -> Callable[[Demand], int]:

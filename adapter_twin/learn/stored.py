@@ -1,4 +1,4 @@
-"""Trained models on disk, without pickle: loading runs no code but that of the types named here."""
+"""Trained models on disk, without pickle: only code of the types named here runs on loading."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRUSTED = (
     "scipy.interpolate._bsplines.BSpline",
     "sklearn.tree._tree.Tree",
 )
-"""Types beyond skops' own list that our models are made of."""
+"""Models are made of these types beyond skops' own list."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,15 +25,8 @@ DESIGN = "design.yaml"
 PARTS = "parts"
 
 WORKLOAD = [
-    "workload_id",
-    "model",
-    "rates_per_adapter",
-    "ranks",
-    "mean_input_tokens",
-    "mean_requested_output_tokens",
-    "zipf_exponent",
-    "arrival_cv",
-    "max_lora_rank",
+    *("workload_id", "model", "rates_per_adapter", "ranks", "mean_input_tokens"),
+    *("mean_requested_output_tokens", "zipf_exponent", "arrival_cv", "max_lora_rank"),
 ]
 """These columns of a sweep describe a workload."""
 

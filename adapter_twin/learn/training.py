@@ -1,7 +1,4 @@
-"""Train the interpretable models on a sweep, and keep them where anyone can check them.
-
-Beside the models lie what they were chosen by, a model card and the small trees as rules.
-"""
+"""Training of the interpretable models on a sweep; beside them lie their errors, card and rules."""
 
 from __future__ import annotations
 

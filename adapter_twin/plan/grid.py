@@ -1,4 +1,4 @@
-"""The service of one traffic mix over a grid of served adapters N and adapter slots G."""
+"""The service of a traffic mix over a grid of served adapters N and slots G."""
 
 from __future__ import annotations
 
@@ -30,12 +30,8 @@ MAX_NUM_SEQS = 2048
 """The reference study's engines have this limit."""
 
 FIGURES = (
-    "total_throughput",
-    "mean_ttft_ms",
-    "median_ttft_ms",
-    "p99_ttft_ms",
-    "mean_itl_ms",
-    "p99_itl_ms",
+    *("total_throughput", "mean_ttft_ms", "median_ttft_ms", "p99_ttft_ms"),
+    *("mean_itl_ms", "p99_itl_ms"),
 )
 """These figures of `adapter_twin.service.metrics.service_of` are kept of a run."""
 

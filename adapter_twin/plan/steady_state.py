@@ -24,12 +24,8 @@ from adapter_twin.workload.trace import Trace
 Floats = NDArray[np.float64]
 
 FIGURES = (
-    "offered_tokens_per_s",
-    "total_throughput",
-    "mean_ttft_ms",
-    "p99_ttft_ms",
-    "mean_itl_ms",
-    "p99_itl_ms",
+    *("offered_tokens_per_s", "total_throughput"),
+    *("mean_ttft_ms", "p99_ttft_ms", "mean_itl_ms", "p99_itl_ms"),
 )
 """These figures of `adapter_twin.service.metrics.service_of` are told of a window."""
 
@@ -77,7 +73,7 @@ class WindowTraffic:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """How one engine served a window.
+    """The service that one engine gave in a window.
 
     Attributes
     ----------
