@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
-from adapter_twin.fleet.balance import rebalance, spread
 from adapter_twin.fleet.cluster import Move, simulate_cluster
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
 from adapter_twin.fleet.routers import Placed
+from adapter_twin.fleet.strategies import spread
 from adapter_twin.laws import Calibration
 from adapter_twin.plan.candidates import HOUR_S
 from adapter_twin.plan.demand import Demand
@@ -21,6 +21,12 @@ from adapter_twin.workload.strict import NotNegative, Positive, dataclass, requi
 from adapter_twin.workload.trace import Trace
 
 Floats = NDArray[np.float64]
+
+UNEVEN = 0.05
+"""The fullest and the emptiest GPU may differ by this share of the mean load."""
+
+LEAST_LEFT = 0.99
+"""A move must leave less than this share of that difference."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +100,35 @@ def homes(rates: Floats, engine: EngineConfig, gpus: int) -> Placement:
         require(bool(group), f"gpus: {gpus} are more than there are adapters")
         plans.append(ReplicaPlan(engine, tuple(sorted(group)), (1.0,) * len(group)))
     return Placement(tuple(plans))
+
+
+def rebalance(loads: ArrayLike, home: NDArray[np.int_], gpus: int) -> int:
+    """Move items from the fullest to the emptiest GPU until loads are even; return how many moved.
+
+    As few as will do: each time the item that is closest to half the difference.
+
+    Parameters
+    ----------
+    loads : array_like, shape (n,)
+    home : int, shape (n,)
+        Changed in place.
+    gpus : int
+    """
+    loads, moved = np.asarray(loads, float), 0
+    total = np.bincount(home, loads, minlength=gpus)
+    while True:
+        full, empty = int(total.argmax()), int(total.argmin())
+        gap = total[full] - total[empty]
+        if gap <= UNEVEN * total.mean():
+            return moved
+        own = np.flatnonzero(home == full)
+        item = own[np.abs(loads[own] - gap / 2).argmin()]
+        if abs(gap - 2 * loads[item]) > LEAST_LEFT * gap:
+            return moved
+        home[item] = empty
+        total[full] -= loads[item]
+        total[empty] += loads[item]
+        moved += 1
 
 
 def place_again(

@@ -1,1 +1,1 @@
-"""Many replicas: which adapters go to which GPU, and how few GPUs there can be."""
+"""Fleets of replicas: placements of adapters on GPUs, their lower bound, and the cluster twin."""

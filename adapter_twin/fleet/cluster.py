@@ -1,4 +1,4 @@
-"""Several replicas behind a router, in SimPy: arrivals, failures, and moves of adapters.
+"""The cluster twin: replicas behind a router in SimPy, their failures, and moves of adapters.
 
 Each replica is the very server of `adapter_twin.twin`, one step at a time. A cluster of one replica
 gives the records of `adapter_twin.twin.simulate.simulate`, bit for bit.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 import simpy
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NOWHERE = -1
-"""Replica of a request that none was up for."""
+"""A request that no replica was up for has this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ class Failure:
     ----------
     replica : int
     at_s, down_s : float
-        When, and for how long: until a new server answers.
+        Time of the failure, and time until a new server answers.
     """
 
     replica: int
@@ -72,7 +72,7 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class ClusterRun:
-    """What a cluster did.
+    """A simulated run of a cluster.
 
     Attributes
     ----------
@@ -82,7 +82,7 @@ class ClusterRun:
     replica : int32, shape (requests,)
         That server, or `NOWHERE`.
     retries : int32, shape (requests,)
-        How often a failure took it.
+        Failures that took it.
     gaps : list of Gaps
         Inter-token gaps, by replica.
     adapter_loads : list of int
@@ -207,43 +207,38 @@ def simulate_cluster(
     return cluster.result()
 
 
+@dataclass(eq=False)
 class Cluster:
-    """The state of one run of `simulate_cluster`."""
+    """The state of one run of `simulate_cluster`, whose arguments it takes."""
 
-    def __init__(
-        self,
-        workload: Workload,
-        placement: Placement,
-        calibrations: Sequence[Calibration],
-        router: Router,
-        trace: Trace,
-        seed: int,
-        policy: Policy,
-    ) -> None:
+    workload: Workload
+    placement: Placement
+    calibrations: Sequence[Calibration]
+    router: Router
+    trace: Trace
+    seed: int
+    policy: Policy
+
+    def __post_init__(self) -> None:
+        self.router.start(self.workload, self.placement)
         self.env = simpy.Environment()
-        self.workload = workload
-        self.router = router
-        router.start(workload, placement)
-        self.trace = trace
-        self.policy = policy
-        self.longest_output = int(np.max(trace.output_tokens, initial=1))
-        self.rng = np.random.default_rng([seed, 1])
-        *_, self.order = generators(seed)
-        self.retries = np.zeros(len(trace), np.int32)
+        self.longest_output = int(np.max(self.trace.output_tokens, initial=1))
+        self.rng = np.random.default_rng([self.seed, 1])
+        *_, self.order = generators(self.seed)
+        self.retries = np.zeros(len(self.trace), np.int32)
         self.backlog: deque[int] = deque()
-        self.given_to: list[Life | None] = [None] * len(trace)
+        self.given_to: list[Life | None] = [None] * len(self.trace)
         self._candidates: dict[int, list[Replica]] = {}  # by adapter, until something changes
-        self.replicas = []
-        for index, (plan, calibration) in enumerate(
-            zip(placement.replicas, calibrations, strict=True)
-        ):
+        self.replicas = list[Replica]()
+        plans = zip(self.placement.replicas, self.calibrations, strict=True)
+        for index, (plan, laws) in enumerate(plans):
             served = frozenset(plan.adapters)
             self._check(index, plan.engine, served)
-            feed = self._feed(plan.engine, calibration)
-            tokens = calibration.memory.require_start(plan.engine, slots=policy.reserves_slots)
-            check_lengths(trace, plan.engine, tokens, feed.session.state.adapter_blocks)
-            replica = Replica(self.env, index, plan.engine, calibration, served, feed)
-            self.replicas.append(replica)
+            feed = self._feed(plan.engine, laws)
+            tokens = laws.memory.require_start(plan.engine, slots=self.policy.reserves_slots)
+            check_lengths(self.trace, plan.engine, tokens, feed.session.state.adapter_blocks)
+            self.replicas.append(Replica(self.env, index, plan.engine, laws, served))
+            self.replicas[-1].start(feed)
 
     def _feed(self, engine: EngineConfig, calibration: Calibration) -> Feed:
         return Feed(
@@ -324,45 +319,34 @@ class Cluster:
 
     def result(self) -> ClusterRun:
         """Collect what all lives of all replicas have recorded."""
-        columns = _nothing(self.trace)
-        server = np.full(len(self.trace), NOWHERE, np.int32)
+        trace, n = self.trace, len(self.trace)
+        records = Records(
+            trace.arrival_s,
+            *np.array([trace.adapter, trace.prompt_tokens, trace.output_tokens], np.int32),
+            *np.full((3, n), np.nan),
+            preemptions=np.zeros(n, np.int32),
+            load_wait_s=np.zeros(n),
+            rejected=np.zeros(n, bool),
+        )
+        server = np.full(n, NOWHERE, np.int32)
         for replica in self.replicas:
             for life in replica.lives:
                 recorded = make_records(life.feed.session, replica.calibration.front_end.overhead_s)
                 places = [i for i, r in enumerate(life.requests) if self.given_to[r] is life]
                 own = np.array(life.requests, np.int64)[places]
-                for name in set(columns) - {"arrival_s"}:
-                    columns[name][own] = getattr(recorded, name)[places]
+                for column in fields(Records)[1:]:
+                    getattr(records, column.name)[own] = getattr(recorded, column.name)[places]
                 server[own] = replica.index
+        sessions = [[life.feed.session for life in replica.lives] for replica in self.replicas]
         return ClusterRun(
-            Records(**columns),
+            records,
             server,
             self.retries,
-            [_joined([make_gaps(life.feed.session) for life in r.lives]) for r in self.replicas],
-            [
-                sum(int(life.feed.session.steps.loads.sum()) for life in replica.lives)
-                for replica in self.replicas
-            ],
+            [_joined(list(map(make_gaps, own))) for own in sessions],
+            [sum(int(session.steps.loads.sum()) for session in own) for own in sessions],
             tuple(replica.engine for replica in self.replicas),
             self.workload.duration_s,
         )
-
-
-def _nothing(trace: Trace) -> dict[str, Any]:
-    """Return the columns of records of which nothing has happened but the arrivals."""
-    n = len(trace)
-    return {
-        "arrival_s": trace.arrival_s,
-        "adapter": trace.adapter.astype(np.int32),
-        "prompt_tokens": trace.prompt_tokens.astype(np.int32),
-        "output_tokens": trace.output_tokens.astype(np.int32),
-        "scheduled_s": np.full(n, np.nan),
-        "first_token_s": np.full(n, np.nan),
-        "end_s": np.full(n, np.nan),
-        "preemptions": np.zeros(n, np.int32),
-        "load_wait_s": np.zeros(n),
-        "rejected": np.zeros(n, bool),
-    }
 
 
 def _joined(gaps: Sequence[Gaps]) -> Gaps:

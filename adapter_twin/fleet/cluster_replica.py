@@ -1,10 +1,10 @@
-"""One server of a cluster: it serves what it is given, may fail, and comes back empty."""
+"""A server of a cluster: it serves what it is given, may fail, and comes back empty."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import simpy
@@ -17,7 +17,7 @@ from adapter_twin.workload.trace import BASE_MODEL
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """What a server did between two starts.
+    """A server's work between two starts.
 
     Attributes
     ----------
@@ -30,10 +30,11 @@ class Life:
     requests: list[int]
 
 
+@dataclass(eq=False)
 class Replica:
     """A server in a SimPy environment.
 
-    Parameters
+    Attributes
     ----------
     env : simpy.Environment
     index : int
@@ -41,11 +42,6 @@ class Replica:
     calibration : Calibration
     adapters : frozenset of int
         Those that requests are routed here for; the base model is served everywhere.
-    feed : Feed
-        Of the first life.
-
-    Attributes
-    ----------
     up : bool
     outstanding : int
         Requests given and not complete.
@@ -53,25 +49,15 @@ class Replica:
         The last one is going on.
     """
 
-    def __init__(
-        self,
-        env: simpy.Environment,
-        index: int,
-        engine: EngineConfig,
-        calibration: Calibration,
-        adapters: frozenset[int],
-        feed: Feed,
-    ) -> None:
-        self.env = env
-        self.index = index
-        self.engine = engine
-        self.calibration = calibration
-        self.adapters = adapters
-        self.lives: list[Life] = []
-        self.up = False
-        self.outstanding = 0
-        self._idle: simpy.Event | None = None
-        self.start(feed)
+    env: simpy.Environment
+    index: int
+    engine: EngineConfig
+    calibration: Calibration
+    adapters: frozenset[int]
+    up: bool = False
+    outstanding: int = 0
+    lives: list[Life] = field(default_factory=list)
+    _idle: simpy.Event | None = None
 
     @property
     def feed(self) -> Feed:
@@ -95,7 +81,15 @@ class Replica:
     def give(
         self, request: int, arrival_s: float, adapter: int, prompt_tokens: int, output_tokens: int
     ) -> Life:
-        """Hand over a request that arrives now; return the life that has it."""
+        """Hand over a request that arrives now; return the life that has it.
+
+        Parameters
+        ----------
+        request : int
+            Number in the cluster's trace.
+        arrival_s : float
+        adapter, prompt_tokens, output_tokens : int
+        """
         self.feed.push(arrival_s, adapter, prompt_tokens, output_tokens)
         self.lives[-1].requests.append(request)
         self.outstanding += 1

@@ -1,33 +1,49 @@
-"""Make a placement hold in the twin: a GPU that starves gives adapters away."""
+"""Placements in the twin: every GPU is simulated, and one that starves gives adapters away."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import joblib
 import numpy as np
+from numpy.typing import NDArray
 
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.fleet.check import check_placement
 from adapter_twin.fleet.oracle import Oracle, Spread
 from adapter_twin.fleet.packing import Groups
-from adapter_twin.fleet.placement import Placement
+from adapter_twin.fleet.placement import Placement, ReplicaPlan, replica_workload
+from adapter_twin.laws import Calibration
+from adapter_twin.plan.candidates import HOUR_S
+from adapter_twin.plan.demand import Demand
+from adapter_twin.plan.grid import simulate_quietly
+from adapter_twin.service.metrics import service_of, tpot_s, waits_ms
+from adapter_twin.twin.simulate import draw_requests
+from adapter_twin.workload.scenario import Slo, Workload
+from adapter_twin.workload.trace import Trace
 
 if TYPE_CHECKING:
     import pandas as pd
 
+GPU_FIGURES = (
+    *("offered_tokens_per_s", "total_throughput", "mean_ttft_ms", "p99_ttft_ms", "mean_itl_ms"),
+    *("worst_adapter", "worst_adapter_mean_ttft_ms"),
+)
+"""These are kept of a GPU's service (`adapter_twin.service.metrics.service`)."""
+
 ROUNDS = 8
+"""A placement is repaired this many times at most."""
 
 MOST_STARVING = 0.5
-"""Share of the GPUs: where more do not serve, the oracle is at fault, and moving does not help."""
+"""Where more than this share of the GPUs starve, the oracle is at fault, and no move helps."""
 
-SHED = 0.05
-"""Share of its load that a GPU which starves gives away in a round, the lightest adapters first."""
+GIVEN_AWAY = 0.05
+"""A GPU that starves gives this share of its load away in a round, the lightest adapters first."""
 
-SURER = 1.5
-"""Factor to the deviation of the number of adapters with requests, where waits break the SLO."""
+WIDENING = 1.5
+"""The deviation of the number of adapters with requests grows by this where waits break the SLO."""
 
-NEAR = 0.97
-"""Of a limit: from there on it is what is missed, or one of both."""
+REACHED = 0.97
+"""From this share of a limit on, it is the one that is missed, or one of both."""
 
 
 class NotServed(AdapterTwinError):
@@ -48,12 +64,120 @@ class NotServed(AdapterTwinError):
         )
 
 
-def hold(
-    oracle: Oracle,
-    groups: Groups,
+def split_trace(trace: Trace, placement: Placement, seed: int) -> NDArray[np.int32]:
+    """Return the replica that each request goes to, by the shares of its adapter.
+
+    Requests of an adapter that is nowhere, and of the base model, go to -1.
+
+    Parameters
+    ----------
+    trace : Trace
+    placement : Placement
+    seed : int
+        Of the choice between replicas of one adapter.
+
+    Returns
+    -------
+    int32, shape (requests,)
+    """
+    import pandas as pd
+
+    homes: dict[int, list[tuple[int, float]]] = {}
+    for index, plan in enumerate(placement.replicas):
+        for adapter, share in zip(plan.adapters, plan.shares, strict=True):
+            homes.setdefault(adapter, []).append((index, share))
+    requests = pd.Series(trace.adapter).groupby(trace.adapter).indices
+    replica = np.full(len(trace), -1, np.int32)
+    rng = np.random.default_rng([seed, 1])
+    for adapter, parts in homes.items():
+        own = requests.get(adapter, [])
+        where, shares = zip(*parts, strict=True)
+        if len(parts) == 1:
+            replica[own] = where[0]
+        else:
+            replica[own] = rng.choice(where, len(own), p=np.array(shares) / sum(shares))
+    return replica
+
+
+def check_placement(
+    demand: Demand,
+    placement: Placement,
+    calibration: Calibration,
     *,
+    seed: int = 0,
+    duration_s: float = HOUR_S,
     jobs: int = -1,
-) -> tuple[Placement, pd.DataFrame, int]:
+) -> pd.DataFrame:
+    """Simulate every GPU of a placement with the requests that are routed to it.
+
+    Parameters
+    ----------
+    demand : Demand
+    placement : Placement
+    calibration : Calibration
+    seed : int
+    duration_s : float
+    jobs : int
+        Processes; -1 is one per core.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per GPU: ``adapters, adapter_slots, max_lora_rank``, `GPU_FIGURES`, and ``serves``:
+        does not starve, and meets the SLO. With an SLO its ``slo_attainment`` and, at its
+        percentile, the requests' ``slo_ttft_ms``, counting what still waits with its wait so far,
+        and ``slo_itl_ms``.
+    """
+    import pandas as pd
+
+    trace = draw_requests(demand.workload(duration_s), calibration, seed=seed)
+    replica = split_trace(trace, placement, seed)
+    tasks = []
+    for index, plan in enumerate(placement.replicas):
+        own = np.flatnonzero(replica == index)
+        requests = Trace(
+            trace.arrival_s[own],
+            pd.Index(plan.adapters).get_indexer(pd.Index(trace.adapter[own])).astype(np.int32),
+            trace.prompt_tokens[own],
+            trace.output_tokens[own],
+        )
+        workload = replica_workload(demand, plan, duration_s)
+        tasks.append(
+            joblib.delayed(_serve)(plan, workload, requests, calibration, demand.slo, seed)
+        )
+    return pd.DataFrame(joblib.Parallel(jobs)(tasks))
+
+
+def _serve(
+    plan: ReplicaPlan,
+    workload: Workload,
+    trace: Trace,
+    calibration: Calibration,
+    slo: Slo | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Simulate one GPU; return its row of `check_placement`."""
+    run = simulate_quietly(workload, plan.engine, calibration, seed, trace)
+    service = service_of(run, slo=slo)
+    row: dict[str, Any] = {
+        "adapters": len(plan.adapters),
+        "adapter_slots": plan.engine.max_loras,
+        "max_lora_rank": plan.engine.max_lora_rank,
+        **{name: service[name] for name in GPU_FIGURES},
+        "serves": not service["starved"],
+    }
+    if slo is not None:
+        row["slo_attainment"] = service["slo_attainment"]
+        row["serves"] &= service["slo_attainment"] >= slo.percentile / 100
+        itl_ms = 1e3 * tpot_s(run.records)
+        itl_ms = itl_ms[np.isfinite(itl_ms)]
+        ttft_ms = waits_ms(run.records, run.duration_s)
+        row["slo_ttft_ms"] = float(np.percentile(ttft_ms, slo.percentile))
+        row["slo_itl_ms"] = float(np.percentile(itl_ms, slo.percentile)) if len(itl_ms) else np.nan
+    return row
+
+
+def hold(oracle: Oracle, groups: Groups, *, jobs: int = -1) -> tuple[Placement, pd.DataFrame, int]:
     """Check a placement in the twin and repair what does not serve, until all of it does.
 
     Parameters
@@ -69,7 +193,7 @@ def hold(
     -------
     placement : Placement
     checked : pandas.DataFrame
-        See `adapter_twin.fleet.check.check_placement`; every GPU serves.
+        See `check_placement`; every GPU serves.
     repairs : int
         GPUs that were changed.
 
@@ -91,48 +215,45 @@ def hold(
         if len(starving) > MOST_STARVING * len(groups):
             break
         changed.update(starving)
-        shed = [part for k in starving for part in _lightest(oracle, groups[k])]
-        _take_in(oracle, groups, shed, exclude=set(starving))
+        homeless = [part for k in starving for part in _lightest(oracle, groups[k])]
+        _take_in(oracle, groups, homeless, exclude=set(starving))
     raise NotServed(placement, checked)
 
 
 def learn_spread(oracle: Oracle, missed: NotServed) -> Oracle:
     """Return an oracle that knows better what an SLO's percentile is by what the model tells.
 
-    ITL at the percentile is so many times the mean of the model: the upper quartile of the GPUs
-    whose ITL misses the SLO; single ones are repaired. Where TTFT is missed, more adapters than
-    expected have requests at a time.
+    ITL at the percentile is a multiple of the model's mean: the upper quartile of the GPUs whose
+    ITL misses the SLO; single ones are repaired. Where TTFT is missed, more adapters than expected
+    have requests at a time.
     """
-    demand, slo, spread = oracle.demand, oracle.demand.slo, oracle.spread
+    slo, spread = oracle.demand.slo, oracle.spread
     assert slo is not None
     ratios, late = list[float](), False
-    for plan, service in zip(
-        missed.placement.replicas, missed.checked.to_dict("records"), strict=True
-    ):
+    services = missed.checked.to_dict("records")
+    for plan, service in zip(missed.placement.replicas, services, strict=True):
         verdict = oracle.serve_plan(plan)
         if service["serves"] or verdict is None:
             continue
-        late |= slo.ttft_ms is not None and service["slo_ttft_ms"] > NEAR * slo.ttft_ms
-        if slo.itl_ms is not None and service["slo_itl_ms"] > NEAR * slo.itl_ms:
+        late |= slo.ttft_ms is not None and service["slo_ttft_ms"] > REACHED * slo.ttft_ms
+        if slo.itl_ms is not None and service["slo_itl_ms"] > REACHED * slo.itl_ms:
             ratios.append(service["slo_itl_ms"] / verdict.mean_itl_ms)
-    learned = Spread(
-        itl=max(float(np.quantile(ratios, 0.75)), spread.itl) if ratios else spread.itl,
-        active=spread.active * (SURER if late or not ratios else 1.0),
-    )
+    itl = max(float(np.quantile(ratios, 0.75)), spread.itl) if ratios else spread.itl
+    active = spread.active * (WIDENING if late or not ratios else 1.0)
     return Oracle(
-        demand,
+        oracle.demand,
         oracle.calibration,
         margin=oracle.criterion.margin,
-        spread=learned,
+        spread=Spread(itl, active),
         replicate_above=oracle.replicate_above,
     )
 
 
 def _lightest(oracle: Oracle, group: list[int]) -> list[int]:
-    """Take the lightest parts out of a group: `SHED` of its load, one at least."""
+    """Take the lightest parts out of a group: `GIVEN_AWAY` of its load, one at least."""
     rate = oracle.parts.rate
     group.sort(key=lambda part: -float(rate[part]))
-    asked, taken = SHED * float(rate[group].sum()), list[int]()
+    asked, taken = GIVEN_AWAY * float(rate[group].sum()), list[int]()
     while len(group) > 1 and (not taken or float(rate[taken].sum()) < asked):
         taken.append(group.pop())
     return taken

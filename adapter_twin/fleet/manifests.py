@@ -15,43 +15,61 @@ from adapter_twin.tables.datasets import replacing
 
 PORT = 8000
 MODELS, ADAPTERS = "/models", "/adapters"
-"""Where volume claims of these names are mounted: ``/models/<model>``, ``/adapters/<adapter>``."""
+"""Volume claims of these names are mounted here: ``/models/<model>``, ``/adapters/<adapter>``."""
 
 
 def write_manifests(
     folder: Path, demand: Demand, placement: Placement, calibration: Calibration
 ) -> list[Path]:
-    """Write ``replica-<number>.yaml`` for every GPU into a folder; return the files."""
+    """Write ``replica-<number>.yaml`` for every GPU into a folder; return the files.
+
+    Parameters
+    ----------
+    folder : Path
+        Made where it is missing.
+    demand : Demand
+    placement : Placement
+    calibration : Calibration
+        Of the version of vLLM that is served with.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     digits = len(str(len(placement.replicas) - 1))
     files = []
     for number, plan in enumerate(placement.replicas):
         name = f"replica-{number:0{digits}d}"
         documents = manifest(name, demand, plan, calibration.engine_version)
-        with replacing(folder / f"{name}.yaml") as temporary:
-            temporary.write_text(
-                yaml.safe_dump_all(documents, sort_keys=False, width=1000), encoding="utf-8"
-            )
+        text = yaml.safe_dump_all(documents, sort_keys=False, width=1000)
         files.append(folder / f"{name}.yaml")
+        with replacing(files[-1]) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return files
 
 
 def manifest(
     name: str, demand: Demand, plan: ReplicaPlan, engine_version: str
 ) -> list[dict[str, Any]]:
-    """Return the Deployment and the Service of one GPU."""
+    """Return the Deployment and the Service of one GPU.
+
+    Parameters
+    ----------
+    name : str
+        Of both documents.
+    demand : Demand
+    plan : ReplicaPlan
+    engine_version : str
+        Version of vLLM.
+    """
 
     def labels() -> dict[str, str]:  # a new one each time: YAML would refer to a shared one
         return {"app.kubernetes.io/name": "vllm", "app.kubernetes.io/instance": name}
 
-    adapters = [demand.adapters[i].name for i in plan.adapters]
     arguments = [
         *("--model", f"{MODELS}/{demand.model}"),
         *("--served-model-name", demand.model),
         *("--port", str(PORT)),
         *vllm_args(plan.engine),
         "--lora-modules",
-        *(f"{adapter}={ADAPTERS}/{adapter}" for adapter in adapters),
+        *(f"{own}={ADAPTERS}/{own}" for own in (demand.adapters[i].name for i in plan.adapters)),
     ]
     container = {
         "name": "vllm",
@@ -69,27 +87,17 @@ def manifest(
         {"name": claim, "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
         for claim in ("models", "adapters")
     ]
+    pod = {"containers": [container], "volumes": volumes}
+    template = {"metadata": {"labels": labels()}, "spec": pod}
+    deployed = {"replicas": 1, "selector": {"matchLabels": labels()}, "template": template}
+    ports = [{"name": "http", "port": PORT, "targetPort": "http"}]
+    served = {"selector": labels(), "ports": ports}
     return [
         {
-            "apiVersion": "apps/v1",
-            "kind": "Deployment",
+            "apiVersion": version,
+            "kind": kind,
             "metadata": {"name": name, "labels": labels()},
-            "spec": {
-                "replicas": 1,
-                "selector": {"matchLabels": labels()},
-                "template": {
-                    "metadata": {"labels": labels()},
-                    "spec": {"containers": [container], "volumes": volumes},
-                },
-            },
-        },
-        {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": {"name": name, "labels": labels()},
-            "spec": {
-                "selector": labels(),
-                "ports": [{"name": "http", "port": PORT, "targetPort": "http"}],
-            },
-        },
+            "spec": spec,
+        }
+        for version, kind, spec in (("apps/v1", "Deployment", deployed), ("v1", "Service", served))
     ]

@@ -1,4 +1,4 @@
-"""The oracle: whether one GPU serves a set of adapters, and with how many slots.
+"""An oracle that tells whether one GPU serves a set of adapters, and with how many slots.
 
 It asks the analytic model (`adapter_twin.capacity.analytic.analyse_each`) about all numbers of
 slots at once. A number of slots serves a set when
@@ -20,6 +20,7 @@ slots at once. A number of slots serves a set when
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,13 +31,13 @@ from scipy.stats import norm
 
 from adapter_twin.capacity.analytic import analyse_each
 from adapter_twin.capacity.traffic_mix import Traffic, group_rates
-from adapter_twin.fleet.engines import Engines
-from adapter_twin.fleet.parts import split_adapters
-from adapter_twin.fleet.placement import Placement, ReplicaPlan
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.fleet.placement import Engines, Parts, Placement, ReplicaPlan
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.plan.candidates import HOUR_S
 from adapter_twin.plan.criterion import MARGIN, TIE, Criterion
 from adapter_twin.plan.demand import Demand
+from adapter_twin.plan.grid import slot_rank
 from adapter_twin.plan.steady_state import warmed_up
 from adapter_twin.service.metrics import STARVATION_THRESHOLD
 from adapter_twin.workload.scenario import EngineConfig
@@ -48,45 +49,41 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 SLO_UTILISATION = 0.9
-"""Above that, with an SLO, waits that the model does not know are no longer short."""
+"""Above this utilisation, with an SLO, waits that the model does not know are no longer short."""
 
 TRACE = 1e-6
-"""Requests/s of an adapter with next to no load."""
+"""An adapter with this rate in requests/s has next to no load."""
 
 RESOLUTION = 1.005
-"""Ratio to which the most requests/s of one adapter alone are found."""
+"""The most requests/s of one adapter alone are found to within this ratio."""
 
-HOPELESS = 1.02
-"""No mix of adapters can have more than that times the load that one adapter alone can have."""
+MIXED_GAIN = 1.02
+"""No mix of adapters can have more than this many times the load of one adapter alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How the best number of slots serves a set of adapters.
+    """The service of a set of adapters by the best engine, as the analytic model knows it.
 
     Attributes
     ----------
-    slots, max_lora_rank : int
+    engine : EngineConfig
     utilisation : float
         Offered load by capacity.
-    served : float
-        Share of the offered tokens.
-    mean_ttft_ms, mean_itl_ms, slot_wait_s : float
-        As the analytic model knows them.
+    mean_itl_ms, slot_wait_s : float
     """
 
-    slots: int
-    max_lora_rank: int
+    engine: EngineConfig
     utilisation: float
-    served: float
-    mean_ttft_ms: float
     mean_itl_ms: float
     slot_wait_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """What an SLO's percentile is by what the model knows; the twin tells, see `repair`.
+    """An SLO's percentile by the means that the model knows; the twin tells it.
+
+    See `adapter_twin.fleet.hold.learn_spread`.
 
     Attributes
     ----------
@@ -112,8 +109,6 @@ class Oracle:
         See `adapter_twin.plan.criterion.Criterion`.
     spread : Spread
         Counts with an SLO only.
-    split : bool
-        Whether an adapter that is too much for one GPU may be split over several.
     replicate_above : float
         An adapter that takes more than this share of a GPU is on several, by default one that is
         too much for one. Its parts are on GPUs of their own.
@@ -125,6 +120,12 @@ class Oracle:
     engines : Engines
     calls : int
         Sets that the model was asked about.
+    most_utilisation : float
+        Highest load that a GPU may have, by its capacity.
+    longest_wait_s : float
+        Longest wait for a slot that any adapter may have.
+    itl_limit_ms : float
+        Longest mean ITL; infinite without a limit.
 
     Raises
     ------
@@ -139,7 +140,6 @@ class Oracle:
         *,
         margin: float = MARGIN,
         spread: Spread = Spread(),
-        split: bool = True,
         replicate_above: float = 1.0,
     ) -> None:
         require(
@@ -151,37 +151,61 @@ class Oracle:
             "base_model_request_rate: only adapters are placed; serve the base model on GPUs of "
             "its own and leave it out",
         )
-        self.demand = demand
+        self.demand, self.spread, self.replicate_above = demand, spread, replicate_above
         self.calibration = calibration or warmed_up(
             load_calibration(demand.calibration, demand.model)
         )
         self.criterion = Criterion(margin=margin)
-        self.spread = spread
         self.threshold = STARVATION_THRESHOLD + margin
+        slo, lost_s = demand.slo, (1 - self.threshold) * HOUR_S
+        itl_ms, ttft_ms = (None, None) if slo is None else (slo.itl_ms, slo.ttft_ms)
+        self.most_utilisation = 1 - margin if slo is None else SLO_UTILISATION
+        self.longest_wait_s = lost_s if ttft_ms is None else min(lost_s, ttft_ms / 1e3)
+        self.itl_limit_ms = math.inf if itl_ms is None else itl_ms / spread.itl
         self.calls = 0
         self._known: dict[tuple[int, bytes], Verdict | None] = {}
-        self.engines = Engines(demand, self.calibration)
         self._most_alone: dict[int, float] = {}
-        self.replicate_above = replicate_above
-        self.parts = split_adapters(
-            demand,
-            self.engines.most_slots,
-            self.most_alone,
-            allowed=split,
-            replicate_above=replicate_above,
-        )
+        self.engines = Engines(demand, self.calibration)
+        self.parts = self._split()
+
+    def _split(self) -> Parts:
+        """Return the busy adapters, the big ones in the fewest equal parts."""
+        busy, ranks, pieces = list[int](), list[int](), list[int]()
+        for i, adapter in enumerate(self.demand.adapters):
+            name, rate, rank = adapter.name, adapter.request_rate, slot_rank([adapter.rank])
+            if rate == 0:
+                continue
+            require(
+                self.engines.most_slots(rank) > 0,
+                f"adapters: no GPU serves {name}: one slot of rank {rank} leaves too little KV "
+                "cache to start; lower its rank or leave it out",
+            )
+            most = self.most_alone(rank)
+            require(
+                most > 0,
+                f"adapters: no GPU serves {name}, however few its requests, with these slots "
+                "within the slo; widen its limits",
+            )
+            count = max(math.ceil(rate / (self.replicate_above * most) - 1e-9), 1)
+            busy.append(i)
+            ranks.append(rank)
+            pieces.append(count)
+        adapter, rank_of_part = np.repeat(np.array([busy, ranks], np.int64), pieces, axis=1)
+        share = np.repeat(1 / np.array(pieces), pieces)
+        rates = np.array([adapter.request_rate for adapter in self.demand.adapters])
+        return Parts(adapter, share, share * rates[adapter], rank_of_part)
 
     def serve(self, members: Sequence[int] | NDArray[np.int64]) -> Verdict | None:
         """Return how one GPU serves some of the parts, or None where it cannot."""
         chosen = np.asarray(members, np.int64)
         rates, rank = self.parts.rate[chosen], int(self.parts.rank[chosen].max())
         twice = len(np.unique(self.parts.adapter[chosen])) < len(chosen)
-        if twice or rates.sum() > HOPELESS * self.most_alone(rank):
+        if twice or rates.sum() > MIXED_GAIN * self.most_alone(rank):
             return None
         return self._serve(rates, rank)
 
     def serve_alike(self, count: int, rate: float, rank: int) -> Verdict | None:
-        """Return how one GPU serves so many adapters of one rate in requests/s, and one rank."""
+        """Return how one GPU serves `count` adapters of one rate in requests/s, and one rank."""
         return self._serve(np.full(count, rate), rank)
 
     def serve_plan(self, plan: ReplicaPlan) -> Verdict | None:
@@ -198,7 +222,7 @@ class Oracle:
     def may_serve(
         self, rates: Floats, counts: NDArray[np.int64], rank: int, patience: float
     ) -> NDArray[np.bool_]:
-        """Return for each rate whether so many adapters may be among those that one GPU serves.
+        """Return for each rate whether its count of adapters may be among those that a GPU serves.
 
         Parameters
         ----------
@@ -267,32 +291,8 @@ class Oracle:
         # as `Criterion.ranked`, without what sorting a table costs
         tied = good[throughput[good] >= (1 - TIE) * throughput[good].max()]
         best = tied[ttft_ms[tied].argmin()]
-        return Verdict(
-            slots=engines[best].max_loras,
-            max_lora_rank=engines[best].max_lora_rank,
-            utilisation=float(table.utilisation[best]),
-            served=float(throughput[best] / table.offered_tokens_per_s[best]),
-            mean_ttft_ms=float(ttft_ms[best]),
-            mean_itl_ms=float(table.mean_itl_ms[best]),
-            slot_wait_s=float(table.slot_wait_s[best]),
-        )
-
-    @property
-    def longest_wait_s(self) -> float:
-        """Longest wait for a slot that any adapter may have."""
-        lost_s, slo = (1 - self.threshold) * HOUR_S, self.demand.slo
-        return lost_s if slo is None or slo.ttft_ms is None else min(lost_s, slo.ttft_ms / 1e3)
-
-    @property
-    def most_utilisation(self) -> float:
-        """Highest load that a GPU may have, by its capacity."""
-        return 1 - self.criterion.margin if self.demand.slo is None else SLO_UTILISATION
-
-    @property
-    def itl_limit_ms(self) -> float:
-        """Longest mean ITL."""
-        slo = self.demand.slo
-        return np.inf if slo is None or slo.itl_ms is None else slo.itl_ms / self.spread.itl
+        told = (table.utilisation, table.mean_itl_ms, table.slot_wait_s)
+        return Verdict(engines[best], *(float(figure[best]) for figure in told))
 
     def _may_be_good(self, table: pd.DataFrame, patience: float = 1.0) -> pd.Series[bool]:
         return (
@@ -319,11 +319,10 @@ class Oracle:
         parts, chosen = self.parts, np.array(group)
         chosen = chosen[np.argsort(parts.adapter[chosen])]
         verdict = self.serve(chosen)
-        require(verdict is not None, "placement: one GPU would starve adapters; move some away")
-        assert verdict is not None
-        engine = self.engines.make(verdict.slots, verdict.max_lora_rank, len(chosen))
-        adapters, shares = parts.adapter[chosen], parts.share[chosen]
-        return ReplicaPlan(engine, tuple(adapters.tolist()), tuple(shares.tolist()))
+        if verdict is None:
+            raise AdapterTwinError("placement: one GPU would starve adapters; move some away")
+        adapters, shares = parts.adapter[chosen].tolist(), parts.share[chosen].tolist()
+        return ReplicaPlan(verdict.engine, tuple(adapters), tuple(shares))
 
     def most_alone(self, rank: int) -> float:
         """Return the most requests/s of one adapter that a GPU serves, 0 where it serves none."""

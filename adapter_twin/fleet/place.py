@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from adapter_twin import __version__
-from adapter_twin.fleet.check import FIGURES
+from adapter_twin.fleet.hold import GPU_FIGURES
 from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.placement import Placement
-from adapter_twin.fleet.shortest_wait import shortest_wait
-from adapter_twin.fleet.strategies import Held, place_and_hold
+from adapter_twin.fleet.strategies import Held, place_and_hold, shortest_wait
 from adapter_twin.laws import load_calibration
 from adapter_twin.plan.criterion import MARGIN
 from adapter_twin.plan.demand import Demand
@@ -20,6 +19,9 @@ from adapter_twin.workload.scenario import config_hash
 
 if TYPE_CHECKING:
     import pandas as pd
+
+SERVICE = (*GPU_FIGURES, "slo_attainment")
+"""The answer tells these figures of each GPU."""
 
 
 def place(
@@ -36,7 +38,7 @@ def place(
     ----------
     demand : Demand
     gpus : int, optional
-        Use so many, for the shortest waits.
+        Use this many, for the shortest waits.
     margin : float
         See `adapter_twin.plan.criterion.Criterion`.
     replicate_above : float
@@ -50,10 +52,9 @@ def place(
         ``gpus``; ``lower_bound``, with fewer no placement is accepted by the capacity model, see
         `adapter_twin.fleet.proof.bound`; ``repaired`` GPUs after the check; ``replicas``, for each
         GPU the names of its ``adapters`` and their ``shares``, ``adapter_slots``,
-        ``max_lora_rank``,
-        ``kv_cache_tokens``, ``utilisation`` of the analytic capacity, the service of a simulated
-        hour and ``vllm_args``; ``advice``, where throughput hides long waits, or None;
-        ``criterion`` and provenance.
+        ``max_lora_rank``, ``kv_cache_tokens``, ``utilisation`` of the analytic capacity, the
+        service of a simulated hour and ``vllm_args``; ``advice``, where throughput hides long
+        waits, or None; ``criterion`` and provenance.
     placement : Placement
 
     Raises
@@ -94,6 +95,7 @@ def place(
 
 
 def _advice(demand: Demand, checked: pd.DataFrame) -> str | None:
+    """Return a warning of long waits that throughput does not show."""
     longest_ms = float(checked.mean_ttft_ms.max())
     if demand.slo is not None or longest_ms <= NOTABLE_WAIT_MS:
         return None
@@ -104,26 +106,23 @@ def _advice(demand: Demand, checked: pd.DataFrame) -> str | None:
 
 
 def _replicas(held: Held) -> list[dict[str, Any]]:
+    """Return what the answer tells of each GPU."""
     rows, demand, memory = [], held.oracle.demand, held.oracle.calibration.memory
     served = zip(held.placement.replicas, held.checked.to_dict("records"), strict=True)
     for plan, service in served:
-        engine, verdict = plan.engine, held.oracle.serve_plan(plan)
+        slots, rank = plan.engine.max_loras, plan.engine.max_lora_rank
+        verdict = held.oracle.serve_plan(plan)
         assert verdict is not None  # the oracle has accepted it
         rows.append(
             {
                 "adapters": [demand.adapters[i].name for i in plan.adapters],
                 "shares": list(plan.shares),
-                "adapter_slots": engine.max_loras,
-                "max_lora_rank": engine.max_lora_rank,
-                "kv_cache_tokens": int(
-                    memory.kv_cache_tokens(engine.max_loras, engine.max_lora_rank)
-                ),
+                "adapter_slots": slots,
+                "max_lora_rank": rank,
+                "kv_cache_tokens": int(memory.kv_cache_tokens(slots, rank)),
                 "utilisation": verdict.utilisation,
-                **{str(k): v for k, v in service.items() if k in _SERVICE},
-                "vllm_args": vllm_args(engine),
+                **{str(k): v for k, v in service.items() if k in SERVICE},
+                "vllm_args": vllm_args(plan.engine),
             }
         )
     return rows
-
-
-_SERVICE = (*FIGURES, "slo_attainment")

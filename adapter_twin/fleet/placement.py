@@ -1,19 +1,28 @@
-"""Which GPU serves which adapters: the result of placing a demand, and what makes one valid."""
+"""Placements of a demand, and what they are made of: engines, and parts of adapters."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
+from typing import Annotated
 
 import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
 
+from adapter_twin.laws import Calibration
 from adapter_twin.plan.candidates import HOUR_S
 from adapter_twin.plan.demand import Demand
 from adapter_twin.workload.scenario import Adapter, EngineConfig, Workload
-from adapter_twin.workload.strict import require
+from adapter_twin.workload.strict import Some, Whole, dataclass, require
 
 TOLERANCE = 1e-6
-"""Of the sum of an adapter's shares: they are fractions such as a third."""
+"""The sum of an adapter's shares may be off by this: they are fractions such as a third."""
+
+MOST_SLOTS = 1024
+"""More slots have no room on any GPU that vLLM runs on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,26 +33,22 @@ class ReplicaPlan:
     ----------
     engine : EngineConfig
     adapters : tuple of int
-        Indices into the demand's adapters.
+        Indices into the demand's adapters, each once.
     shares : tuple of float
         Share of that adapter's requests that comes to this GPU: 1 unless several replicate it.
     """
 
     engine: EngineConfig
-    adapters: tuple[int, ...]
-    shares: tuple[float, ...]
+    adapters: Some[Whole]
+    shares: Some[Annotated[float, Field(gt=0, le=1)]]
 
     def __post_init__(self) -> None:
-        require(bool(self.adapters), "adapters: a GPU serves at least one")
         require(
             len(self.adapters) == len(self.shares),
             f"shares: {len(self.shares)} for {len(self.adapters)} adapters; give one for each",
         )
         twice = len(set(self.adapters)) < len(self.adapters)
         require(not twice, "adapters: one is there twice; add its shares")
-        for adapter, share in zip(self.adapters, self.shares, strict=True):
-            right = 0 < share <= 1
-            require(right, f"shares: adapter {adapter} has {share}; give above 0, at most 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +60,7 @@ class Placement:
     replicas : tuple of ReplicaPlan
     """
 
-    replicas: tuple[ReplicaPlan, ...]
-
-    def __post_init__(self) -> None:
-        require(bool(self.replicas), "replicas: a fleet has at least one GPU")
+    replicas: Some[ReplicaPlan]
 
     def check(self, demand: Demand) -> None:
         """Raise `AdapterTwinError` unless it serves a demand wholly.
@@ -73,7 +75,7 @@ class Placement:
             fits = engine.model == demand.model
             require(fits, f"{where}.engine.model: {engine.model}, but asked is {demand.model}")
             for adapter, share in zip(replica.adapters, replica.shares, strict=True):
-                known = 0 <= adapter < count
+                known = adapter < count
                 require(known, f"{where}.adapters: {adapter} is not one of the {count} adapters")
                 own = demand.adapters[adapter]
                 require(
@@ -94,19 +96,102 @@ def replica_workload(demand: Demand, plan: ReplicaPlan, duration_s: float = HOUR
 
     An adapter that several GPUs replicate keeps its name and brings its share of the rate: requests
     are split at random, so those of a Poisson process stay Poisson.
+
+    Parameters
+    ----------
+    demand : Demand
+    plan : ReplicaPlan
+    duration_s : float
     """
-    parts = zip(plan.adapters, plan.shares, strict=True)
+    own = zip((demand.adapters[i] for i in plan.adapters), plan.shares, strict=True)
     return Workload(
-        adapters=tuple(part_of(demand.adapters[i], share) for i, share in parts),
+        adapters=tuple(
+            adapter
+            if share == 1
+            else Adapter(
+                name=adapter.name, rank=adapter.rank, request_rate=share * adapter.request_rate
+            )
+            for adapter, share in own
+        ),
         duration_s=duration_s,
         lengths=demand.lengths,
         arrivals=demand.arrivals,
     )
 
 
-def part_of(adapter: Adapter, share: float) -> Adapter:
-    """Return an adapter with a share of its requests."""
-    if share == 1:
-        return adapter
-    rate = share * adapter.request_rate
-    return Adapter(name=adapter.name, rank=adapter.rank, request_rate=rate)
+@plain_dataclass(frozen=True, slots=True)
+class Parts:
+    """Busy adapters to be dealt to GPUs, some in equal parts that each get a GPU of their own.
+
+    Attributes
+    ----------
+    adapter : int64, shape (n,)
+        Index into the demand's adapters; an idle one has no part.
+    share, rate : float64, shape (n,)
+        Share of the adapter's requests, and those in requests/s.
+    rank : int64, shape (n,)
+        Smallest ``max_lora_rank`` of vLLM that takes the adapter.
+    """
+
+    adapter: NDArray[np.int64]
+    share: NDArray[np.float64]
+    rate: NDArray[np.float64]
+    rank: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.adapter)
+
+
+class Engines:
+    """Engines of a demand's model on the GPU of a calibration; made once, then looked up."""
+
+    def __init__(self, demand: Demand, calibration: Calibration) -> None:
+        self._given = demand.slots
+        self._memory = calibration.memory
+        self._flags = demand.engine(1)
+        self._most: dict[int, int] = {}
+        self._made: dict[tuple[int, int, int], EngineConfig] = {}
+
+    def make(self, slots: int, rank: int, count: int) -> EngineConfig:
+        """Return the engine of a GPU with `count` adapters.
+
+        Parameters
+        ----------
+        slots, rank : int
+            Number of slots, and the rank at which each is reserved.
+        count : int
+        """
+        key = slots, rank, count
+        if key not in self._made:
+            self._made[key] = replace(
+                self._flags, max_loras=slots, max_cpu_loras=max(count, slots), max_lora_rank=rank
+            )
+        return self._made[key]
+
+    def candidates(self, count: int, rank: int) -> list[EngineConfig]:
+        """Return the engines that are tried for `count` adapters.
+
+        Slots for all of them, powers of two, and three between each; or those of the demand.
+        """
+        most = min(count, self.most_slots(rank))
+        powers = [2**k for k in range(most.bit_length())]
+        sizes = {power * quarters // 4 for power in powers for quarters in range(4, 8)} | {count}
+        if self._given is not None:
+            sizes, most = set(self._given), self.most_slots(rank)
+        return [self.make(size, rank, count) for size in sorted(sizes) if size <= most]
+
+    def all(self, count: int, rank: int) -> list[EngineConfig]:
+        """Return the engines of all numbers of slots that `count` adapters may be given."""
+        most = self.most_slots(rank)
+        sizes = range(1, min(most, count) + 1) if self._given is None else sorted(self._given)
+        return [self.make(size, rank, size) for size in sizes if size <= most]
+
+    def most_slots(self, rank: int) -> int:
+        """Return the most slots of a rank with which vLLM starts; 0 where it never does."""
+        if rank not in self._most:
+            self._most[rank] = bisect_left(
+                range(1, MOST_SLOTS + 1),
+                True,
+                key=lambda slots: not self._memory.starts(slots, rank),
+            )
+        return self._most[rank]

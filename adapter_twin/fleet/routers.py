@@ -1,19 +1,22 @@
-"""Which replica gets a request: rules for the router of a cluster."""
+"""Routers of a cluster: rules that choose the replica of a request."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 from numpy.random import Generator
+from pydantic import Field
 
 from adapter_twin.fleet.cluster_replica import Replica
 from adapter_twin.fleet.placement import Placement
 from adapter_twin.workload.scenario import Workload
-from adapter_twin.workload.strict import require
+from adapter_twin.workload.strict import dataclass
 from adapter_twin.workload.trace import BASE_MODEL
 
 Replicas = Sequence[Replica]
+Tolerance = Annotated[float, Field(ge=1)]
 
 
 class Router:
@@ -33,7 +36,7 @@ def least_loaded(replicas: Replicas) -> Replica:
 
 
 class Random(Router):
-    """Power of no choice: what every other rule has to beat."""
+    """Pure chance: what every other rule has to beat."""
 
     def route(self, adapter: int, candidates: Replicas, rng: Generator) -> Replica:
         """Choose evenly."""
@@ -66,6 +69,7 @@ class LeastOutstanding(Router):
         return least_loaded(candidates)
 
 
+@dataclass()
 class AdapterAffinity(Router):
     """A replica that has the adapter in a slot, unless it is much busier than another.
 
@@ -74,12 +78,10 @@ class AdapterAffinity(Router):
     Parameters
     ----------
     tolerance : float
-        A resident replica may have so many times the outstanding requests of the least loaded one.
+        A resident replica may have this many times the outstanding requests of the least loaded.
     """
 
-    def __init__(self, tolerance: float = 1.5) -> None:
-        require(tolerance >= 1, f"tolerance: must be at least 1, got {tolerance}")
-        self.tolerance = tolerance
+    tolerance: Tolerance = 1.5
 
     def route(self, adapter: int, candidates: Replicas, rng: Generator) -> Replica:
         """Choose the least loaded resident replica, or the least loaded of all."""
@@ -87,6 +89,7 @@ class AdapterAffinity(Router):
         return _unless_busy(resident, candidates, self.tolerance)
 
 
+@dataclass()
 class RankAware(Router):
     """Adapters of one rank together: the narrowest replicas that fit, the least loaded of them.
 
@@ -97,12 +100,10 @@ class RankAware(Router):
     Parameters
     ----------
     tolerance : float
-        Wider replicas are used once the narrow ones have so many times their requests outstanding.
+        Wider replicas are used once the narrow ones have this many times their requests.
     """
 
-    def __init__(self, tolerance: float = 2.0) -> None:
-        require(tolerance >= 1, f"tolerance: must be at least 1, got {tolerance}")
-        self.tolerance = tolerance
+    tolerance: Tolerance = 2.0
 
     def start(self, workload: Workload, placement: Placement) -> None:
         """Note the adapters' ranks."""
@@ -140,9 +141,9 @@ class Placed(Router):
         return candidates[int(rng.choice(len(candidates), p=shares / total))]
 
 
-def _unless_busy(liked: Replicas, others: Replicas, tolerance: float) -> Replica:
-    """Return the least loaded replica of those liked, or of all where that one has too much."""
-    best, least = least_loaded(liked or others), least_loaded(others)
+def _unless_busy(preferred: Replicas, others: Replicas, tolerance: float) -> Replica:
+    """Return the least loaded of the preferred replicas, or of all where that one is too busy."""
+    best, least = least_loaded(preferred or others), least_loaded(others)
     return best if best.outstanding <= tolerance * least.outstanding + 1 else least
 
 

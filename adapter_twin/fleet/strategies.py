@@ -1,22 +1,25 @@
-"""The fewest GPUs: place greedily, improve, prove a bound, and have the twin agree."""
+"""Placement strategies: the fewest GPUs, or the shortest waits on a given number of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapter_twin.fleet.hold import NotServed, hold, learn_spread
-from adapter_twin.fleet.local_search import improve
+import numpy as np
+from numpy.typing import ArrayLike
+
+from adapter_twin.fleet.hold import NotServed, check_placement, hold, learn_spread
 from adapter_twin.fleet.oracle import Oracle
-from adapter_twin.fleet.packing import Groups, best_greedy
+from adapter_twin.fleet.packing import Floats, Groups, best_greedy, improve
 from adapter_twin.fleet.placement import Placement
-from adapter_twin.fleet.proof.bound import Floats, gpus_for, prices_of
+from adapter_twin.fleet.proof.bound import gpus_for, prices_of
+from adapter_twin.workload.strict import require
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ATTEMPTS = 6
-"""Times that is learned from the twin what an SLO's percentile asks for."""
+"""An SLO is placed for this many times; after each miss its percentile is learned from the twin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class Held:
         `adapter_twin.fleet.proof.bound`.
     placement : Placement
     checked : pandas.DataFrame
-        See `adapter_twin.fleet.check.check_placement`.
+        See `adapter_twin.fleet.hold.check_placement`.
     repaired : int
         GPUs from which adapters were moved after the check.
     """
@@ -74,3 +77,81 @@ def place_and_hold(oracle: Oracle, *, jobs: int = -1) -> Held:
             if oracle.demand.slo is None or left == 0:
                 raise
             oracle = learn_spread(oracle, missed)
+
+
+def shortest_wait(oracle: Oracle, gpus: int, *, jobs: int = -1) -> Held:
+    """Return the placement on `gpus` GPUs whose slowest GPU has the lowest p99 TTFT in the twin.
+
+    Tried are: even loads; even prices (`adapter_twin.fleet.proof.bound`), which weigh a slot
+    against the load; and the placement on the fewest GPUs, whose fullest ones are halved, so that
+    ranks stay apart.
+
+    Parameters
+    ----------
+    oracle : Oracle
+    gpus : int
+    jobs : int
+        Processes; -1 is one per core.
+
+    Raises
+    ------
+    AdapterTwinError
+        With so few GPUs none of these serves, or there are more GPUs than adapters.
+    """
+    parts, demand = oracle.parts, oracle.demand
+    require(
+        1 <= gpus <= len(parts),
+        f"gpus: got {gpus}; give 1 to {len(parts)}, each GPU gets an adapter at least",
+    )
+    groups, prices = fewest(oracle)
+    bound, held = gpus_for(prices), list[Held]()
+    for tried in (spread(parts.rate, gpus), spread(prices, gpus), _halved(groups, prices, gpus)):
+        if len(tried) > gpus or any(oracle.serve(group) is None for group in tried):
+            continue
+        placement = oracle.place(tried)
+        checked = check_placement(
+            demand, placement, oracle.calibration, seed=demand.seed, jobs=jobs
+        )
+        if checked.serves.all():
+            held.append(Held(oracle, bound, placement, checked, repaired=0))
+    require(
+        bool(held),
+        f"gpus: {gpus} are too few to serve; {bound} are the least that can be, and "
+        f"{len(groups)} the fewest that a placement was found for",
+    )
+    return min(held, key=lambda one: float(one.checked.p99_ttft_ms.max()))
+
+
+def spread(loads: ArrayLike, gpus: int) -> Groups:
+    """Return items dealt to GPUs, the heaviest first, each to the GPU with the least load so far.
+
+    Longest processing time first (Graham 1969): no GPU has more than 4/3 of what it must have.
+
+    Parameters
+    ----------
+    loads : array_like, shape (n,)
+    gpus : int
+
+    Returns
+    -------
+    list of list of int
+        Indices, one list per GPU; empty ones where there are more GPUs than items.
+    """
+    require(gpus >= 1, f"gpus: must be at least 1, got {gpus}")
+    loads, dealt = np.asarray(loads, float), np.zeros(gpus)
+    groups: Groups = [[] for _ in range(gpus)]
+    for item in np.argsort(-loads, kind="stable").tolist():
+        gpu = int(dealt.argmin())
+        groups[gpu].append(item)
+        dealt[gpu] += loads[item]
+    return groups
+
+
+def _halved(groups: Groups, prices: Floats, gpus: int) -> Groups:
+    """Return more groups: again and again the dearest one is dealt to two GPUs."""
+    groups = list(groups)
+    while len(groups) < gpus:
+        groups.sort(key=lambda group: float(prices[group].sum()) if len(group) > 1 else 0.0)
+        dearest = np.array(groups.pop())
+        groups += [dearest[half].tolist() for half in spread(prices[dearest], 2)]
+    return groups

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.fleet.check import check_placement, split_trace
 from adapter_twin.fleet.cluster import (
     NOWHERE,
     ClusterRun,
@@ -19,6 +18,7 @@ from adapter_twin.fleet.cluster import (
     Move,
     simulate_cluster,
 )
+from adapter_twin.fleet.hold import check_placement, split_trace
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
 from adapter_twin.fleet.routers import (
     AdapterAffinity,

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from adapter_twin.fleet.routers.placed import Placed
 
-from adapter_twin.fleet.check import check_placement
 from adapter_twin.fleet.cluster import simulate_cluster
+from adapter_twin.fleet.hold import check_placement
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
+from adapter_twin.fleet.routers import Placed
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import evaluate, grid_runs

@@ -1,4 +1,4 @@
-"""How few GPUs there can be: a lower bound, proven for the oracle by a price on every adapter.
+"""A lower bound on the number of GPUs, proven for the oracle by a price on every adapter.
 
 **The certificate.** Every adapter gets a price such that no set that the oracle accepts on one GPU
 costs more than 1. Then a placement needs as many GPUs as the prices sum to. A *level* is a rank of
@@ -21,13 +21,13 @@ over the very adapters, so neither its rounding nor its tolerance can spoil the 
    equal adapters that each have a slot, for all numbers of both; it is convex in the number of
    adapters, so chords lie above it. Requests run the longer the more adapters are active, so ranges
    of their number are told apart.
-3. *Dual feasible functions* of the load (Fekete and Schepers, 2001): where
-   ``x`` sums to 1 at most, so does ``ceil((k + 1) x - 1) / k``.
-4. The *number* of adapters with at least some rate, by the most that a GPU serves
-   of adapters with just that rate (`adapter_twin.fleet.proof.counting`).
+3. *Dual feasible functions* of the load (Fekete and Schepers, 2001): where ``x`` sums to 1 at
+   most, so does ``ceil((k + 1) x - 1) / k``.
+4. The *number* of adapters with at least some rate, by the most that a GPU serves of adapters with
+   just that rate (`adapter_twin.fleet.proof.envelope`).
 
-They hold for placements that do not split the oracle's parts any further: an adapter with so many
-requests that it never leaves its slot may take less in parts.
+They hold for placements that do not split the oracle's parts any further: an adapter that never
+leaves its slot may take less in parts.
 
 **What it rests on.** It is proven for the model, not for GPUs, and takes for granted what the
 calibrations' laws do: another adapter in the batch, a wait, a load into a slot or a queue never
@@ -44,27 +44,26 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linprog
-from scipy.sparse import coo_array, vstack
+from scipy.sparse import block_array, coo_array, eye_array
 
 from adapter_twin.fleet.oracle import Oracle
-from adapter_twin.fleet.proof.envelope import levels_of
-from adapter_twin.fleet.proof.levels import Levels
+from adapter_twin.fleet.proof.envelope import Levels, levels_of
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-SIMILAR = 0.03
+SIMILAR_RATES = 0.03
 """Rates that differ by less are one type in the linear program, at the highest of them."""
 
 ROUNDING = 1e-6
-"""Of GPUs, taken off before a sum of prices is rounded up."""
+"""This many GPUs are taken off before a sum of prices is rounded up."""
 
 IMPOSSIBLE = 10
-"""Of a GPU: what an adapter costs where no GPU can have it."""
+"""An adapter costs this many GPUs where no GPU can have it."""
 
 STEPS = (1, 2, 3, 4, 5)
-"""Dual feasible functions of the load: with the first, two adapters of above half a GPU's load are
-two GPUs', and so on."""
+"""These are the dual feasible functions of the load: by the first, two adapters of above half a
+GPU's load are two GPUs', and so on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,7 @@ class Certificate:
 
 
 def measures(levels: Levels, rates: Floats) -> Floats:
-    """Return what of a GPU adapters take, in several measures: each sums to 1 at most.
+    """Return the shares of a GPU that adapters take, by measures that each sum to 1 at most.
 
     They are the load, the active share, the `STEPS` of the load, and the numbers above thresholds.
 
@@ -114,36 +113,21 @@ def measures(levels: Levels, rates: Floats) -> Floats:
 
 def certificate(oracle: Oracle, levels: Levels) -> Certificate:
     """Choose the prices that prove most for the oracle's demand."""
-    parts = oracle.parts
-    rates, ranks, counts = _types(parts.rate, parts.rank, SIMILAR / levels.finer)
+    rates, ranks, counts = _types(oracle, SIMILAR_RATES / levels.finer)
     measured = measures(levels, rates)
     level, kind = np.nonzero(levels.rank[:, None] >= ranks)
+    row, measure_count, level_count = np.arange(len(level)), *measured.shape[:2]
     # maximise counts @ price with price[kind] <= sum of weight[level] measured[level, kind]
-    taken = measured[:, level, kind]
-    row = np.arange(len(level))
-    columns = [kind, *(len(rates) + i * len(levels.high) + level for i in range(len(measured)))]
-    matrix = coo_array(
-        (
-            np.concatenate([np.ones(len(row)), -taken.ravel()]),
-            (np.tile(row, len(columns)), np.concatenate(columns)),
-        ),
-        shape=(len(row), len(rates) + len(measured) * len(levels.high)),
-    )
-    every = np.arange(len(levels.high))
-    one = coo_array(
-        (
-            np.ones(len(measured) * len(every)),
-            (
-                np.tile(every, len(measured)),
-                np.arange(len(measured) * len(every)) + len(rates),
-            ),
-        ),
-        shape=(len(every), matrix.shape[1]),
-    )
+    price = coo_array((np.ones(len(row)), (row, kind)), shape=(len(row), len(rates)))
+    weighed = [
+        coo_array((-of[level, kind], (row, level)), shape=(len(row), level_count))
+        for of in measured
+    ]
+    ones = [eye_array(level_count)] * measure_count
     solution = linprog(
-        np.concatenate([-counts, np.zeros(one.shape[1] - len(counts))]),
-        A_ub=vstack([matrix, one]).tocsr(),
-        b_ub=np.concatenate([np.zeros(len(row)), np.ones(len(every))]),
+        np.concatenate([-counts, np.zeros(measure_count * level_count)]),
+        A_ub=block_array([[price, *weighed], [None, *ones]], format="csr"),
+        b_ub=np.concatenate([np.zeros(len(row)), np.ones(level_count)]),
         method="highs-ipm",  # any weights prove something, so its tolerance does no harm
     )
     weights = np.zeros(measured.shape[:2])
@@ -176,10 +160,11 @@ def gpus_for(prices: Floats) -> int:
     return max(math.ceil(float(prices.sum()) - ROUNDING), 1)
 
 
-def _types(rates: Floats, ranks: Ints, similar: float) -> tuple[Floats, Ints, Floats]:
-    """Return the rates, ranks and numbers of adapters that are alike: the highest rate of each."""
-    group = np.floor(np.log(rates) / similar)
-    kinds, kind = np.unique(np.stack([ranks, group]), axis=1, return_inverse=True)
-    highest = np.zeros(kinds.shape[1])
-    np.maximum.at(highest, kind, rates)
-    return highest, kinds[0].astype(np.int64), np.bincount(kind).astype(float)
+def _types(oracle: Oracle, similar: float) -> tuple[Floats, Ints, Floats]:
+    """Return the rates, ranks and numbers of parts that are alike: the highest rate of each."""
+    import pandas as pd
+
+    rate, rank = pd.Series(oracle.parts.rate), oracle.parts.rank
+    alike = rate.groupby([rank, np.floor(np.log(rate) / similar)]).agg(["max", "size"])
+    ranks = alike.index.get_level_values(0).to_numpy(np.int64)
+    return alike["max"].to_numpy(), ranks, alike["size"].to_numpy(float)
