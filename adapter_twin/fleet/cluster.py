@@ -324,9 +324,9 @@ class Cluster:
             trace.arrival_s,
             *np.array([trace.adapter, trace.prompt_tokens, trace.output_tokens], np.int32),
             *np.full((3, n), np.nan),
-            preemptions=np.zeros(n, np.int32),
-            load_wait_s=np.zeros(n),
-            rejected=np.zeros(n, bool),
+            np.zeros(n, np.int32),
+            np.zeros(n),
+            np.zeros(n, bool),
         )
         server = np.full(n, NOWHERE, np.int32)
         for replica in self.replicas:
