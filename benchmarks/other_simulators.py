@@ -34,7 +34,7 @@ import pandas as pd
 
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.laws.front_end import FrontEndLaw
-from adapter_twin.measure.machine import _cpu_model
+from adapter_twin.measure.engine_flags import cpu_model
 from adapter_twin.tables.datasets import write_table
 from adapter_twin.twin.simulate import draw_requests, simulate
 from adapter_twin.twin.state import Batch
@@ -223,7 +223,7 @@ def compare(request_rate: float, duration_s: float) -> pd.DataFrame:
         request_rate=request_rate,
         requests=len(trace),
         duration_s=duration_s,
-        cpu=_cpu_model(),
+        cpu=cpu_model(),
         python=platform.python_version(),
         adapter_twin=version("adapter-twin"),
     )

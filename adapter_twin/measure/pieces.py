@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -12,12 +12,11 @@ import numpy as np
 from adapter_twin.measure.campaign import Campaign, draw_trace
 from adapter_twin.measure.engine_flags import EngineFlags
 from adapter_twin.measure.micro_plan import MicroPlan
-from adapter_twin.measure.run_tables import serving_columns
 from adapter_twin.workload.scenario import Workload
 from adapter_twin.workload.trace import Trace
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MicroPiece:
     """One engine's micro-profile.
 
@@ -38,27 +37,32 @@ class MicroPiece:
     seed: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServingPiece:
     """One serving run.
 
     Attributes
     ----------
-    piece_id : str
+    campaign, piece_id : str
     flags : EngineFlags
         Of its server.
     workload : Workload
+    rates, ranks : sequence of float and of int
+        Dealt over the adapters.
     seed : int
         Of its traffic.
-    columns : dict
-        What its row of the table ``runs`` says of it, whatever will be measured.
+    told : dict
+        Further columns of its row in the table ``runs``.
     """
 
+    campaign: str
     piece_id: str
     flags: EngineFlags
     workload: Workload
+    rates: Sequence[float]
+    ranks: Sequence[int]
     seed: int
-    columns: dict[str, Any]
+    told: dict[str, Any]
 
     @property
     def adapter_ranks(self) -> tuple[int, ...]:
@@ -69,6 +73,37 @@ class ServingPiece:
     def server(self) -> Hashable:
         """What decides a server: runs with equal ones can share it."""
         return self.flags, self.adapter_ranks
+
+    @property
+    def run_id(self) -> str:
+        """Name of the run in all tables."""
+        return f"{self.campaign}/{self.piece_id}"
+
+    def columns(self) -> dict[str, Any]:
+        """Return what its row of the table ``runs`` says, whatever will be measured.
+
+        Means of lengths are the distribution's: a prediction must not need the traffic drawn.
+        """
+        flags, lengths = self.flags, self.workload.lengths
+        return {
+            "run_id": self.run_id,
+            "campaign": self.campaign,
+            "rates_per_adapter": _joined(self.rates),
+            "ranks": _joined(self.ranks),
+            "served_adapters": flags.max_cpu_loras,
+            "adapter_slots": flags.max_loras,
+            "max_lora_rank": flags.max_lora_rank,
+            "max_num_seqs": flags.max_num_seqs,
+            "max_num_batched_tokens": flags.max_num_batched_tokens,
+            "max_model_len": flags.max_model_len,
+            "mean_input_tokens": lengths.mean_input_tokens,
+            "mean_requested_output_tokens": lengths.mean_output_tokens,
+            "length_distribution": lengths.distribution,
+            "length_cv": lengths.cv,
+            "offered_request_rate": self.workload.offered_request_rate,
+            "seed": self.seed,
+            **self.told,
+        }
 
     def trace(self) -> Trace:
         """Draw the requests: those that the twin draws from the same seed."""
@@ -93,9 +128,9 @@ def groups(campaign: Campaign) -> list[list[Piece]]:
 
 
 def _micro_pieces(campaign: Campaign) -> list[MicroPiece]:
-    if campaign.micro is None:
-        return []
     micro = campaign.micro
+    if micro is None:
+        return []
     return [
         MicroPiece(
             piece_id=f"micro-{index:02d}",
@@ -110,40 +145,34 @@ def _micro_pieces(campaign: Campaign) -> list[MicroPiece]:
 
 def _serving_pieces(campaign: Campaign) -> list[ServingPiece]:
     """Return the serving runs, those of equal servers next to each other."""
-    runs = campaign.serving.runs if campaign.serving else ()
-    in_order = sorted(
-        range(len(runs)),
-        key=lambda index: (
-            runs[index].served_adapters,
-            runs[index].adapter_slots,
-            runs[index].max_lora_rank,
-            runs[index].ranks,
-        ),
-    )
-    return [
+    runs = enumerate(campaign.serving.runs if campaign.serving else ())
+    pieces = [
         ServingPiece(
+            campaign=campaign.name,
             piece_id=f"run-{index:03d}-{repeat}",
             flags=campaign.flags(index),
             workload=campaign.workload(index),
+            rates=run.rates,
+            ranks=run.ranks,
             seed=campaign.run_seed(index),
-            columns=_columns(campaign, index, repeat),
+            told={
+                "model": campaign.model_name,
+                "held_out": run.held_out,
+                "repeat": repeat,
+                "source_path": f"serving.runs[{index}]",
+            },
         )
-        for index in in_order
-        for repeat in range(runs[index].repeats)
+        for index, run in runs
+        for repeat in range(run.repeats)
     ]
+    return sorted(pieces, key=_place)
 
 
-def _columns(campaign: Campaign, index: int, repeat: int) -> dict[str, Any]:
-    """Return what the table ``runs`` says of a serving run before it is measured."""
-    assert campaign.serving is not None
-    run, workload = campaign.serving.runs[index], campaign.workload(index)
-    return {
-        "run_id": f"{campaign.name}/run-{index:03d}-{repeat}",
-        "campaign": campaign.name,
-        "model": campaign.model_name,
-        **serving_columns(campaign.flags(index), workload, run.rates, run.ranks),
-        "held_out": run.held_out,
-        "repeat": repeat,
-        "seed": campaign.run_seed(index),
-        "source_path": f"serving.runs[{index}]",
-    }
+def _place(piece: ServingPiece) -> tuple[Any, ...]:
+    flags = piece.flags
+    return flags.max_cpu_loras, flags.max_loras, flags.max_lora_rank, piece.ranks
+
+
+def _joined(values: Sequence[float]) -> str:
+    """Join numbers without exponents, which the tables do not know."""
+    return "-".join(np.format_float_positional(value, trim="-") for value in values)

@@ -1,14 +1,68 @@
-"""Run a campaign: piece by piece in random order, within a time budget, resumable after a kill."""
+"""Campaigns, run piece by piece in random order: within a time budget, resumable after a kill."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
+
+from adapter_twin.errors import AdapterTwinError, one_line
 from adapter_twin.measure.campaign import load_campaign
-from adapter_twin.measure.machine import describe_machine, require_engine
-from adapter_twin.measure.pieces import groups
+from adapter_twin.measure.engine_flags import describe_machine, require_engine
+from adapter_twin.measure.micro import profile_engine
+from adapter_twin.measure.model_folder import (
+    adapter_rank,
+    check_model,
+    write_adapters,
+    write_model,
+)
+from adapter_twin.measure.pieces import MicroPiece, Piece, ServingPiece, groups
+from adapter_twin.measure.scrape import kv_cache
+from adapter_twin.measure.serving import measure_run
 from adapter_twin.measure.store import Store
-from adapter_twin.measure.work_session import Summary, WorkSession
+from adapter_twin.measure.vllm_server import Server, free_port
+from adapter_twin.tables.campaign_schemas import CAMPAIGN_RUNS
+from adapter_twin.workload.models import MODEL_CONFIGS
+
+log = logging.getLogger(__name__)
+
+UNMEASURED_S = {"micro": 60.0, "start": 45.0}
+"""A micro-profile and a server's start are taken to need this time until one was measured."""
+
+SETTLING_S = 5.0
+"""Beside its window, a serving run warms up, waits for an idle server and stores its tables."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """State of a campaign or a study after a call.
+
+    Attributes
+    ----------
+    campaign : str
+    complete, pieces : int
+        Pieces measured so far, in all calls, and those of the whole campaign.
+    failed : dict of str to str
+        Reason of each piece that failed; it is complete, with its reason as a row.
+    rows : dict of str to int
+        Rows of each table.
+    stopped : str or None
+        Why the call ended early.
+    """
+
+    campaign: str
+    complete: int
+    pieces: int
+    failed: dict[str, str]
+    rows: dict[str, int]
+    stopped: str | None
 
 
 def run_campaign(file: Path, out: Path) -> Summary:
@@ -43,3 +97,225 @@ def run_campaign(file: Path, out: Path) -> Summary:
         store=store,
     )
     return session.measure(groups(campaign))
+
+
+class BudgetSpent(Exception):
+    """The next piece does not fit in what is left of the time budget."""
+
+
+@dataclass(slots=True, kw_only=True)
+class WorkSession:
+    """One call's work.
+
+    Attributes
+    ----------
+    name : str
+        Of the campaign or study.
+    model : str
+        A shape, or the path of a model folder.
+    adapters : str, optional
+        Folder of PEFT adapters; left out, synthetic ones are written.
+    budget_s : float
+        Time for this call.
+    store : Store
+    """
+
+    name: str
+    model: str
+    adapters: str | None = None
+    budget_s: float
+    store: Store
+    total: int = field(default=0, init=False)
+    begun_s: float = field(default_factory=time.monotonic, init=False)
+
+    def measure(self, grouped: Sequence[Sequence[Piece]]) -> Summary:
+        """Measure what is missing of the pieces, those of a group with one engine.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            Passed on once the tables of the complete pieces are written.
+        """
+        self.total, stopped = sum(map(len, grouped)), None
+        try:
+            for group in grouped:
+                self._measure_group(group)
+        except BudgetSpent as reason:
+            stopped = str(reason)
+        finally:
+            rows = self.store.assemble()
+        complete = self.store.complete()
+        failures = {name: facts["failure"] for name, facts in complete.items() if facts["failure"]}
+        return Summary(self.name, len(complete), self.total, failures, rows, stopped)
+
+    def _measure_group(self, group: Sequence[Piece]) -> None:
+        complete = self.store.complete()
+        left = [piece for piece in group if piece.piece_id not in complete]
+        for piece in left:
+            if isinstance(piece, MicroPiece):
+                self._profile(piece)
+        self._serve([piece for piece in left if isinstance(piece, ServingPiece)])
+
+    def _profile(self, piece: MicroPiece) -> None:
+        flags = piece.flags
+        slots = f"{flags.max_loras} slots of rank {flags.max_lora_rank}"
+        self._begin(piece.piece_id, f"micro-profile, {slots}", self._longest_s("micro"))
+        begun_s = time.monotonic()
+        model = self._model()
+        adapters = self._adapters(model, piece.adapter_ranks)
+        if flags.max_loras:
+            # All of them in host memory, so that a swap within a step is one from there.
+            fitting = sum(adapter_rank(folder) <= flags.max_lora_rank for folder in adapters)
+            flags = replace(flags, max_cpu_loras=max(flags.max_cpu_loras, fitting))
+        profile = profile_engine(model, adapters, flags, piece.plan, seed=piece.seed)
+        names = {"engine_id": f"{self.name}/{piece.piece_id}", "model": model.name}
+        tables = {
+            "engine_starts": pd.DataFrame([names | profile.start]),
+            "micro_steps": profile.steps.assign(**names),
+            "adapter_loads": profile.loads.assign(**names),
+        }
+        failure = profile.start["server_failure"]
+        self._end(piece.piece_id, tables, failure, micro=time.monotonic() - begun_s)
+
+    def _serve(self, left: list[ServingPiece]) -> None:
+        """Serve runs from one server, and what is left of them from a new one if it died."""
+        while left:
+            piece, start_s = left[0], self._longest_s("start")
+            line = f"starting a server, {_adapters_on_slots(piece)}"
+            self._begin(piece.piece_id, line, start_s + _window_s(piece))
+            log = self.store.out / "work" / f"{piece.piece_id}.log"
+            begun_s = time.monotonic()
+            try:
+                model = self._model()
+                folders = self._adapters(model, piece.adapter_ranks)
+                names = (adapter.name for adapter in piece.workload.adapters)
+                adapters = dict(zip(names, folders, strict=True))
+                with Server(model, adapters, piece.flags, free_port(), log) as server:
+                    start_s = time.monotonic() - begun_s
+                    while left and self._measure(left[0], server, start_s):
+                        del left[0]
+                    del left[:1]  # the run in which the server died
+            except AdapterTwinError as error:  # the server did not start
+                for piece in left:
+                    self._end_run(piece, {}, str(error))
+                return
+
+    def _measure(self, piece: ServingPiece, server: Server, start_s: float) -> bool:
+        """Measure one run, and tell whether the server survived it."""
+        workload = piece.workload
+        line = f"{_adapters_on_slots(piece)}, {workload.offered_request_rate:.3g} requests/s in all"
+        self._begin(piece.piece_id, line, _window_s(piece))
+        try:
+            memory = kv_cache(server.base_url)
+            served = measure_run(
+                server.base_url,
+                server.model_name,
+                piece.trace(),
+                workload.duration_s,
+                list(server.adapters),
+                check_model(server.model_folder)["vocab_size"],
+                seed=piece.seed,
+            )
+        except (AdapterTwinError, OSError) as error:
+            self._end_run(piece, {}, server.failure() or str(error), start=start_s)
+        else:
+            if served.schedule.warning is not None:
+                self._say(f"{piece.piece_id}: {served.schedule.warning}")
+            failure = served.failure and (server.failure() or served.failure)
+            frames = {"requests": served.requests, "series": served.series}
+            tables = {name: frame.assign(run_id=piece.run_id) for name, frame in frames.items()}
+            self._end_run(piece, served.row | memory, failure, tables, start=start_s)
+        return server.failure() is None
+
+    def _end_run(
+        self,
+        piece: ServingPiece,
+        measured: Mapping[str, Any],
+        failure: str | None,
+        tables: Mapping[str, pd.DataFrame] | None = None,
+        **took_s: float,
+    ) -> None:
+        """Keep a run; what was known of it before wins over what was measured."""
+        row = {
+            **dict.fromkeys(CAMPAIGN_RUNS.columns, np.nan),
+            "sent_is_exact": True,
+            "client_collapsed": False,
+            "duration_s": piece.workload.duration_s,
+            "status": "ok",
+            **measured,
+            **piece.columns(),
+        }
+        if failure is not None:
+            failure = one_line(failure or "no reason given")
+            row["status"] = f"failed:{failure}"
+        self._end(
+            piece.piece_id, {"runs": pd.DataFrame([row]), **(tables or {})}, failure, **took_s
+        )
+
+    def _begin(self, piece_id: str, line: str, needed_s: float) -> None:
+        """Announce a piece, or raise `BudgetSpent` if the budget has no room for it."""
+        left_s = self.budget_s - (time.monotonic() - self.begun_s)
+        if needed_s > left_s:
+            raise BudgetSpent(
+                f"budget_s: {max(left_s, 0):.0f} s are left of {self.budget_s:.0f} s and "
+                f"{piece_id} needs about {needed_s:.0f} s; run it again to go on"
+            )
+        self._say(f"{piece_id}: {line}")
+
+    def _end(
+        self,
+        piece_id: str,
+        tables: dict[str, pd.DataFrame],
+        failure: str | None,
+        **took_s: float,
+    ) -> None:
+        self.store.store(piece_id, tables, {"failure": failure, "took_s": took_s})
+        ended = f"failed ({failure})" if failure else "measured"
+        self._say(f"{piece_id}: {ended}")
+
+    def _say(self, line: str) -> None:
+        log.info("%d/%d %s", len(self.store.complete()), self.total, line)
+
+    def _longest_s(self, what: str) -> float:
+        """Return the longest time that something took so far, in all calls."""
+        took = (facts["took_s"] for facts in self.store.complete().values())
+        return max((each[what] for each in took if what in each), default=UNMEASURED_S[what])
+
+    def _model(self) -> Path:
+        if self.model in MODEL_CONFIGS:
+            return write_model(self.model, self.store.out / "work" / self.model)
+        return Path(self.model)
+
+    def _adapters(self, model: Path, ranks: Sequence[int]) -> list[Path]:
+        """Return an adapter of each rank: synthetic ones, or the first that fit of the given ones.
+
+        Raises
+        ------
+        AdapterTwinError
+            The given ones are too few.
+        """
+        if self.adapters is None:
+            # Every list of ranks has a folder of its own: adapter i may be of another rank in each.
+            name = hashlib.sha256(repr(tuple(ranks)).encode()).hexdigest()[:8]
+            return write_adapters(model, self.store.out / "work" / "adapters" / name, ranks)
+        by_rank: dict[int, list[Path]] = {}
+        for folder in sorted(Path(self.adapters).iterdir()):
+            if folder.is_dir():
+                by_rank.setdefault(adapter_rank(folder), []).append(folder)
+        chosen = []
+        for rank in ranks:
+            if not by_rank.get(rank):
+                raise AdapterTwinError(
+                    f"adapters: {ranks.count(rank)} of rank {rank} are needed, and "
+                    f"{self.adapters} has fewer; add some or ask for fewer"
+                )
+            chosen.append(by_rank[rank].pop(0))
+        return chosen
+
+
+def _adapters_on_slots(piece: ServingPiece) -> str:
+    return f"{len(piece.adapter_ranks)} adapters on {piece.flags.max_loras} slots"
+
+
+def _window_s(piece: ServingPiece) -> float:
+    return piece.workload.duration_s + SETTLING_S

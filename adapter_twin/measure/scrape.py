@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
+from urllib.parse import urlencode
 
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.workload.strict import require
@@ -13,6 +15,7 @@ from adapter_twin.workload.strict import require
 if TYPE_CHECKING:
     import aiohttp
     import pandas as pd
+    from prometheus_client.samples import Sample
 
 METRICS = {
     "running": "vllm:num_requests_running",
@@ -22,9 +25,10 @@ METRICS = {
     "prompt_tokens_total": "vllm:prompt_tokens_total",
     "generated_tokens_total": "vllm:generation_tokens_total",
 }
-"""Column of ``series`` -> metric of vLLM."""
+"""Each column of ``series`` is one of vLLM's metrics."""
 
 COUNTERS = [column for column, metric in METRICS.items() if metric.endswith("_total")]
+CACHE = "vllm:cache_config_info"
 IDLE_WITHIN_S = 60.0
 
 # Only these: the whole page takes the server's event loop, which also hands out the tokens, twenty
@@ -32,6 +36,12 @@ IDLE_WITHIN_S = 60.0
 # without it another handler answers, which knows no name[].
 _QUERY = [("name[]", metric) for metric in METRICS.values()]
 _PATH = "/metrics/"
+
+
+def _samples(text: str) -> Iterator[Sample]:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    return (sample for family in text_string_to_metric_families(text) for sample in family.samples)
 
 
 def parse_metrics(text: str) -> dict[str, float]:
@@ -42,15 +52,24 @@ def parse_metrics(text: str) -> dict[str, float]:
     AdapterTwinError
         A metric is missing.
     """
-    from prometheus_client.parser import text_string_to_metric_families
-
     values: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            values[sample.name] = values.get(sample.name, 0.0) + sample.value
+    for sample in _samples(text):
+        values[sample.name] = values.get(sample.name, 0.0) + sample.value
     for metric in METRICS.values():
         require(metric in values, f"metrics: {metric} is missing; profiling needs vLLM 0.32's")
     return {column: values[metric] for column, metric in METRICS.items()}
+
+
+def kv_cache(base_url: str) -> dict[str, float]:
+    """Ask a running server for the size of its KV cache and of a block, in tokens."""
+    url = f"{base_url}{_PATH}?{urlencode({'name[]': CACHE})}"
+    with urllib.request.urlopen(url, timeout=30) as response:
+        text = response.read().decode()
+    labels = next((sample.labels for sample in _samples(text) if sample.name == CACHE), {})
+    names = ("num_gpu_blocks", "block_size")
+    require(all(labels.get(name, "").isdigit() for name in names), f"metrics: {CACHE} is missing")
+    blocks, block_size = (int(labels[name]) for name in names)
+    return {"kv_cache_tokens": blocks * block_size, "block_size": block_size}
 
 
 async def sample(session: aiohttp.ClientSession, base_url: str) -> dict[str, float]:

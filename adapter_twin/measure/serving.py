@@ -1,4 +1,4 @@
-"""One serving run: a trace sent to a running server, and what client and server saw of it."""
+"""Serving runs: a trace sent to a running server, timed by the client, sampled on the server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WARM_UP_WITHIN_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class ServedRun:
-    """What a serving run measured.
+    """Measurements of a serving run.
 
     Attributes
     ----------
@@ -94,31 +94,21 @@ def measure_run(
         f"trace: asks for adapter {highest}, but {len(adapter_names)} are served; count from 0",
     )
     names = [*adapter_names, model_name]
-    with settled_memory():
-        replayed, series = asyncio.run(
-            _measure(base_url, names, trace, duration_s, vocabulary, seed, period_s)
+
+    async def measure() -> tuple[Replay, pd.DataFrame]:
+        await _warm_up(base_url, names, vocabulary)
+        baseline = await wait_until_idle(base_url)
+        clock_s = asyncio.get_running_loop().time
+        start_s = clock_s() + _LEAD_S
+        return await asyncio.gather(
+            replay(base_url, names, trace, duration_s, vocabulary, seed, start_s),
+            record_series(base_url, baseline, lambda: clock_s() - start_s, period_s, duration_s),
         )
-    row = _summary(replayed, series, trace)
-    return ServedRun(row, replayed.requests, series, replayed.schedule, replayed.failure)
 
-
-async def _measure(
-    base_url: str,
-    names: Sequence[str],
-    trace: Trace,
-    duration_s: float,
-    vocabulary: int,
-    seed: int,
-    period_s: float,
-) -> tuple[Replay, pd.DataFrame]:
-    await _warm_up(base_url, names, vocabulary)
-    baseline = await wait_until_idle(base_url)
-    clock_s = asyncio.get_running_loop().time
-    start_s = clock_s() + _LEAD_S
-    return await asyncio.gather(
-        replay(base_url, names, trace, duration_s, vocabulary, seed, start_s),
-        record_series(base_url, baseline, lambda: clock_s() - start_s, period_s, duration_s),
-    )
+    with settled_memory():
+        seen, series = asyncio.run(measure())
+    row = _summary(seen, series, trace)
+    return ServedRun(row, seen.requests, series, seen.schedule, seen.failure)
 
 
 async def _warm_up(base_url: str, names: Sequence[str], vocabulary: int) -> None:

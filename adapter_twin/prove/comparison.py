@@ -1,4 +1,4 @@
-"""How every method's choices did, and what was predicted of them: the verdicts on a study."""
+"""Verdicts on a study: the regret of every method's choices, and the promises that were kept."""
 
 from __future__ import annotations
 
@@ -11,13 +11,9 @@ from scipy.special import stdtrit
 from adapter_twin.prove.outcome import RUN
 from adapter_twin.prove.rivals import TWIN
 from adapter_twin.service.metrics import mean_interval
-from adapter_twin.service.validate import error_measures
 
 if TYPE_CHECKING:
     import pandas as pd
-
-SCORED = ("total_throughput", "median_ttft_ms", "mean_itl_ms")
-"""Predictions that are scored on runs that do not starve."""
 
 
 def choices(runs: pd.DataFrame, picks: pd.DataFrame) -> pd.DataFrame:
@@ -139,70 +135,3 @@ def verdicts(runs: pd.DataFrame, picks: pd.DataFrame) -> pd.DataFrame:
     said = chosen > 0
     own = runs.assign(said=said)[~said | (runs.adapter_slots == chosen)]
     return own.assign(right=own.said == own.serves)[[*RUN, "said", "serves", "right"]]
-
-
-def pairs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return measured and predicted `SCORED` of the runs that do not starve, a row each.
-
-    Returns
-    -------
-    pandas.DataFrame
-        `RUN`, ``figure``, ``measured``, ``predicted``, ``error`` in percent.
-    """
-    import pandas as pd
-
-    scored = runs[runs.starts & runs.predicted_starts & ~runs.starved]
-    parts = [
-        scored[RUN].assign(
-            figure=figure, measured=scored[figure], predicted=scored[f"predicted_{figure}"]
-        )
-        for figure in SCORED
-    ]
-    table = pd.concat(parts, ignore_index=True)
-    return table.assign(error=100 * (table.predicted / table.measured - 1))
-
-
-def bars(runs: pd.DataFrame, chosen: pd.DataFrame, said: pd.DataFrame) -> pd.DataFrame:
-    """Return what was asked of the recommendations, and what was reached.
-
-    Parameters
-    ----------
-    runs, chosen, said : pandas.DataFrame
-        What `adapter_twin.prove.outcome.service`, `choices` and `verdicts` return.
-
-    Returns
-    -------
-    pandas.DataFrame
-        ``what``, ``asked``, ``reached`` (in percent), ``low`` and ``high``: 95 %, of a share
-        Wilson's, as if runs of a workload were independent, of the others by bootstrap over
-        workloads; ``of`` so many runs or workloads.
-    """
-    import pandas as pd
-
-    twin = methods(chosen[chosen.method == TWIN], chosen.workload.nunique()).iloc[0]
-    rows = [
-        (name, 90.0, 100 * own.right.mean(), *_wilson(int(own.right.sum()), len(own)), len(own))
-        for name, own in (
-            ("recommendation serves (at least)", said[said.said]),
-            ("every verdict right (at least)", said),
-        )
-        if len(own)
-    ]
-    rows += [
-        ("throughput regret (at most)", 3.0, twin.regret, twin.low, twin.high, twin.named),
-    ]
-    scored = pairs(runs)
-    for figure, asked in (("total_throughput", 5.0), ("median_ttft_ms", 25.0)):
-        own = scored[scored.figure == figure]
-        mape = next(row for row in error_measures(own) if row["measure"] == "mape")
-        name = f"{figure} MAPE (at most)"
-        rows.append((name, asked, mape["value"], mape["low"], mape["high"], len(own)))
-    return pd.DataFrame(rows, columns=["what", "asked", "reached", "low", "high", "of"])
-
-
-def _wilson(hits: int, trials: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share, in percent."""
-    from statsmodels.stats.proportion import proportion_confint
-
-    low, high = proportion_confint(hits, trials, method="wilson")
-    return 100 * float(low), 100 * float(high)

@@ -1,13 +1,19 @@
-"""A study: workloads whose recommended configuration is measured, beside its rivals."""
+"""Studies: workloads whose recommended configuration is measured, and its rivals."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.laws.memory import MemoryLaw
+from adapter_twin.plan.candidates import Candidates, candidate_slots
+from adapter_twin.plan.criterion import MARGIN, Criterion
 from adapter_twin.plan.demand import Demand, load_demand
+from adapter_twin.plan.recommend import recommend
 from adapter_twin.workload.files import read_yaml
 from adapter_twin.workload.models import MODEL_CONFIGS
 from adapter_twin.workload.strict import (
@@ -35,15 +41,16 @@ Method = Literal[
     "more slots",
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
-"""Ways to choose slots: `recommend`, the analytic model, a tree that learned from the twin, rules
-of thumb, and the twin's choice moved by one candidate."""
+"""Slots are chosen by `recommend`, by the analytic model, by a tree that learned from the twin, by
+rules of thumb, and by moving the twin's choice to the next candidate."""
 
 PATHS = ("campaign", "model_folder", "adapters", "design")
-"""Keys of a study that name a file or a folder, beside its workloads."""
+"""These keys of a study name a file or a folder, and so do its workloads."""
 
 PLAN = "plan.json"
 CALIBRATION = "calibration.json"
-"""In a study's folder: what was recommended and will be measured, and what that rests on."""
+"""These files of a study's folder hold what was recommended and will be measured, and what that
+rests on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,14 +126,9 @@ class Study:
 
         Of files only the names: a study may move.
         """
-        return {
-            **asdict(self),
-            **{key: path and Path(path).name for key, path in self._paths().items()},
-            "workloads": {name: plain(demand) for name, demand in self.demands().items()},
-        }
-
-    def _paths(self) -> dict[str, str | None]:
-        return {name: getattr(self, name) for name in PATHS}
+        paths = {key: Path(path).name for key in PATHS if (path := getattr(self, key))}
+        demands = {name: plain(demand) for name, demand in self.demands().items()}
+        return asdict(self) | paths | {"workloads": demands}
 
 
 def plain(demand: Demand) -> dict[str, Any]:
@@ -148,8 +150,85 @@ def load_study(path: str | Path) -> Study:
     if isinstance(content, dict) and "workloads" not in content and "adapters" in content:
         return Study(name=file.stem, workloads=(str(file),))
     study = read(Study, content)
-    beside: dict[str, Any] = {
-        name: str(file.parent / path) for name, path in study._paths().items() if path
+    paths = {name: str(file.parent / path) for name in PATHS if (path := getattr(study, name))}
+    workloads = tuple(str(file.parent / name) for name in study.workloads)
+    return replace(study, workloads=workloads, **paths)  # type: ignore[arg-type]
+
+
+Chooser = Callable[[Demand], int]
+"""A method that was trained elsewhere chooses the slots for a demand."""
+
+KEPT = (
+    *("adapter_slots", "expected", "worst_served", "utilisation", "headroom", "binds", "reason"),
+    *("kv_cache_tokens", "vllm_args", "criterion", "calibration", "version"),
+)
+"""A study keeps these keys of a recommendation."""
+
+
+def plan(
+    demand: Demand, others: Mapping[str, Chooser], methods: Collection[str] = METHODS
+) -> dict[str, Any]:
+    """Return what is recommended for a demand, and what every method would choose.
+
+    Parameters
+    ----------
+    demand : Demand
+    others : mapping of str to callable
+        Further methods by name.
+    methods : collection of str
+        Of `METHODS`, those that are asked.
+
+    Returns
+    -------
+    dict
+        ``picks``: adapter slots by method, none where a method finds no configuration that serves;
+        ``recommended``: `KEPT` of `adapter_twin.plan.recommend.recommend`, or ``refused``: why
+        it cannot recommend any.
+    """
+    candidates, slots = Candidates.of(demand), None
+    answer: dict[str, Any]
+    try:
+        told = recommend(demand)
+        slots = told["adapter_slots"]
+        answer = {"recommended": {name: told[name] for name in KEPT}}
+    except AdapterTwinError as error:
+        answer = {"refused": str(error)}
+    picks = {
+        TWIN: slots,
+        "analytic": analytic_slots(candidates),
+        **{name: choose(demand) for name, choose in others.items()},
+        **rules_of_thumb(demand, candidates.calibration.memory),
+        **neighbours(demand, slots),
     }
-    beside["workloads"] = tuple(str(file.parent / name) for name in study.workloads)
-    return replace(study, **beside)
+    return {"picks": {name: picks[name] for name in picks if name in methods}, **answer}
+
+
+def analytic_slots(candidates: Candidates) -> int | None:
+    """Return what the analytic model chooses; it knows no percentiles, so no SLO."""
+    bounds = candidates.bounds()
+    names = map(str, bounds.columns)
+    told = {name: name.removeprefix("analytic_") for name in names if "analytic_" in name}
+    ranked = Criterion(margin=MARGIN).ranked(bounds.rename(columns=told))
+    return None if ranked.empty else int(ranked.adapter_slots.iloc[0])
+
+
+def rules_of_thumb(demand: Demand, memory: MemoryLaw) -> dict[str, int]:
+    """Return the rules that operators use: all adapters, eight, a quarter, what memory holds."""
+    count, rank = len(demand.adapters), demand.max_lora_rank
+    starting = [slots for slots in range(1, count + 1) if memory.starts(slots, rank)]
+    return {
+        "G = N": count,
+        "G = 8": min(8, count),
+        "G = N/4": max(count // 4, 1),
+        "largest that starts": max(starting, default=1),
+    }
+
+
+def neighbours(demand: Demand, slots: int | None) -> dict[str, int]:
+    """Return the next candidates below and above the twin's choice, as far as there are any."""
+    candidates = candidate_slots(demand)
+    if slots is None:
+        return {}
+    place = candidates.index(slots)
+    near = {"fewer slots": place - 1, "more slots": place + 1}
+    return {name: candidates[at] for name, at in near.items() if 0 <= at < len(candidates)}

@@ -1,4 +1,4 @@
-"""Run a study: calibrate this machine, plan, and serve every choice on the real engine."""
+"""Studies, run: this machine is calibrated, plans are made, every choice is served for real."""
 
 from __future__ import annotations
 
@@ -19,16 +19,26 @@ from adapter_twin.laws.calibration import Calibration
 from adapter_twin.learn.slots_tree import learn_slots
 from adapter_twin.learn.stored import write_text
 from adapter_twin.measure.campaign import check_trace
-from adapter_twin.measure.engine_flags import EngineFlags, is_cpu_build
-from adapter_twin.measure.machine import describe_machine, require_engine
+from adapter_twin.measure.engine_flags import (
+    EngineFlags,
+    describe_machine,
+    is_cpu_build,
+    require_engine,
+)
 from adapter_twin.measure.pieces import Piece, ServingPiece
-from adapter_twin.measure.run_campaign import run_campaign
-from adapter_twin.measure.run_tables import serving_columns
+from adapter_twin.measure.run_campaign import Summary, WorkSession, run_campaign
 from adapter_twin.measure.store import Store
-from adapter_twin.measure.work_session import Summary, WorkSession
 from adapter_twin.plan.demand import Demand
-from adapter_twin.prove import picks
-from adapter_twin.prove.rivals import CALIBRATION, METHODS, PLAN, TREE, Study, load_study, plain
+from adapter_twin.prove.rivals import (
+    CALIBRATION,
+    METHODS,
+    PLAN,
+    TREE,
+    Study,
+    load_study,
+    plain,
+    plan,
+)
 from adapter_twin.workload.strict import require
 
 log = logging.getLogger(__name__)
@@ -126,24 +136,20 @@ def _calibration(study: Study, demand: Demand, out: Path) -> Calibration:
 def _plan(study: Study, demands: Mapping[str, Demand], out: Path) -> dict[str, Any]:
     """Return the plan that is there, or make it: what was said before is not said anew."""
     path = out / PLAN
-    if path.is_file():
-        planned: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return planned
-    others = {}
-    if study.design is not None:
-        calibration = next(iter(demands.values())).calibration
-        others[TREE] = learn_slots(Path(study.design), out / SWEEP, calibration)
-    workloads = {}
-    for name, demand in demands.items():
-        log.info("planning %s", name)
-        workloads[name] = {
-            "demand": plain(demand),
-            **picks.plan(demand, others, study.methods or METHODS),
-        }
-    planned = {"workloads": workloads}
-    get_reusable_executor().shutdown()  # idle processes of the sweep would still wake up
-    write_text(path, json.dumps(planned, indent=1) + "\n")
-    return planned
+    if not path.is_file():
+        others = {}
+        if study.design is not None:
+            calibration = next(iter(demands.values())).calibration
+            others[TREE] = learn_slots(Path(study.design), out / SWEEP, calibration)
+        workloads = {}
+        for name, demand in demands.items():
+            log.info("planning %s", name)
+            planned = plan(demand, others, study.methods or METHODS)
+            workloads[name] = {"demand": plain(demand), **planned}
+        get_reusable_executor().shutdown()  # idle processes of the sweep would still wake up
+        write_text(path, json.dumps({"workloads": workloads}, indent=1) + "\n")
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def pieces(
@@ -156,20 +162,27 @@ def pieces(
 
     A randomised complete block design: every repeat holds every configuration once, so that a
     machine that drifts meets all of them alike, and a study that is cut short has whole repeats.
+
+    Parameters
+    ----------
+    study : Study
+    demands : mapping of str to Demand
+        By workload.
+    calibration : Calibration
+    planned : mapping
+        Content of ``plan.json``.
     """
     rng = np.random.default_rng(study.seed)
     arms = [
         (name, slots)
-        for name, demand in demands.items()
+        for name in demands
         for slots in sorted({g for g in planned["workloads"][name]["picks"].values() if g})
     ]
-    runs: list[list[Piece]] = []
-    for repeat in range(study.repeats):
-        for place in rng.permutation(len(arms)):
-            name, slots = arms[place]
-            piece = _piece(study, name, demands[name], calibration, slots, repeat)
-            runs.append([piece])
-    return runs
+    return [
+        [_piece(study, name, demands[name], calibration, slots, repeat)]
+        for repeat in range(study.repeats)
+        for name, slots in (arms[place] for place in rng.permutation(len(arms)))
+    ]
 
 
 def _piece(
@@ -179,23 +192,19 @@ def _piece(
     workload = demand.workload(study.duration_s)
     seed = study.seed + repeat
     check_trace(workload, seed, flags.max_model_len)
-    rates = [adapter.request_rate for adapter in demand.adapters]
-    ranks = [adapter.rank for adapter in demand.adapters]
-    piece_id = f"{name}-{slots:03d}-{repeat}"
     return ServingPiece(
-        piece_id=piece_id,
+        campaign=study.name,
+        piece_id=f"{name}-{slots:03d}-{repeat}",
         flags=flags,
         workload=workload,
+        rates=[adapter.request_rate for adapter in demand.adapters],
+        ranks=[adapter.rank for adapter in demand.adapters],
         seed=seed,
-        columns={
-            "run_id": f"{study.name}/{piece_id}",
-            "campaign": study.name,
+        told={
             "model": demand.model,
-            **serving_columns(flags, workload, rates, ranks),
             "arrival_cv": demand.arrivals.cv,
             "held_out": True,
             "repeat": repeat,
-            "seed": seed,
             "source_path": name,
         },
     )
@@ -206,6 +215,13 @@ def engine_flags(study: Study, demand: Demand, calibration: Calibration, slots: 
 
     A CPU's KV cache gets what the calibration says that the slots leave; where that is nothing, a
     block, so that the engine itself refuses.
+
+    Parameters
+    ----------
+    study : Study
+    demand : Demand
+    calibration : Calibration
+    slots : int
     """
     engine, memory = demand.engine(slots), calibration.memory
     block_gib = memory.kv_gib(engine.block_size)

@@ -66,7 +66,7 @@ def regrets(chosen: pd.DataFrame, methods: pd.DataFrame) -> Figure:
     Parameters
     ----------
     chosen, methods : pandas.DataFrame
-        What `adapter_twin.prove.outcome.choices` and `methods` return.
+        What `choices` and `methods` of `adapter_twin.prove.comparison` return.
     """
     names = list(methods.method)[::-1]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 0.36 * len(names) + 1.3), sharey=True)
@@ -99,7 +99,7 @@ def fairness(adapters: pd.DataFrame) -> Figure:
     Parameters
     ----------
     adapters : pandas.DataFrame
-        What `adapter_twin.prove.outcome.per_adapter` returns.
+        What `study.ch15_proof.per_adapter` returns.
     """
     names = list(dict.fromkeys(adapters.workload))
     figure, panels = plt.subplots(1, len(names), figsize=(9.5, 3.6), squeeze=False, sharey=True)

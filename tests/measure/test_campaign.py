@@ -22,11 +22,9 @@ from adapter_twin.calibrate.from_tables import calibrate_tables
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
 from adapter_twin.measure import run_campaign as runner
-from adapter_twin.measure import work_session
 from adapter_twin.measure.campaign import draw_trace, load_campaign
 from adapter_twin.measure.client import ScheduleError
-from adapter_twin.measure.engine_flags import EngineFlags
-from adapter_twin.measure.machine import describe_machine
+from adapter_twin.measure.engine_flags import EngineFlags, describe_machine
 from adapter_twin.measure.micro import LOAD_COLUMNS, STEP_COLUMNS, EngineProfile
 from adapter_twin.measure.pieces import groups
 from adapter_twin.measure.serving import ServedRun
@@ -170,11 +168,11 @@ class Engine:
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     fake = Engine()
     monkeypatch.setattr(runner, "require_engine", lambda: None)
-    monkeypatch.setattr(work_session, "profile_engine", fake.profile)
-    monkeypatch.setattr(work_session, "Server", fake.server)
-    monkeypatch.setattr(work_session, "measure_run", fake.measure)
+    monkeypatch.setattr(runner, "profile_engine", fake.profile)
+    monkeypatch.setattr(runner, "Server", fake.server)
+    monkeypatch.setattr(runner, "measure_run", fake.measure)
     memory = {"kv_cache_tokens": 1600, "block_size": 16}
-    monkeypatch.setattr(work_session, "kv_cache", lambda base_url: memory)
+    monkeypatch.setattr(runner, "kv_cache", lambda base_url: memory)
     return fake
 
 
@@ -359,7 +357,7 @@ def test_a_folder_is_not_continued_on_another_machine(
 def test_a_campaign_stops_before_a_piece_that_does_not_fit_in_its_budget(
     engine: Engine, tmp_path: Path
 ) -> None:
-    start_s = work_session.UNMEASURED_S["start"]
+    start_s = runner.UNMEASURED_S["start"]
     out = tmp_path / "out"
     summary = runner.run_campaign(write(tmp_path, {"micro": None, "budget_s": start_s + 14}), out)
     assert (summary.complete, engine.starts) == (0, [])
@@ -464,7 +462,7 @@ def test_a_missing_engine_is_one_line_that_says_where_to_get_it(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("adapter_twin.measure.machine.engine_version", lambda: None)
+    monkeypatch.setattr("adapter_twin.measure.engine_flags.engine_version", lambda: None)
     monkeypatch.chdir(tmp_path)
     if has_environment:
         (tmp_path / ".venv-vllm" / "bin").mkdir(parents=True)

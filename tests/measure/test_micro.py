@@ -224,7 +224,7 @@ def test_an_interrupted_profile_leaves_no_child(
         child.returncode = -signal.SIGKILL
         return -signal.SIGKILL
 
-    monkeypatch.setattr(micro.subprocess.Popen, "wait", interrupt)
+    monkeypatch.setattr("subprocess.Popen.wait", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_child([sys.executable, "-c", "import time; time.sleep(60)"], {}, tmp_path / "log")
     with pytest.raises(ProcessLookupError):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.measure import vllm_server
+from adapter_twin.measure import engine_flags, vllm_server
 from adapter_twin.measure.engine_flags import EngineFlags
 from adapter_twin.measure.vllm_server import Server, error_message, free_port, telling_line
 
@@ -92,8 +92,11 @@ def test_a_port_in_use_is_refused_before_anything_starts(model: Path) -> None:
 
 
 def test_a_missing_engine_is_told(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_server, "engine_version", lambda: None)
-    with pytest.raises(AdapterTwinError, match="vllm: no engine is installed"), start(model):
+    monkeypatch.setattr(engine_flags, "engine_version", lambda: None)
+    with (
+        pytest.raises(AdapterTwinError, match="vllm: not installed in this environment"),
+        start(model),
+    ):
         pass
 
 
@@ -169,7 +172,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 model = Path(sys.argv[1])
 flags = EngineFlags(max_loras=2, max_lora_rank=16, max_cpu_loras=4)
 with Server(model, {}, flags, free_port(), model / "log") as server:
-    print(vllm_server._process.pid, flush=True)
+    print(server._process.pid, flush=True)
     time.sleep(600)
 """
 

@@ -19,7 +19,7 @@ from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
 from adapter_twin.laws.memory import MemoryLaw, slots_bytes
 from adapter_twin.learn import slots_tree
-from adapter_twin.measure import work_session
+from adapter_twin.measure import run_campaign as campaign_runner
 from adapter_twin.measure.campaign import load_campaign
 from adapter_twin.measure.client import ScheduleError
 from adapter_twin.measure.engine_flags import EngineFlags
@@ -29,14 +29,15 @@ from adapter_twin.plan.candidates import candidate_slots
 from adapter_twin.plan.demand import Demand, load_demand
 from adapter_twin.plan.grid import simulate_quietly
 from adapter_twin.plan.steady_state import warmed_up
-from adapter_twin.prove import comparison, outcome, picks
+from adapter_twin.prove import comparison, outcome, rivals
 from adapter_twin.prove import run_study as runner
-from adapter_twin.prove.outcome import by_popularity, per_adapter, read_outcome, service, waits
+from adapter_twin.prove.outcome import read_outcome, service
 from adapter_twin.prove.rivals import METHODS, Study, load_study, plain
 from adapter_twin.tables import datasets
 from adapter_twin.twin.records import Records
 from adapter_twin.workload.models import model_shape
 from adapter_twin.workload.scenario import Lengths, Slo, zipf_adapters
+from study.ch15_proof import bars, by_popularity, pairs, per_adapter, waits
 from study.figures import proofs
 
 CALIBRATION = load_calibration("auto", "small")
@@ -152,13 +153,13 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> TwinAsEngine:
     monkeypatch.setattr(runner, "require_engine", lambda: None)
     monkeypatch.setattr(runner, "is_cpu_build", lambda: True)
     monkeypatch.setattr(runner, "describe_machine", lambda flags: MACHINE)
-    monkeypatch.setattr(work_session, "Server", fake.server)
-    monkeypatch.setattr(work_session, "measure_run", fake.measure)
-    monkeypatch.setattr(work_session, "write_model", lambda shape, folder: folder)
-    monkeypatch.setattr(work_session, "check_model", lambda folder: {"vocab_size": 100})
-    monkeypatch.setattr(work_session, "write_adapters", lambda model, folder, ranks: list(ranks))
+    monkeypatch.setattr(campaign_runner, "Server", fake.server)
+    monkeypatch.setattr(campaign_runner, "measure_run", fake.measure)
+    monkeypatch.setattr(campaign_runner, "write_model", lambda shape, folder: folder)
+    monkeypatch.setattr(campaign_runner, "check_model", lambda folder: {"vocab_size": 100})
+    monkeypatch.setattr(campaign_runner, "write_adapters", lambda model, folder, ranks: list(ranks))
     memory = {"kv_cache_tokens": 131072, "block_size": 128}
-    monkeypatch.setattr(work_session, "kv_cache", lambda base_url: memory)
+    monkeypatch.setattr(campaign_runner, "kv_cache", lambda base_url: memory)
     return fake
 
 
@@ -235,28 +236,28 @@ def test_rules_of_thumb_are_what_operators_use() -> None:
     slot = slots_bytes(model_shape("small"), 1, 16)
     kv = 1024 * model_shape("small").kv_bytes_per_token
     memory.available_gib_ = (9 * slot + kv) / 2**30
-    rules = picks.rules_of_thumb(demand(), memory)
+    rules = rivals.rules_of_thumb(demand(), memory)
     assert rules == {"G = N": 12, "G = 8": 8, "G = N/4": 3, "largest that starts": 9}
 
 
 def test_neighbours_are_the_next_candidates() -> None:
     assert candidate_slots(demand()) == [1, 2, 3, 4, 6, 8, 12]
-    assert picks.neighbours(demand(), 6) == {"fewer slots": 4, "more slots": 8}
-    assert picks.neighbours(demand(), 12) == {"fewer slots": 8}
-    assert picks.neighbours(demand(), 1) == {"more slots": 2}
-    assert picks.neighbours(demand(), None) == {}
+    assert rivals.neighbours(demand(), 6) == {"fewer slots": 4, "more slots": 8}
+    assert rivals.neighbours(demand(), 12) == {"fewer slots": 8}
+    assert rivals.neighbours(demand(), 1) == {"more slots": 2}
+    assert rivals.neighbours(demand(), None) == {}
 
 
 def test_a_plan_keeps_the_methods_that_are_asked(tmp_path: Path) -> None:
     write(tmp_path)
     light = load_demand(tmp_path / "light.yaml")
-    planned = picks.plan(light, {"tree": lambda demand: 2}, ["twin", "tree", "G = 8"])
+    planned = rivals.plan(light, {"tree": lambda demand: 2}, ["twin", "tree", "G = 8"])
     assert planned["picks"] == {
         "twin": planned["recommended"]["adapter_slots"],
         "tree": 2,
         "G = 8": 8,
     }
-    refused = picks.plan(load_demand(tmp_path / "hopeless.yaml"), {})
+    refused = rivals.plan(load_demand(tmp_path / "hopeless.yaml"), {})
     assert refused["picks"]["twin"] is None
     assert "one GPU cannot serve them" in refused["refused"]
 
@@ -339,13 +340,13 @@ def test_slow_first_tokens_show_in_errors_and_bars(engine: TwinAsEngine, tmp_pat
     runner.run_study(write(tmp_path), "cpu", tmp_path / "out")
     measured = read_outcome(tmp_path / "out")
     runs = service(measured)
-    scored = comparison.pairs(runs)
+    scored = pairs(runs)
     assert not (scored.workload == "hopeless").any()
     ttft = scored[scored.figure == "median_ttft_ms"]
     np.testing.assert_allclose(ttft.error, -50)
     chosen = comparison.choices(runs, measured.picks)
-    bars = comparison.bars(runs, chosen, comparison.verdicts(runs, measured.picks))
-    reached = bars.set_index("what").reached
+    told = bars(runs, chosen, comparison.verdicts(runs, measured.picks))
+    reached = told.set_index("what").reached
     assert reached["median_ttft_ms MAPE (at most)"] == pytest.approx(50)
     assert reached["recommendation serves (at least)"] == 100
     assert reached["every verdict right (at least)"] == 100
@@ -448,7 +449,7 @@ def test_the_verb_tells_how_each_choice_did(
 def test_the_verb_without_an_engine_is_one_line(
     tmp_path: Path, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapter_twin.measure.machine.engine_version", lambda: None)
+    monkeypatch.setattr("adapter_twin.measure.engine_flags.engine_version", lambda: None)
     status, out, err = run("prove", str(write(tmp_path)), "--engine", "cpu", "--out", "out")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "make setup-vllm" in err
@@ -496,8 +497,8 @@ def test_the_interval_of_a_share_is_wilsons(done: Path) -> None:
     measured = read_outcome(done)
     runs = service(measured)
     said = pd.DataFrame({"said": True, "right": [True] * 9 + [False]})
-    bars = comparison.bars(runs, comparison.choices(runs, measured.picks), said).set_index("what")
-    share = bars.loc["recommendation serves (at least)", ["reached", "low", "high"]]
+    told = bars(runs, comparison.choices(runs, measured.picks), said).set_index("what")
+    share = told.loc["recommendation serves (at least)", ["reached", "low", "high"]]
     assert share.to_list() == pytest.approx([90, 59.6, 98.2], abs=0.1)
 
 
@@ -558,7 +559,7 @@ def learn(monkeypatch: pytest.MonkeyPatch, best: Callable[[int, float], int]) ->
     ]
     monkeypatch.setattr(slots_tree, "run_sweep", lambda *_, **__: None)
     monkeypatch.setattr(slots_tree, "read_sweep", lambda _: pd.DataFrame(rows))
-    return slots_tree.learn_slots(Path("design.yaml"), Path("out"), "auto", print)
+    return slots_tree.learn_slots(Path("design.yaml"), Path("out"), "auto")
 
 
 def test_a_tree_learns_the_best_slots_for_so_many_adapters(
