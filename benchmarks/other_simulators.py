@@ -75,7 +75,7 @@ def step_time(calibration: Calibration) -> StepTime:
                            ("token_breaks", "coefficients", "scheduling")})  # fmt: skip
 
     def seconds(prompt_tokens: int, decodes: int, context_tokens: int) -> float:
-        batch = Batch(prompt_tokens + decodes, decodes, 0, context_tokens, 0, 0, 0, 0.0, 0, False)
+        batch = Batch(prompt_tokens + decodes, decodes, context_tokens, 0, 0, 0.0, 0, False)
         return sum(step_seconds.py_func(fast, batch, decodes, 0))
 
     return seconds

@@ -19,13 +19,12 @@ from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.laws.step_time import StepTimeLaw
 from adapter_twin.service.metrics import summarize
 from adapter_twin.service.validate import error_measures, pair_runs
-from adapter_twin.twin.clock import FrontEnd, turn
+from adapter_twin.twin.clock import Run, turn
 from adapter_twin.twin.compiled import entry, helper
 from adapter_twin.twin.policy import Policy
 from adapter_twin.twin.records import make_gaps, make_records
-from adapter_twin.twin.session import Session, arguments
 from adapter_twin.twin.simulate import draw_requests
-from adapter_twin.twin.state import Batch, Limits, Requests, State
+from adapter_twin.twin.state import Batch
 from adapter_twin.twin.step_law import StepLaw, step_seconds
 from adapter_twin.twin.wiring import begin
 from adapter_twin.workload.files import records, run_to_workload
@@ -99,43 +98,24 @@ class OneSlotCount(StepTimeLaw):
 @helper
 def _batch_seconds(law: StepLaw, step: Any, tokens: int, decodes: int) -> float:
     """Return what the model takes for a step's batch, were it of so many tokens and decodes."""
-    batch = Batch(tokens, decodes, 0, step.context_tokens, step.adapters, 0, 0, 0.0, 0, False)
+    batch = Batch(tokens, decodes, step.context_tokens, step.adapters, 0, 0.0, 0, False)
     return step_seconds(law, batch, step.running, step.waiting)[0]
 
 
 @entry
-def run_with_free_prompts(
-    limits: Limits,
-    requests: Requests,
-    state: State,
-    policy: Policy,
-    clock: Any,
-    law: StepLaw,
-    front_end: FrontEnd,
-    steps: Any,
-    pauses: Any,
-    seen: NDArray[np.uint64],
-    used: NDArray[np.bool_],
-) -> bool:
-    """Turn the engine loop as `adapter_twin.twin.clock.run` does, but take prompts' time back."""
-    while clock.steps + 1 < len(steps):
-        event_s = turn(
-            limits, requests, state, policy, clock, law, front_end, steps, pauses, seen, used
-        )
-        if state.count.running > 0:  # a step has begun
-            row = steps[clock.steps]
-            cost_s = _batch_seconds(law, row, row.tokens, row.decodes)
-            event_s -= cost_s - _batch_seconds(law, row, row.running, row.running)
-        if event_s > front_end.duration_s:
+def run_with_free_prompts(run: Run, policy: Policy) -> bool:
+    """Turn the engine loop as `adapter_twin.twin.clock.run_to_end`, but take prompts' time back."""
+    clock = run.clock
+    while clock.steps + 1 < len(run.steps):
+        event_s = turn(run, policy)
+        if run.state.count.running > 0:  # a step has begun
+            row = run.steps[clock.steps]
+            cost_s = _batch_seconds(run.law, row, row.tokens, row.decodes)
+            event_s -= cost_s - _batch_seconds(run.law, row, row.running, row.running)
+        if event_s > run.front_end.duration_s:
             return True
         clock.now_s = event_s
     return False
-
-
-class FreePrompts(Session):
-    """A run of the twin in which prompts take no time."""
-
-    loop = staticmethod(run_with_free_prompts)
 
 
 def simulate_with(
@@ -167,7 +147,7 @@ def simulate_with(
         observer=True,
     )
     if assumptions.free_prompts:
-        session = FreePrompts(*arguments(session))
+        session.loop = run_with_free_prompts
     session.run()
     done = make_records(session, calibration.front_end.overhead_s)
     service = summarize(done, make_gaps(session), workload.duration_s)

@@ -1,7 +1,8 @@
-"""What one turn of the engine loop does, and the compiled loop over turns.
+"""The engine loop: one turn of it, and the compiled loop over turns.
 
-`turn` is the only way in which time passes in the twin: the compiled loop `run` calls it back to
-back, the SimPy server (`adapter_twin.twin.in_simpy`) waits in between.
+`turn` is the only way in which time passes in the twin: the compiled loop `run_to_end` calls it
+back to back, the SimPy processes (`adapter_twin.twin.simulate`, the servers of a cluster) wait in
+between.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ STEPS = np.dtype(
         ("scheduling_s", np.float32),
     ]
 )
+"""A row tells of one engine step."""
 
-# When the front end (HTTP server, tokenizer, metrics) could not serve anything else.
 PAUSES = np.dtype(
     [
         ("start_s", np.float64),
@@ -43,6 +44,7 @@ PAUSES = np.dtype(
         ("names", np.int64),
     ]
 )
+"""In a pause the front end (HTTP server, tokenizer, metrics) could not serve anything else."""
 
 CLOCK = np.dtype(
     [
@@ -59,6 +61,7 @@ CLOCK = np.dtype(
         ("last_label", np.uint64),
     ]
 )
+"""The one record of a clock holds the time and what is counted besides the scheduler."""
 
 
 class FrontEnd(NamedTuple):
@@ -73,9 +76,25 @@ class FrontEnd(NamedTuple):
     scrape_s_per_name: float
 
 
+class Run(NamedTuple):
+    """All that the loop works on, but for the policy."""
+
+    limits: Limits
+    requests: Requests
+    state: State
+    clock: Any  # one record of CLOCK
+    law: StepLaw
+    front_end: FrontEnd
+    steps: Any  # recarray of STEPS
+    pauses: Any  # recarray of PAUSES
+    seen: NDArray[np.uint64]  # hash table of label sets, empty where nobody reads the metrics
+    used: NDArray[np.bool_]  # adapters that the front end knows, the base model last
+
+
 @helper
-def _pause(clock: Any, pauses: Any, start_s: float, seconds: float) -> None:
-    row = pauses[clock.pauses]
+def _pause(run: Run, start_s: float, seconds: float) -> None:
+    clock = run.clock
+    row = run.pauses[clock.pauses]
     row.start_s, row.end_s = start_s, start_s + seconds
     row.labels, row.names = clock.labels, clock.label_names
     clock.pauses += 1
@@ -83,62 +102,54 @@ def _pause(clock: Any, pauses: Any, start_s: float, seconds: float) -> None:
 
 
 @helper
-def _scrape(clock: Any, front_end: FrontEnd, pauses: Any) -> None:
+def _scrape(run: Run) -> None:
+    clock, front_end = run.clock, run.front_end
     seconds = (
         front_end.scrape_s
         + front_end.scrape_s_per_label * clock.labels
         + front_end.scrape_s_per_name * clock.label_names
     )
-    _pause(clock, pauses, max(clock.next_scrape_s, clock.front_end_free_s), seconds)
+    _pause(run, max(clock.next_scrape_s, clock.front_end_free_s), seconds)
     clock.next_scrape_s = clock.front_end_free_s + front_end.scrape_period_s
 
 
 @helper
-def _accept(
-    requests: Requests, clock: Any, front_end: FrontEnd, pauses: Any, used: NDArray[np.bool_]
-) -> None:
+def _accept(run: Run) -> None:
     """Let the front end take the next request, once it is free."""
+    clock, requests = run.clock, run.requests
     request = clock.accepted
     clock.accepted += 1
     ready_s = max(requests.arrival_s[request], clock.front_end_free_s)
     adapter = requests.adapter[request]
-    if not used[adapter]:
-        used[adapter] = True
-        if front_end.first_use_s > 0.0:
-            _pause(clock, pauses, ready_s, front_end.first_use_s)
+    if not run.used[adapter]:
+        run.used[adapter] = True
+        if run.front_end.first_use_s > 0.0:
+            _pause(run, ready_s, run.front_end.first_use_s)
             ready_s = clock.front_end_free_s
     requests.ready_s[request] = ready_s
 
 
 @helper
-def _deliver_arrivals(
-    limits: Limits,
-    requests: Requests,
-    state: State,
-    policy: Policy,
-    clock: Any,
-    front_end: FrontEnd,
-    pauses: Any,
-    used: NDArray[np.bool_],
-) -> None:
+def _deliver_arrivals(run: Run, policy: Policy) -> None:
     """Hand the engine every request that has reached it by ``clock.now_s``."""
+    clock, requests = run.clock, run.requests
     n = len(requests.arrival_s)
     while True:
         arrival_s = requests.arrival_s[clock.accepted] if clock.accepted < n else np.inf
         if min(arrival_s, clock.next_scrape_s) > clock.now_s:
             break
         if clock.next_scrape_s <= arrival_s:
-            _scrape(clock, front_end, pauses)
-        elif clock.in_flight >= front_end.in_flight_cap:
+            _scrape(run)
+        elif clock.in_flight >= run.front_end.in_flight_cap:
             requests.rejected[clock.accepted] = True
             requests.ready_s[clock.accepted] = max(arrival_s, clock.front_end_free_s)
             clock.accepted += 1
         else:
             clock.in_flight += 1
-            _accept(requests, clock, front_end, pauses, used)
+            _accept(run)
     while clock.delivered < clock.accepted and requests.ready_s[clock.delivered] <= clock.now_s:
         if not requests.rejected[clock.delivered]:
-            enqueue(limits, requests, state, policy, clock.delivered)
+            enqueue(run.limits, requests, run.state, policy, clock.delivered)
         clock.delivered += 1
 
 
@@ -175,61 +186,27 @@ def _note_label(state: State, clock: Any, seen: NDArray[np.uint64]) -> None:
 
 
 @helper
-def _begin_step(
-    limits: Limits,
-    requests: Requests,
-    state: State,
-    policy: Policy,
-    clock: Any,
-    law: StepLaw,
-    steps: Any,
-) -> float:
+def _begin_step(run: Run, policy: Policy) -> float:
     """Schedule a batch, note it, and return the step's duration in seconds."""
-    batch = schedule(limits, requests, state, policy, clock.now_s)
-    model_s, scheduling_s = step_seconds(law, batch, state.count.running, state.count.waiting)
-    row = steps[clock.steps]
+    clock, count = run.clock, run.state.count
+    batch = schedule(run.limits, run.requests, run.state, policy, clock.now_s)
+    model_s, scheduling_s = step_seconds(run.law, batch, count.running, count.waiting)
+    row = run.steps[clock.steps]
     row.tokens = batch.tokens
     row.decodes = batch.decodes
-    row.running = state.count.running
-    row.waiting = state.count.waiting
+    row.running = count.running
+    row.waiting = count.waiting
     row.adapters = batch.adapters
     row.loads = batch.host_loads
-    row.free_blocks = state.count.free_blocks
+    row.free_blocks = count.free_blocks
     row.context_tokens = batch.context_tokens
     row.load_s = batch.load_s
     row.scheduling_s = scheduling_s
     return model_s + scheduling_s + batch.load_s
 
 
-@helper
-def _end_step(
-    limits: Limits,
-    requests: Requests,
-    state: State,
-    policy: Policy,
-    clock: Any,
-    steps: Any,
-) -> None:
-    """Emit the tokens of the current step at ``clock.now_s``."""
-    steps[clock.steps].end_s = clock.now_s
-    clock.steps += 1
-    clock.in_flight -= complete_step(limits, requests, state, policy, clock.now_s)
-
-
 @entry
-def turn(
-    limits: Limits,
-    requests: Requests,
-    state: State,
-    policy: Policy,
-    clock: Any,
-    law: StepLaw,
-    front_end: FrontEnd,
-    steps: Any,
-    pauses: Any,
-    seen: NDArray[np.uint64],
-    used: NDArray[np.bool_],
-) -> float:
+def turn(run: Run, policy: Policy) -> float:
     """Turn the engine loop once, at ``clock.now_s``.
 
     End the step that ends now, take what has arrived, begin the next step.
@@ -239,38 +216,28 @@ def turn(
     float
         When to call again, in seconds: the end of the new step; with no work, the next arrival.
     """
+    clock, state = run.clock, run.state
     in_step = state.count.running > 0
     if in_step:
-        _end_step(limits, requests, state, policy, clock, steps)
-    _deliver_arrivals(limits, requests, state, policy, clock, front_end, pauses, used)
-    if in_step and len(seen) > 0:  # what arrived in the step waits when its metrics are written
-        _note_label(state, clock, seen)
+        run.steps[clock.steps].end_s = clock.now_s
+        clock.steps += 1
+        clock.in_flight -= complete_step(run.limits, run.requests, state, policy, clock.now_s)
+    _deliver_arrivals(run, policy)
+    if in_step and len(run.seen) > 0:  # what arrived in the step waits when its metrics are written
+        _note_label(state, clock, run.seen)
     if state.count.waiting + state.count.running == 0:
-        return _next_delivery_s(requests, clock)
-    step_s = _begin_step(limits, requests, state, policy, clock, law, steps)
+        return _next_delivery_s(run.requests, clock)
+    step_s = _begin_step(run, policy)
     return float(clock.now_s + step_s)
 
 
 @entry
-def run(
-    limits: Limits,
-    requests: Requests,
-    state: State,
-    policy: Policy,
-    clock: Any,
-    law: StepLaw,
-    front_end: FrontEnd,
-    steps: Any,
-    pauses: Any,
-    seen: NDArray[np.uint64],
-    used: NDArray[np.bool_],
-) -> bool:
-    """Turn the engine loop until the window ends (True) or `steps` is full (False)."""
-    while clock.steps + 1 < len(steps):
-        event_s = turn(
-            limits, requests, state, policy, clock, law, front_end, steps, pauses, seen, used
-        )
-        if event_s > front_end.duration_s or state.count.out_of_slots:
+def run_to_end(run: Run, policy: Policy) -> bool:
+    """Turn the engine loop until the window ends (True) or ``run.steps`` is full (False)."""
+    clock = run.clock
+    while clock.steps + 1 < len(run.steps):
+        event_s = turn(run, policy)
+        if event_s > run.front_end.duration_s or run.state.count.out_of_slots:
             return True
         clock.now_s = event_s
     return False

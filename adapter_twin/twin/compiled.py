@@ -9,10 +9,12 @@ import numba
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Without `_nrt` no reference is counted. The functions pass some forty arrays among them and
-# allocate none (numba refuses to compile one that would), and counting took 80 % of their time.
-# numba has no public name for it.
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "_nrt": False, "forceinline": True}
+"""numba's options: without ``_nrt``, of which it has no public name, no reference is counted.
+
+The functions pass some forty arrays among them and allocate none (numba refuses to compile one that
+would), and counting took 80 % of their time.
+"""
 
 
 def _compile(function: Function, **options: bool) -> Function:

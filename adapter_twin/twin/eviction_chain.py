@@ -23,10 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin.twin.compiled import helper
-from adapter_twin.twin.lists import Links, append, remove
-from adapter_twin.twin.state import Limits, Requests, State
-
-NOBODY = -1
+from adapter_twin.twin.state import NOT_RUNNING, Limits, Links, Requests, State, append, remove
 
 
 @helper
@@ -64,7 +61,7 @@ def _insert_by_age(
 @helper
 def bring_batch(
     limits: Limits, requests: Requests, state: State, continuing: int
-) -> tuple[int, int, float]:
+) -> tuple[int, float]:
     """Make the adapters of a batch resident, in vLLM's way.
 
     Parameters
@@ -78,10 +75,10 @@ def bring_batch(
 
     Returns
     -------
-    loads, reads : int
-        Copies into a slot, and reads from disk before that.
+    loads : int
+        Copies into a slot.
     seconds : float
-        That they take together.
+        That these take, reads from disk included.
     """
     count = state.count
     slots_short = count.gpu_adapters - limits.gpu_slots
@@ -94,7 +91,7 @@ def bring_batch(
     if slots_short > 0 or places_short > 0:
         _sort_batch(state)
         first = 0
-    loads, reads, seconds = 0, 0, 0.0
+    loads, seconds = 0, 0.0
     slot_victim = place_victim = 0  # how far the walk has got in looking for victims
     for i in range(first, count.active):
         adapter = state.active_list[i]
@@ -102,14 +99,13 @@ def bring_batch(
         load_s = 0.0
         if not state.on_host[adapter]:
             if count.host_adapters == limits.max_cpu_loras:
-                place_victim = _evict_from_host(limits, state, i, place_victim)
+                place_victim = _evict(limits, state, True, i, place_victim)
             load_s += state.read_s[adapter]
-            reads += 1
             count.host_adapters += 1
             state.on_host[adapter] = True
         if not state.on_gpu[adapter]:
             if count.gpu_adapters == limits.gpu_slots:
-                slot_victim = _evict_from_gpu(limits, state, i, slot_victim)
+                slot_victim = _evict(limits, state, False, i, slot_victim)
             load_s += state.load_s[adapter]
             loads += 1
             count.gpu_adapters += 1
@@ -117,7 +113,7 @@ def bring_batch(
         if state.joined_step[adapter] == count.step:
             requests.load_wait_s[state.brought_by[adapter]] += load_s
         seconds += load_s
-    return loads, reads, seconds
+    return loads, seconds
 
 
 @helper
@@ -153,24 +149,17 @@ def _touch(state: State, adapter: int) -> None:
 
 
 @helper
-def _oldest(
-    limits: Limits,
-    state: State,
-    following: Links,
-    present: NDArray[np.bool_],
-    touched: int,
-    looked_at: int,
-) -> tuple[int, int]:
-    """Return the adapter of a cache that was touched least recently, and not in this walk.
+def _evict(limits: Limits, state: State, is_host: bool, touched: int, looked_at: int) -> int:
+    """Free a slot, or with `is_host` a place in host memory and the slot of what stood there.
+
+    The adapter of the cache leaves that was touched least recently, and not in this walk.
 
     Parameters
     ----------
     limits : Limits
     state : State
-    following : Links
-        Of the cache's list.
-    present : bool, shape (adapters + 1,)
-        What is in the cache.
+        ``out_of_slots`` is set where all that is left is pinned.
+    is_host : bool
     touched : int
         Place of the walk in the batch: up to there all are touched.
     looked_at : int
@@ -178,56 +167,42 @@ def _oldest(
 
     Returns
     -------
-    victim : int
-        `NOBODY` where all that is left is pinned.
-    looked_at : int
+    int
+        The new `looked_at`.
     """
     count, sentinel = state.count, limits.base_model + 1
+    following, present = state.gpu_next, state.on_gpu
+    if is_host:
+        following, present = state.host_next, state.on_host
     listed = following[sentinel]
-    if listed != sentinel and state.left_step[listed] < count.step - 1:
-        return listed, looked_at
-    at = max(looked_at, touched + 1)
-    while at < count.active:
-        adapter = state.active_list[at]
-        joins = state.joined_step[adapter] == count.step
-        if present[adapter] and not joins and not state.pinned[adapter]:
-            if listed == sentinel or state.place[adapter] < state.place[listed]:
-                return adapter, at
-            break
-        at += 1
-    return (listed if listed != sentinel else NOBODY), at
-
-
-@helper
-def _evict_from_gpu(limits: Limits, state: State, touched: int, looked_at: int) -> int:
-    """Free a slot; return how far the batch was looked at."""
-    victim, looked_at = _oldest(limits, state, state.gpu_next, state.on_gpu, touched, looked_at)
-    if victim == NOBODY:
-        state.count.out_of_slots = True
-    else:
-        _leave_gpu(state, victim)
-    return looked_at
-
-
-@helper
-def _evict_from_host(limits: Limits, state: State, touched: int, looked_at: int) -> int:
-    """Free a place in host memory, and the victim's slot; return as `_evict_from_gpu`."""
-    victim, looked_at = _oldest(limits, state, state.host_next, state.on_host, touched, looked_at)
-    if victim == NOBODY:
-        state.count.out_of_slots = True
+    victim = listed if listed != sentinel else NOT_RUNNING
+    if listed == sentinel or state.left_step[listed] >= count.step - 1:
+        looked_at = max(looked_at, touched + 1)
+        while looked_at < count.active:
+            adapter = state.active_list[looked_at]
+            joins = state.joined_step[adapter] == count.step
+            if present[adapter] and not joins and not state.pinned[adapter]:
+                if listed == sentinel or state.place[adapter] < state.place[listed]:
+                    victim = adapter
+                break
+            looked_at += 1
+    if victim == NOT_RUNNING:
+        count.out_of_slots = True
         return looked_at
-    if _is_listed(state, victim):
-        remove(state.host_next, state.host_previous, victim)
-    state.on_host[victim] = False
-    state.count.host_adapters -= 1
+    if is_host:
+        count.host_adapters -= 1
+        _leave(state, state.host_next, state.host_previous, state.on_host, victim)
     if state.on_gpu[victim]:
-        _leave_gpu(state, victim)
+        count.gpu_adapters -= 1
+        _leave(state, state.gpu_next, state.gpu_previous, state.on_gpu, victim)
     return looked_at
 
 
 @helper
-def _leave_gpu(state: State, adapter: int) -> None:
+def _leave(
+    state: State, following: Links, preceding: Links, present: NDArray[np.bool_], adapter: int
+) -> None:
+    """Take an adapter out of a cache, and out of its list if it stands there."""
     if _is_listed(state, adapter):
-        remove(state.gpu_next, state.gpu_previous, adapter)
-    state.on_gpu[adapter] = False
-    state.count.gpu_adapters -= 1
+        remove(following, preceding, adapter)
+    present[adapter] = False

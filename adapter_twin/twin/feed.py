@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
 from adapter_twin.laws import Calibration
 from adapter_twin.twin.policy import VLLM, Policy
-from adapter_twin.twin.session import Session
-from adapter_twin.twin.state import NOT_RUNNING, Requests, State
+from adapter_twin.twin.session import Session, new_requests, state_of_requests
+from adapter_twin.twin.state import Links, Requests, State
 from adapter_twin.twin.wiring import begin
 from adapter_twin.workload.scenario import Adapter, EngineConfig
 from adapter_twin.workload.strict import require
-from adapter_twin.workload.trace import Trace
+from adapter_twin.workload.trace import BASE_MODEL, Trace
 
 
 class Feed:
@@ -35,8 +32,10 @@ class Feed:
     order : numpy.random.Generator
         Draws the order in which the server's steps touch adapters.
     now_s : float
-        When the server starts.
+        When the server starts, in s.
     policy : Policy
+    room : int
+        Places for requests to begin with; they double as needed.
 
     Attributes
     ----------
@@ -60,12 +59,7 @@ class Feed:
     ) -> None:
         for adapter in adapters:
             require(not adapter.pinned, f"{adapter.name}: a cluster pins none; leave `pinned` out")
-        nothing = Trace(
-            np.full(room, np.inf),
-            np.full(room, -1, np.int32),
-            np.ones(room, np.int32),
-            np.full(room, longest_output, np.int32),
-        )
+        nothing = _nothing(room, longest_output)
         self.session: Session = begin(
             nothing, engine, calibration, adapters, order, duration_s=duration_s, policy=policy
         )
@@ -79,7 +73,16 @@ class Feed:
         return int(self.pushed - clock["accepted"] + clock["in_flight"])
 
     def push(self, arrival_s: float, adapter: int, prompt_tokens: int, output_tokens: int) -> int:
-        """Give the server a request that reaches it at `arrival_s`; return its number here."""
+        """Give the server a request, and return its number here.
+
+        Parameters
+        ----------
+        arrival_s : float
+            When it reaches the server, after all that were given before.
+        adapter : int
+            -1 is the base model.
+        prompt_tokens, output_tokens : int
+        """
         requests = self.session.requests
         if self.pushed == len(requests.arrival_s):
             _make_room(self.session)
@@ -97,31 +100,30 @@ class Feed:
         return adapter < 0 or bool(self.session.state.on_gpu[adapter])
 
 
+def _nothing(room: int, output_tokens: int) -> Trace:
+    """Return requests that never arrive."""
+    return Trace(
+        np.full(room, np.inf),
+        np.full(room, BASE_MODEL, np.int32),
+        np.ones(room, np.int32),
+        np.full(room, output_tokens, np.int32),
+    )
+
+
 def _make_room(session: Session) -> None:
     """Double the places for requests."""
     n = len(session.requests.arrival_s)
-    fresh: dict[str, Any] = {
-        "arrival_s": np.inf, "prompt_tokens": 1, "output_tokens": 1, "load_wait_s": 0.0,
-        "preemptions": 0, "stalls": 0, "stalled_s": 0.0, "rejected": False,
-        "adapter": session.limits.base_model, "first_step": NOT_RUNNING,
-    }  # fmt: skip
-    session.requests = Requests(
-        *(
-            np.concatenate((column, np.full(n, fresh.get(name, np.nan), column.dtype)))
-            for name, column in session.requests._asdict().items()
-        )
-    )
-    per_request = {"order": 0, "emitted": 0, "base_tokens": 0, "base_step": 0}
-    per_request |= {"stack_index": NOT_RUNNING}
+    fresh = new_requests(_nothing(n, 1), session.limits.base_model)
+    session.requests = Requests(*map(np.concatenate, zip(session.requests, fresh, strict=True)))
     state = session.state._asdict()
-    for name, value in per_request.items():
-        state[name] = np.concatenate((state[name], np.full(n, value, state[name].dtype)))
+    for name, column in state_of_requests(n).items():
+        state[name] = np.concatenate((state[name], column))
     for name in ("next", "previous"):
         state[name] = _move_sentinels(state[name], n)
     session.state = State(**state)
 
 
-def _move_sentinels(links: NDArray[np.int32], n: int) -> NDArray[np.int32]:
+def _move_sentinels(links: Links, n: int) -> Links:
     """Insert `n` nodes, in no list, between the `n` requests and the sentinels behind them."""
     moved = np.where(links >= n, links + n, links)
     fresh = np.arange(n, 2 * n, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""vLLM's own policy, and what others may decide otherwise."""
+"""The policy interface: vLLM's own decisions, each a method that others may override."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class Policy(Hooks, new_hooks=True):
     """vLLM's own policy; others inherit from it and override what they decide otherwise.
 
     Its methods are called by the scheduler, which numba compiles: they work on the arrays of
-    `adapter_twin.twin.state` and may call functions decorated with
-    `adapter_twin.twin.compiled.helper`, but not ``super()``.
+    `adapter_twin.twin.state`, in which `adapter` and `request` are indices, and may call functions
+    decorated with `adapter_twin.twin.compiled.helper`, but not ``super()``. The time of a step's
+    start, or of the end of what left the batch, is `now_s`, in seconds.
 
     Attributes
     ----------
@@ -75,10 +76,10 @@ class Policy(Hooks, new_hooks=True):
 
     def join(
         self, limits: Limits, state: State, adapter: int, request: int, now_s: float
-    ) -> tuple[int, int, float]:
+    ) -> tuple[int, float]:
         """Take an adapter into the batch for its first request; return as `complete_batch`."""
         join_batch(state, adapter, request)
-        return 0, 0, 0.0
+        return 0, 0.0
 
     def leave(self, limits: Limits, state: State, adapter: int, now_s: float) -> None:
         """Take an adapter out of the batch: its last request there has ended or is preempted."""
@@ -86,18 +87,18 @@ class Policy(Hooks, new_hooks=True):
 
     def complete_batch(
         self, limits: Limits, requests: Requests, state: State, continuing: int, now_s: float
-    ) -> tuple[int, int, float]:
+    ) -> tuple[int, float]:
         """End the scheduling of a step, in whose batch `continuing` adapters were already.
 
         Returns
         -------
-        loads, reads : int
-            Copies of adapters into slots, and reads from disk before that.
+        loads : int
+            Copies of adapters into slots.
         seconds : float
-            That they take before the model runs.
+            That these take before the model runs, reads from disk included.
         """
         if state.count.active == continuing:
-            return 0, 0, 0.0
+            return 0, 0.0
         return bring_batch(limits, requests, state, continuing)
 
     def is_merged(self, state: State) -> bool:

@@ -1,16 +1,23 @@
-"""Who waits and who runs."""
+"""Queues of the engine: the waiting requests, and the running ones."""
 
 from __future__ import annotations
 
 from adapter_twin.twin.compiled import helper
-from adapter_twin.twin.lists import add_member, append, drop_member
 from adapter_twin.twin.policy import Policy
-from adapter_twin.twin.state import NOT_RUNNING, Limits, Requests, State
+from adapter_twin.twin.state import (
+    NOT_RUNNING,
+    Limits,
+    Requests,
+    State,
+    add_member,
+    append,
+    drop_member,
+)
 
 
 @helper
 def blocks_for(tokens: int, block_size: int) -> int:
-    """Return the KV blocks that hold so many tokens."""
+    """Return the KV blocks that hold n tokens."""
     return (tokens + block_size - 1) // block_size
 
 
@@ -96,13 +103,8 @@ def next_waiting(limits: Limits, requests: Requests, state: State, policy: Polic
 
 @helper
 def start_running(
-    limits: Limits,
-    requests: Requests,
-    state: State,
-    policy: Policy,
-    request: int,
-    now_s: float,
-) -> tuple[int, int, float]:
+    limits: Limits, requests: Requests, state: State, policy: Policy, request: int, now_s: float
+) -> tuple[int, float]:
     """Put a request at the end of the running ones; returns as `Policy.join`."""
     count = state.count
     if count.stack_top == len(state.stack):
@@ -115,7 +117,7 @@ def start_running(
     state.running_by_adapter[adapter] += 1
     policy.admit(state, adapter, now_s)
     if adapter == limits.base_model or state.running_by_adapter[adapter] > 1:
-        return 0, 0, 0.0
+        return 0, 0.0
     add_member(state.active_list, state.active_index, count.active, adapter)
     count.active += 1
     count.eligible_waiting += state.waiting_by_adapter[adapter]
@@ -125,12 +127,7 @@ def start_running(
 
 @helper
 def stop_running(
-    limits: Limits,
-    requests: Requests,
-    state: State,
-    policy: Policy,
-    request: int,
-    now_s: float,
+    limits: Limits, requests: Requests, state: State, policy: Policy, request: int, now_s: float
 ) -> None:
     """Take a request out of the running ones; its adapter, if now idle, becomes evictable."""
     count = state.count

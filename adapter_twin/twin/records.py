@@ -1,4 +1,4 @@
-"""What a simulated run leaves behind, as the load-generating client would have seen it."""
+"""Records of a simulated run, as the load-generating client would have seen it."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ class Gaps:
     end_s: Floats
 
 
-def client_time_s(session: Session, time_s: Floats) -> Floats:
-    """When a token emitted by the engine leaves the front end, which may be paused."""
+def _leaves_front_end_s(session: Session, time_s: Floats) -> Floats:
+    """Return when tokens of the engine leave the front end, which may be paused."""
     pauses = session.pauses[: session.clock.pauses]
     if len(pauses) == 0:
         return time_s
@@ -100,20 +100,21 @@ def make_records(session: Session, overhead_s: Floats) -> Records:
     emitted = np.flatnonzero(requests.first_step >= 0)
     running = session.steps.running[requests.first_step[emitted]]
     delay_s = overhead_s[0] + overhead_s[1] * running
-    first_token_s = np.full(len(requests.arrival_s), np.nan)
-    first_token_s[emitted] = client_time_s(session, requests.first_token_s[emitted]) + delay_s
-    end_s = np.full(len(requests.arrival_s), np.nan)
-    end_s[emitted] = client_time_s(session, requests.end_s[emitted]) + delay_s
+
+    def at_client_s(engine_s: Floats) -> Floats:
+        told_s = np.full(len(engine_s), np.nan)
+        told_s[emitted] = _leaves_front_end_s(session, engine_s[emitted]) + delay_s
+        return told_s
+
+    is_base_model = requests.adapter == session.limits.base_model
     return Records(
         arrival_s=requests.arrival_s,
-        adapter=np.where(
-            requests.adapter == session.limits.base_model, BASE_MODEL, requests.adapter
-        ),
+        adapter=np.where(is_base_model, BASE_MODEL, requests.adapter),
         prompt_tokens=requests.prompt_tokens,
         output_tokens=requests.output_tokens,
         scheduled_s=requests.scheduled_s,
-        first_token_s=first_token_s,
-        end_s=end_s,
+        first_token_s=at_client_s(requests.first_token_s),
+        end_s=at_client_s(requests.end_s),
         preemptions=requests.preemptions,
         load_wait_s=requests.load_wait_s,
         rejected=requests.rejected,
@@ -136,7 +137,7 @@ def make_gaps(session: Session) -> Gaps:
     started = np.bincount(requests.first_step[unfinished] + 1, minlength=len(steps) + 1)
     count = np.maximum(count - np.cumsum(started)[: len(steps)], 0)
 
-    delivered_s = client_time_s(session, steps.end_s)
+    delivered_s = _leaves_front_end_s(session, steps.end_s)
     first = np.concatenate(([0], np.flatnonzero(np.diff(delivered_s)) + 1))
     gap_s = np.diff(delivered_s[first], prepend=0.0)
     # The front end hands on the tokens of a step in slices and lets the streams run in between. A
@@ -191,7 +192,7 @@ class Simulation:
 
     @property
     def duration_s(self) -> float:
-        """The window."""
+        """Length of the window in s."""
         return self.workload.duration_s
 
     def __repr__(self) -> str:

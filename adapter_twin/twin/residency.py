@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adapter_twin.twin.compiled import helper
-from adapter_twin.twin.lists import Links, append, remove
 from adapter_twin.twin.policy import Policy
-from adapter_twin.twin.state import Limits, Requests, State
+from adapter_twin.twin.state import Limits, Links, Requests, State, append, remove
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class LoadsAtAdmission(Policy, new_hooks=True):
 
     def join(
         self, limits: Limits, state: State, adapter: int, request: int, now_s: float
-    ) -> tuple[int, int, float]:
+    ) -> tuple[int, float]:
         """Bring an adapter to the GPU."""
         return make_resident(self, limits, state, adapter, now_s)
 
@@ -32,9 +31,9 @@ class LoadsAtAdmission(Policy, new_hooks=True):
 
     def complete_batch(
         self, limits: Limits, requests: Requests, state: State, continuing: int, now_s: float
-    ) -> tuple[int, int, float]:
+    ) -> tuple[int, float]:
         """Do nothing: all adapters of the batch are on the GPU."""
-        return 0, 0, 0.0
+        return 0, 0.0
 
     def victim(
         self, limits: Limits, state: State, following: Links, is_host: bool, now_s: float
@@ -53,18 +52,18 @@ class LoadsAtAdmission(Policy, new_hooks=True):
 @helper
 def make_resident(
     policy: LoadsAtAdmission, limits: Limits, state: State, adapter: int, now_s: float
-) -> tuple[int, int, float]:
-    """Bring an adapter to the GPU; return (loads from host, reads from disk, seconds)."""
+) -> tuple[int, float]:
+    """Bring an adapter to the GPU; return copies and seconds, reads from disk included."""
     count = state.count
     if state.on_gpu[adapter]:
         remove(state.gpu_next, state.gpu_previous, adapter)
         remove(state.host_next, state.host_previous, adapter)
-        return 0, 0, policy.arrive(state, adapter, now_s)
-    seconds, reads = state.load_s[adapter], 0
+        return 0, policy.arrive(state, adapter, now_s)
+    seconds = state.load_s[adapter]
     if state.on_host[adapter]:
         remove(state.host_next, state.host_previous, adapter)
     else:
-        seconds, reads = seconds + state.read_s[adapter], 1
+        seconds += state.read_s[adapter]
         if count.host_adapters == limits.max_cpu_loras:
             leaving = policy.victim(limits, state, state.host_next, True, now_s)
             remove(state.host_next, state.host_previous, leaving)
@@ -79,7 +78,7 @@ def make_resident(
     count.gpu_adapters += 1
     count.free_blocks -= state.adapter_blocks[adapter]
     state.on_gpu[adapter] = True
-    return 1, reads, seconds
+    return 1, seconds
 
 
 @helper

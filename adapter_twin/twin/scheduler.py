@@ -26,7 +26,6 @@ from __future__ import annotations
 import numpy as np
 
 from adapter_twin.twin.compiled import helper
-from adapter_twin.twin.lists import append, remove
 from adapter_twin.twin.policy import Policy
 from adapter_twin.twin.queues import (
     blocks_for,
@@ -36,7 +35,7 @@ from adapter_twin.twin.queues import (
     start_running,
     stop_running,
 )
-from adapter_twin.twin.state import Batch, Limits, Requests, State
+from adapter_twin.twin.state import Batch, Limits, Requests, State, append, remove
 
 
 @helper
@@ -61,12 +60,7 @@ def _stop_decoding(limits: Limits, state: State, request: int) -> None:
 
 @helper
 def _preempt(
-    limits: Limits,
-    requests: Requests,
-    state: State,
-    policy: Policy,
-    request: int,
-    now_s: float,
+    limits: Limits, requests: Requests, state: State, policy: Policy, request: int, now_s: float
 ) -> None:
     """Send the last running request back to the head of the queue, to start from scratch."""
     count = state.count
@@ -93,10 +87,50 @@ def _preempt(
 
 @helper
 def _have_room(limits: Limits, state: State, policy: Policy, blocks: int, adapter: int) -> bool:
-    """Return whether so many KV blocks are free, if need be those of idle adapters but this one."""
+    """Return whether KV blocks are free, if need be those of idle adapters but this one."""
     if blocks <= state.count.free_blocks:
         return True
     return policy.make_room(limits, state, blocks, adapter)
+
+
+@helper
+def _serve_running(
+    limits: Limits, requests: Requests, state: State, policy: Policy, now_s: float
+) -> tuple[int, int, bool]:
+    """Give the running requests a decode each, and one of them more of its prompt.
+
+    Returns
+    -------
+    chunk, context : int
+        Tokens of the prompt, and KV tokens that attention reads for them.
+    preempted : bool
+        KV blocks lacked, so that the last requests were preempted.
+    """
+    count, size = state.count, limits.block_size
+    left = chunk = chunk_blocks = context = 0
+    if count.chunked >= 0:
+        request = count.chunked
+        done = state.base_tokens[request]
+        left = requests.prompt_tokens[request] + state.emitted[request] - done
+        chunk = min(left, limits.max_num_batched_tokens - count.decoding)
+        chunk_blocks = blocks_for(done + chunk, size) - blocks_for(done, size)
+    preempted = False
+    opened = count.step % size
+    while not _have_room(limits, state, policy, state.opens_block[opened] + chunk_blocks, -1):
+        request = last_running(state)
+        if request == count.chunked:
+            chunk = chunk_blocks = 0
+        _preempt(limits, requests, state, policy, request, now_s)
+        preempted = True
+    count.free_blocks -= state.opens_block[opened] + chunk_blocks
+    if chunk > 0:
+        request = count.chunked
+        state.base_tokens[request] += chunk
+        context += state.base_tokens[request]
+        if chunk == left:
+            state.prefilled[0] = request
+            count.prefilled, count.chunked = 1, -1
+    return chunk, context, preempted
 
 
 @helper
@@ -120,42 +154,15 @@ def schedule(
     Batch
         Empty (``tokens == 0``) when no request can run.
     """
-    count = state.count
-    size, budget = limits.block_size, limits.max_num_batched_tokens
-    prompts = left = chunk = chunk_blocks = context = 0
+    count, size = state.count, limits.block_size
     count.prefilled = 0
     load_s = policy.begin_step(limits, requests, state, now_s)
-
-    if count.chunked >= 0:
-        request = count.chunked
-        done = state.base_tokens[request]
-        left = requests.prompt_tokens[request] + state.emitted[request] - done
-        chunk = min(left, budget - count.decoding)
-        chunk_blocks = blocks_for(done + chunk, size) - blocks_for(done, size)
-
-    preempted = 0
-    opened = count.step % size
-    while not _have_room(limits, state, policy, state.opens_block[opened] + chunk_blocks, -1):
-        request = last_running(state)
-        if request == count.chunked:
-            chunk = chunk_blocks = 0
-        _preempt(limits, requests, state, policy, request, now_s)
-        preempted += 1
-    count.free_blocks -= state.opens_block[opened] + chunk_blocks
-
+    chunk, context, preempted = _serve_running(limits, requests, state, policy, now_s)
     tokens = count.decoding + chunk
-    if chunk > 0:
-        prompts = 1
-        request = count.chunked
-        state.base_tokens[request] += chunk
-        context += state.base_tokens[request]
-        if chunk == left:
-            state.prefilled[0] = request
-            count.prefilled, count.chunked = 1, -1
-
-    loads = reads = scanned = 0
+    loads = scanned = 0
     continuing = count.active
-    while preempted == 0 and tokens < budget and count.running < limits.max_num_seqs:
+    budget = limits.max_num_batched_tokens
+    while not preempted and tokens < budget and count.running < limits.max_num_seqs:
         request = next_waiting(limits, requests, state, policy)
         if request < 0:
             scanned = count.waiting
@@ -169,11 +176,9 @@ def schedule(
             break
         count.free_blocks -= blocks_for(chunk, size)
         remove(state.next, state.previous, request)
-        new_loads, new_reads, seconds = start_running(
-            limits, requests, state, policy, request, now_s
-        )
+        copies, seconds = start_running(limits, requests, state, policy, request, now_s)
         count_waiting(limits, state, adapter, -1)
-        loads, reads, load_s = loads + new_loads, reads + new_reads, load_s + seconds
+        loads, load_s = loads + copies, load_s + seconds
         requests.load_wait_s[request] += seconds
         if np.isnan(requests.scheduled_s[request]):
             requests.scheduled_s[request] = now_s
@@ -183,24 +188,17 @@ def schedule(
             count.prefilled += 1
         else:
             count.chunked = request
-        tokens, prompts, context = tokens + chunk, prompts + 1, context + chunk
-
-    new_loads, new_reads, seconds = policy.complete_batch(
-        limits, requests, state, continuing, now_s
-    )
-    loads, reads, load_s = loads + new_loads, reads + new_reads, load_s + seconds
-
+        tokens, context = tokens + chunk, context + chunk
+    copies, seconds = policy.complete_batch(limits, requests, state, continuing, now_s)
     return Batch(
-        tokens,
-        count.decoding,
-        prompts,
-        count.context_tokens + context,
-        count.active,
-        loads,
-        reads,
-        load_s,
-        scanned,
-        policy.is_merged(state),
+        tokens=tokens,
+        decodes=count.decoding,
+        context_tokens=count.context_tokens + context,
+        adapters=count.active,
+        host_loads=loads + copies,
+        load_s=load_s + seconds,
+        scanned=scanned,
+        merged=policy.is_merged(state),
     )
 
 

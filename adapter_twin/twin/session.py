@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.twin import clock as engine_clock
-from adapter_twin.twin.clock import CLOCK, PAUSES, STEPS, FrontEnd
+from adapter_twin.twin.clock import CLOCK, PAUSES, STEPS, FrontEnd, Run
 from adapter_twin.twin.compiled import for_arguments
 from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.state import COUNTERS, NOT_RUNNING, Limits, Requests, State
@@ -28,12 +28,11 @@ LABEL_TABLE = 1 << 19
 
 @dataclass
 class Session:
-    """One run of the twin: the arguments of `adapter_twin.twin.clock.run`, in that order."""
+    """One run of the twin: a policy, and the parts of an `adapter_twin.twin.clock.Run`."""
 
     limits: Limits
     requests: Requests
     state: State
-    policy: Policy
     clock: Any  # one record of CLOCK
     law: StepLaw
     front_end: FrontEnd
@@ -41,12 +40,12 @@ class Session:
     pauses: Any  # recarray of PAUSES
     seen: NDArray[np.uint64]
     used: NDArray[np.bool_]
-
-    loop: ClassVar[Callable[..., bool]] = staticmethod(engine_clock.run)
+    policy: Policy
+    loop: Callable[[Run, Policy], bool] = engine_clock.run_to_end
 
     def run(self) -> None:
         """Run to the end of the window in the compiled loop."""
-        while not self.loop(*arguments(self)):
+        while not self.loop(_run_of(self), self.policy):
             self._grow()
         self._check_slots()
 
@@ -55,13 +54,13 @@ class Session:
         # fields by name: attributes of a record take ten times as long
         if self.clock["steps"] + 1 >= len(self.steps):
             self._grow()
-        event_s = self._turn(*arguments(self))
+        event_s = self._turn(_run_of(self), self.policy)
         self._check_slots()
         return event_s
 
     @cached_property
-    def _turn(self) -> Callable[..., float]:
-        return for_arguments(engine_clock.turn, arguments(self))
+    def _turn(self) -> Callable[[Run, Policy], float]:
+        return for_arguments(engine_clock.turn, (_run_of(self), self.policy))
 
     def _check_slots(self) -> None:
         require(
@@ -75,8 +74,11 @@ class Session:
         self.steps = np.concatenate((self.steps, _table(len(self.steps), STEPS))).view(np.recarray)
 
 
-arguments = attrgetter(*(column.name for column in fields(Session)))
-"""Take a session apart, into what the compiled loop is called with."""
+_parts = attrgetter(*Run._fields)
+
+
+def _run_of(session: Session) -> Run:
+    return Run._make(_parts(session))
 
 
 def _table(size: int, dtype: Any) -> Any:
@@ -141,27 +143,17 @@ def new_session(
     AdapterTwinError
         A request is longer than the KV cache, or more adapters are pinned than there are slots.
     """
-    n_adapters, n = len(load_s), len(trace)
-    pooled, name = not policy.reserves_slots, type(policy).__name__
-    require(pooled == (adapter_blocks is not None), f"adapter_blocks: {name} takes none, or needs")
+    n_adapters = len(load_s)
+    places = np.arange(n_adapters) if places is None else places
+    pinned = np.zeros(n_adapters, np.bool_) if pinned is None else pinned
+    _check_policy(policy, law, engine, pinned, pooled=adapter_blocks is not None)
     if adapter_blocks is None:
         adapter_blocks = np.zeros(n_adapters, np.int64)
     blocks = np.append(adapter_blocks, 0)  # the base model takes none
     check_lengths(trace, engine, kv_cache_tokens, blocks)
-    places = np.arange(n_adapters) if places is None else places
-    pinned = np.zeros(n_adapters, np.bool_) if pinned is None else pinned
-    require(not pinned.any() or policy.heeds_pins, f"pinned: {name} cannot; leave `pinned` out")
-    require(
-        pinned.sum() <= engine.max_loras,
-        f"pinned: {pinned.sum()} adapters exceed the max_loras = {engine.max_loras} slots; "
-        "pin fewer or raise max_loras",
-    )
-    if policy.merges:
-        regimes = len(law.token_breaks) + 1
-        require(len(law.coefficients) == 2 * regimes, f"law: {name} needs that of a merged adapter")
     limits = Limits(
         max_loras=engine.max_loras,
-        gpu_slots=n_adapters if pooled else engine.max_loras,
+        gpu_slots=engine.max_loras if policy.reserves_slots else n_adapters,
         max_cpu_loras=engine.max_cpu_loras,
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
@@ -170,31 +162,42 @@ def new_session(
         base_model=n_adapters,
         horizon=int(np.max(trace.output_tokens, initial=1)) + 1,
     )
+    duration_s, in_flight_cap, *seconds = front_end
     observed = np.isfinite(front_end.scrape_period_s)
-    scrapes = int(front_end.duration_s / front_end.scrape_period_s) + 2 if observed else 0
-    used = np.zeros(n_adapters + 1, np.bool_)
-    used[n_adapters] = True  # the base model is there from the start
+    scrapes = int(duration_s / front_end.scrape_period_s) + 2 if observed else 0
     clock = _record(CLOCK)
     clock.next_scrape_s = front_end.scrape_period_s
+    state = _new_state(limits, len(trace), (load_s, read_s, blocks, places, pinned), policy)
+    state.count.free_blocks = kv_blocks(kv_cache_tokens, engine.block_size)
     return Session(
         limits=limits,
-        requests=_new_requests(trace, n_adapters),
-        state=_new_state(
-            limits,
-            n,
-            kv_blocks(kv_cache_tokens, engine.block_size),
-            (load_s, read_s, blocks, places, pinned),
-            policy,
-        ),
-        policy=policy,
+        requests=new_requests(trace, n_adapters),
+        state=state,
         clock=clock,
         law=_typed_law(law),
-        front_end=_typed_front_end(front_end),
+        front_end=FrontEnd(float(duration_s), int(in_flight_cap), *map(float, seconds)),
         steps=_table(1 << 16, STEPS),
         pauses=_table(n_adapters + 1 + scrapes, PAUSES),
         seen=np.zeros(LABEL_TABLE if observed else 0, np.uint64),
-        used=used,
+        used=np.arange(n_adapters + 1) == n_adapters,  # the base model is there from the start
+        policy=policy,
     )
+
+
+def _check_policy(
+    policy: Policy, law: StepLaw, engine: EngineConfig, pinned: NDArray[np.bool_], *, pooled: bool
+) -> None:
+    """Refuse a run that lacks what its policy asks for, or pins what cannot be."""
+    name = type(policy).__name__
+    require(pooled != policy.reserves_slots, f"adapter_blocks: {name} takes none, or needs")
+    require(not pinned.any() or policy.heeds_pins, f"pinned: {name} cannot; leave `pinned` out")
+    require(
+        pinned.sum() <= engine.max_loras,
+        f"pinned: {pinned.sum()} adapters exceed the max_loras = {engine.max_loras} slots; "
+        "pin fewer or raise max_loras",
+    )
+    two_laws = len(law.coefficients) == 2 * (len(law.token_breaks) + 1)
+    require(two_laws or not policy.merges, f"law: {name} needs that of a merged adapter")
 
 
 def check_lengths(
@@ -203,7 +206,21 @@ def check_lengths(
     kv_cache_tokens: int,
     blocks: NDArray[np.int64] | None = None,
 ) -> None:
-    """Raise `AdapterTwinError` for a request that does not fit even alone, with adapter blocks."""
+    """Refuse a trace with a request that does not fit into the KV cache even alone.
+
+    Parameters
+    ----------
+    trace : Trace
+    engine : EngineConfig
+    kv_cache_tokens : int
+        As vLLM reports it.
+    blocks : int64, shape (adapters + 1,), optional
+        KV blocks that each adapter takes, the base model last.
+
+    Raises
+    ------
+    AdapterTwinError
+    """
     tokens, what = trace.prompt_tokens + trace.output_tokens, "request"
     if blocks is not None and blocks.any():  # -1, the base model, is the last one
         tokens, what = tokens + engine.block_size * blocks[trace.adapter], "request and its adapter"
@@ -220,10 +237,8 @@ def kv_blocks(kv_cache_tokens: int, block_size: int) -> int:
     return kv_cache_tokens // block_size - 1
 
 
-# numba compiles the kernel anew for every combination of argument types: let there be one.
-
-
 def _typed(values: NDArray[Any], dtype: type) -> Any:
+    """Return values of one type: numba compiles the loop anew for every other one."""
     return np.require(values, dtype, ["C_CONTIGUOUS", "WRITEABLE"])
 
 
@@ -238,85 +253,70 @@ def _typed_law(law: StepLaw) -> StepLaw:
     )
 
 
-def _typed_front_end(front_end: FrontEnd) -> FrontEnd:
-    duration_s, in_flight_cap, *seconds = front_end
-    return FrontEnd(float(duration_s), int(in_flight_cap), *map(float, seconds))
-
-
-def _new_requests(trace: Trace, n_adapters: int) -> Requests:
+def new_requests(trace: Trace, n_adapters: int) -> Requests:
+    """Lay out the requests of a trace, to none of which anything has happened."""
     n = len(trace)
+    times = ("ready_s", "scheduled_s", "first_token_s", "end_s")
     return Requests(
         arrival_s=_typed(trace.arrival_s, np.float64),
         adapter=np.where(trace.adapter < 0, n_adapters, trace.adapter).astype(np.int32),
         prompt_tokens=_typed(trace.prompt_tokens, np.int32),
         output_tokens=_typed(trace.output_tokens, np.int32),
-        ready_s=np.full(n, np.nan),
-        scheduled_s=np.full(n, np.nan),
-        first_token_s=np.full(n, np.nan),
-        end_s=np.full(n, np.nan),
         load_wait_s=np.zeros(n),
         preemptions=np.zeros(n, np.int32),
         stalls=np.zeros(n, np.int32),
         stalled_s=np.zeros(n),
         rejected=np.zeros(n, np.bool_),
         first_step=np.full(n, NOT_RUNNING, np.int32),
+        **{name: np.full(n, np.nan) for name in times},
     )
 
 
+def state_of_requests(n: int) -> dict[str, Any]:
+    """Return the columns of a `State` that have an entry per request, as they begin."""
+    zeroed = ("order", "emitted", "base_tokens", "base_step")
+    columns = {name: np.zeros(n, np.int32) for name in zeroed}
+    return {**columns, "stack_index": np.full(n, NOT_RUNNING, np.int32)}
+
+
 def _new_state(
-    limits: Limits,
-    n_requests: int,
-    free_blocks: int,
-    adapters: tuple[NDArray[Any], ...],
-    policy: Policy,
+    limits: Limits, n_requests: int, adapters: tuple[NDArray[Any], ...], policy: Policy
 ) -> State:
     n = limits.base_model
     load_s, read_s, adapter_blocks, places, pinned = adapters
     count = _record(COUNTERS)
-    count.free_blocks, count.chunked = free_blocks, NOT_RUNNING
+    count.chunked = NOT_RUNNING
     count.gpu_adapters = count.host_adapters = pinned.sum()
     # A list that is empty points to its own sentinel.
     nodes = np.arange(n_requests + n + 1 + limits.horizon, dtype=np.int32)
-    idle = np.arange(n + 2, dtype=np.int32)
+    idle = ("gpu_next", "gpu_previous", "host_next", "host_previous")
     # Only to tell sets of adapters apart; the base model is in none of vLLM's label sets.
     labels = np.random.default_rng(0).integers(1, 2**63, (2, n + 1), dtype=np.uint64)
     count.label_hash = labels[0, n]  # both sets empty
     labels[:, n] = 0
-    base_model = np.zeros(1)
+    counted = ("running_by_adapter", "waiting_by_adapter")
+    members = ("active_list", "active_index", "waiting_list", "waiting_index")
+    steps = ("joined_step", "left_step", "brought_by")
     return State(
         count=count,
         next=nodes,
         previous=nodes.copy(),
-        order=np.zeros(n_requests, np.int32),
-        emitted=np.zeros(n_requests, np.int32),
-        base_tokens=np.zeros(n_requests, np.int32),
-        base_step=np.zeros(n_requests, np.int32),
-        stack_index=np.full(n_requests, NOT_RUNNING, np.int32),
-        running_by_adapter=np.zeros(n + 1, np.int32),
-        waiting_by_adapter=np.zeros(n + 1, np.int32),
-        load_s=np.concatenate((load_s, base_model)),
-        read_s=np.concatenate((read_s, base_model)),
+        load_s=np.append(load_s, 0.0),
+        read_s=np.append(read_s, 0.0),
         adapter_blocks=_typed(adapter_blocks, np.int64),
         on_gpu=np.append(pinned, True),
         on_host=_typed(pinned.copy(), np.bool_),
         pinned=_typed(pinned, np.bool_),
         place=_typed(places, np.int32),
-        joined_step=np.full(n, NOT_RUNNING, np.int32),
-        left_step=np.full(n, NOT_RUNNING, np.int32),
-        brought_by=np.full(n, NOT_RUNNING, np.int32),
-        active_list=np.zeros(n + 1, np.int32),
-        active_index=np.zeros(n + 1, np.int32),
-        waiting_list=np.zeros(n + 1, np.int32),
-        waiting_index=np.zeros(n + 1, np.int32),
         running_label=labels[0],
         waiting_label=labels[1],
         adapter_notes=_notes(policy.adapter_notes, n + 1),
-        gpu_next=idle,
-        gpu_previous=idle.copy(),
-        host_next=idle.copy(),
-        host_previous=idle.copy(),
         notes=_notes(policy.notes, 1)[0],
         stack=np.zeros(2 * limits.max_num_seqs, np.int32),
         opens_block=np.zeros(limits.block_size, np.int64),
         prefilled=np.zeros(limits.max_num_batched_tokens + 1, np.int32),
+        **state_of_requests(n_requests),
+        **{name: np.zeros(n + 1, np.int32) for name in counted + members},
+        **{name: np.full(n, NOT_RUNNING, np.int32) for name in steps},
+        **{name: np.arange(n + 2, dtype=np.int32) for name in idle},
     )

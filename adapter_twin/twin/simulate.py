@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+import simpy
+
 from adapter_twin.laws import Calibration
-from adapter_twin.twin.in_simpy import run_in_simpy
 from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.records import Simulation, make_gaps, make_records
+from adapter_twin.twin.session import Session
 from adapter_twin.twin.wiring import begin
 from adapter_twin.workload.files import run_seed, run_to_workload
 from adapter_twin.workload.scenario import Arrivals, EngineConfig, Workload
@@ -99,6 +101,20 @@ def simulate(
         calibration=calibration.name,
         policy=policy,
     )
+
+
+def run_in_simpy(session: Session) -> None:
+    """Run a session under SimPy, where other processes can act between two of its steps."""
+    env = simpy.Environment()
+
+    def turn_engine_loop() -> Generator[simpy.Event]:
+        while (event_s := session.turn()) <= session.front_end.duration_s:
+            # SimPy adds delays and so rounds; the session's clock holds the exact time.
+            yield env.timeout(max(event_s - env.now, 0.0))
+            session.clock["now_s"] = event_s
+
+    env.process(turn_engine_loop())
+    env.run()
 
 
 def draw_requests(

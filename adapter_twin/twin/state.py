@@ -1,4 +1,4 @@
-"""What the scheduler works on: the engine's limits, the requests, and what it remembers."""
+"""State of a run: limits, requests, what the scheduler remembers, and the lists in it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from adapter_twin.twin.compiled import helper
+
+Links = NDArray[np.int32]
+
 NOT_RUNNING = -1
+"""This number stands where there is no request, adapter or step to point to."""
 
 COUNTERS = np.dtype(
     [
@@ -52,11 +57,9 @@ class Batch(NamedTuple):
 
     tokens: int  # prompt and decode tokens
     decodes: int  # requests that get a token after their first one
-    prompts: int  # requests that are given prompt tokens
     context_tokens: int  # KV tokens that attention reads
     adapters: int  # distinct adapters
     host_loads: int  # adapters copied from host memory into a slot
-    disk_loads: int  # adapters read from disk before that
     load_s: float  # before the model runs: copies and reads, and switches of a merged adapter
     scanned: int  # waiting requests looked at
     merged: bool  # its one adapter costs nothing
@@ -87,8 +90,8 @@ class State(NamedTuple):
     count: Any  # one record of COUNTERS
     # Doubly linked lists over the requests, with a sentinel per list: one waiting list per adapter
     # (sentinels n_requests + adapter) and one list per step of the horizon of those that end then.
-    next: NDArray[np.int32]
-    previous: NDArray[np.int32]
+    next: Links
+    previous: Links
     # per request
     order: NDArray[np.int32]  # position in the waiting order
     emitted: NDArray[np.int32]  # output tokens before the current prefill
@@ -117,12 +120,43 @@ class State(NamedTuple):
     adapter_notes: Any  # a record each, of what the policy notes
     # least recently used first: adapters in a slot, and in the host cache, that no step has used
     # since they left the batch
-    gpu_next: NDArray[np.int32]
-    gpu_previous: NDArray[np.int32]
-    host_next: NDArray[np.int32]
-    host_previous: NDArray[np.int32]
+    gpu_next: Links
+    gpu_previous: Links
+    host_next: Links
+    host_previous: Links
     # others
     notes: Any  # one record, of what the policy notes of the run
     stack: NDArray[np.int32]  # running requests in order of admission, with holes
     opens_block: NDArray[np.int64]  # decodes that need a block, by step modulo block size
     prefilled: NDArray[np.int32]  # requests whose prompt ends with the current step
+
+
+# Lists over arrays: linked ones, and unordered ones with an index.
+
+
+@helper
+def append(following: Links, preceding: Links, node: int, sentinel: int) -> None:
+    """Put `node` at the end of the list of `sentinel`, or before it if that is a member."""
+    last = preceding[sentinel]
+    following[last], preceding[node] = node, last
+    following[node], preceding[sentinel] = sentinel, node
+
+
+@helper
+def remove(following: Links, preceding: Links, node: int) -> None:
+    """Take `node` out of its list."""
+    before, after = preceding[node], following[node]
+    following[before], preceding[after] = after, before
+
+
+@helper
+def add_member(members: Links, index: Links, n: int, item: int) -> None:
+    """Add to an unordered list of `n` members."""
+    members[n], index[item] = item, n
+
+
+@helper
+def drop_member(members: Links, index: Links, n: int, item: int) -> None:
+    """Remove from an unordered list of `n` members."""
+    last = members[n - 1]
+    members[index[item]], index[last] = last, index[item]

@@ -1,4 +1,4 @@
-"""How long a step takes."""
+"""The step law: seconds that a step takes, by what it runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,15 @@ class StepLaw(NamedTuple):
 
 @helper
 def step_seconds(law: StepLaw, batch: Batch, running: int, waiting: int) -> tuple[float, float]:
-    """Return the durations (model, scheduling) of a step in seconds."""
+    """Return the durations (model, scheduling) of a step in seconds.
+
+    Parameters
+    ----------
+    law : StepLaw
+    batch : Batch
+    running, waiting : int
+        Requests, once the batch is chosen.
+    """
     regime = 0
     while regime < len(law.token_breaks) and batch.tokens > law.token_breaks[regime]:
         regime += 1

@@ -1,4 +1,4 @@
-"""A run laid out: trace, engine, calibration and policy in compiled form."""
+"""The laws of a calibration in compiled form, and a run laid out by them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,12 @@ def begin(
 def step_law(calibration: Calibration, engine: EngineConfig, *, merging: bool = False) -> StepLaw:
     """Return the step-time and scheduling laws for an engine, in s.
 
-    With `merging`, also for the steps of a merged adapter.
+    Parameters
+    ----------
+    calibration : Calibration
+    engine : EngineConfig
+    merging : bool
+        Also for the steps of a merged adapter.
     """
     ms = 1e-3
     scheduling, step_time = calibration.scheduling, calibration.step_time
@@ -83,7 +88,15 @@ def step_law(calibration: Calibration, engine: EngineConfig, *, merging: bool = 
 
 
 def front_end_law(calibration: Calibration, duration_s: float, observer: bool) -> FrontEnd:
-    """Return the front end's pauses, with or without those of the measurement."""
+    """Return the front end's window and pauses, in s.
+
+    Parameters
+    ----------
+    calibration : Calibration
+    duration_s : float
+    observer : bool
+        Include the client's cap and the scrapes of the measurement.
+    """
     ms = 1e-3
     measured = calibration.measurement
     return FrontEnd(

@@ -12,13 +12,13 @@ from adapter_twin.plan.criterion import Criterion
 from adapter_twin.plan.grid import evaluate, grid_runs
 from adapter_twin.service.predict import predict_run
 from adapter_twin.twin.clock import FrontEnd
-from adapter_twin.twin.session import Session, arguments, new_session
+from adapter_twin.twin.session import Session, new_session
 from adapter_twin.twin.step_law import StepLaw
 from adapter_twin.workload.scenario import EngineConfig
 from adapter_twin.workload.trace import Trace
 from study import ch13_published, ch14_ablation, measured_grids
 from study.ch01_to_06 import configurations
-from study.ch14_ablation import ABLATIONS, Assumptions, FreePrompts, OneSlotCount
+from study.ch14_ablation import ABLATIONS, Assumptions, OneSlotCount, run_with_free_prompts
 from study.figures import ablations
 
 LLAMA = "llama-3.1-8b-instruct"
@@ -63,9 +63,9 @@ def step_law(**seconds: float) -> StepLaw:
 
 
 def with_free_prompts(session: Session) -> Session:
-    free = FreePrompts(*arguments(session))
-    free.run()
-    return free
+    session.loop = run_with_free_prompts
+    session.run()
+    return session
 
 
 def test_free_prompts_take_the_time_of_one_decode() -> None:

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_twin.twin.clock import FrontEnd, StepLaw
-from adapter_twin.twin.in_simpy import run_in_simpy
 from adapter_twin.twin.records import make_gaps
 from adapter_twin.twin.session import Session, new_session
+from adapter_twin.twin.simulate import run_in_simpy
 from adapter_twin.workload.scenario import EngineConfig
 from adapter_twin.workload.trace import BASE_MODEL, Trace
 from study.plain_engine import PlainEngine, PlainRequest, PlainStep, serve

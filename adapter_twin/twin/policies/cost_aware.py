@@ -20,9 +20,8 @@ from typing import ClassVar
 import numpy as np
 
 from adapter_twin.twin.compiled import helper
-from adapter_twin.twin.lists import Links
 from adapter_twin.twin.residency import LoadsAtAdmission, become_idle
-from adapter_twin.twin.state import Limits, State
+from adapter_twin.twin.state import Limits, Links, State
 from adapter_twin.workload.strict import NotNegative, Positive, dataclass, require
 
 

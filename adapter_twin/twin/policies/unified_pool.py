@@ -75,16 +75,16 @@ class UnifiedPool(LoadsAtAdmission):
 
     def complete_batch(
         self, limits: Limits, requests: Requests, state: State, continuing: int, now_s: float
-    ) -> tuple[int, int, float]:
+    ) -> tuple[int, float]:
         """Begin to copy the adapter of a waiting request."""
         adapter = _next_to_prefetch(limits, requests, state, now_s) if self.prefetch else -1
         if adapter < 0:
-            return 0, 0, 0.0
-        loads, reads, seconds = make_resident(self, limits, state, adapter, now_s)
+            return 0, 0.0
+        loads, seconds = make_resident(self, limits, state, adapter, now_s)
         become_idle(limits, state, adapter)
         state.notes.prefetching = adapter
         state.notes.prefetched_s = now_s + seconds
-        return loads, reads, 0.0
+        return loads, 0.0
 
     def arrive(self, state: State, adapter: int, now_s: float) -> float:
         """Return how long a request has yet to wait for its adapter's prefetch, and end that."""
