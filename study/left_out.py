@@ -17,7 +17,7 @@ from joblib import Parallel, delayed
 
 from adapter_twin.calibrate.published_fit import TABLES, calibrate, fitted_runs
 from adapter_twin.service.predict import predict_run
-from adapter_twin.service.validate import REACHED, validate_runs
+from adapter_twin.service.validate import SHARES, validate_runs
 from adapter_twin.tables import datasets
 from study import measured_grids
 from study.results import EXPECTED, rounded
@@ -128,7 +128,7 @@ def bars_left_out(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame
     keys = ["model", "figure", "measure", "bar", "n_runs"]
     values = bars.groupby(keys, sort=False)["value"]
     table = values.agg(value="mean", low="min", high="max", n_seeds="size").reset_index()
-    reached = table["measure"].isin(REACHED)
+    reached = table["measure"].isin(SHARES)
     passed = (table["value"] >= table["bar"]).where(reached, table["value"] <= table["bar"])
     return table.assign(passed=passed)
 

@@ -1,4 +1,4 @@
-"""What is installed, what is missing and how to get it."""
+"""A check of the installation: what is there, what is missing and how to get it."""
 
 from __future__ import annotations
 
@@ -15,26 +15,17 @@ from pathlib import Path
 from typing import Any
 
 OLDEST_PYTHON = (3, 11)
+"""The package runs on this version of Python, and on newer ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finding.
-
-    Attributes
-    ----------
-    name : str
-    found : bool
-    needed : bool
-        The core does not work without it.
-    detail : str
-        What was found, or how to get it.
-    """
+    """One finding."""
 
     name: str
     found: bool
-    needed: bool
-    detail: str
+    needed: bool  # the core does not work without it
+    detail: str  # what was found, or how to get it
 
 
 def examine() -> list[Check]:
@@ -57,8 +48,7 @@ def works(checks: list[Check]) -> bool:
 
 
 def _python() -> Check:
-    ok = sys.version_info >= OLDEST_PYTHON
-    oldest = ".".join(map(str, OLDEST_PYTHON))
+    ok, oldest = sys.version_info >= OLDEST_PYTHON, ".".join(map(str, OLDEST_PYTHON))
     detail = platform.python_version() + ("" if ok else f"; install Python {oldest} or newer")
     return Check("python", ok, True, detail)
 
@@ -98,11 +88,9 @@ def _numba_cache() -> Check:
     chosen = os.environ.get("NUMBA_CACHE_DIR")
     in_tree = Path(__file__).parents[1] / "twin"
     candidates = [Path(chosen)] if chosen else [in_tree, Path.home() / ".cache"]
-    for folder in candidates:
-        if os.access(folder, os.W_OK):
-            return Check("compilation cache", True, False, str(folder))
-    remedy = "set NUMBA_CACHE_DIR to a folder that can be written to"
-    return Check("compilation cache", False, False, f"no folder is writable; {remedy}")
+    folder = next((str(folder) for folder in candidates if os.access(folder, os.W_OK)), None)
+    remedy = "no folder is writable; set NUMBA_CACHE_DIR to a folder that can be written to"
+    return Check("compilation cache", folder is not None, False, folder or remedy)
 
 
 def _calibrations() -> Check:

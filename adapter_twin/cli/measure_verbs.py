@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from adapter_twin.cli.options import JOBS, JSON
+from adapter_twin.cli.options import JOBS, JSON, RESUMED
 from adapter_twin.cli.report import (
     check_target,
     print_each,
@@ -21,18 +20,8 @@ from adapter_twin.errors import require
 
 verbs = typer.Typer()
 
-
-RESUMED = Annotated[
-    Path, typer.Option(metavar="DIR", help="Folder for the tables; run again to go on in it.")
-]
-"""The output of what is measured in pieces."""
-
-
-class Engine(StrEnum):
-    """Builds of vLLM."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
+CHOICE = ["workload", "method", "adapter_slots", "serves", "regret", "low", "high", "mean_ttft_ms"]
+"""Columns of a choice that fit on a terminal."""
 
 
 @verbs.command(
@@ -99,7 +88,9 @@ def prove(
     workload: Annotated[
         Path, typer.Argument(metavar="WORKLOAD.yaml", help="A workload, or a study of several.")
     ],
-    engine: Annotated[Engine, typer.Option(help="The build of vLLM on this machine.")],
+    engine: Annotated[
+        Literal["cpu", "cuda"], typer.Option(help="The build of vLLM on this machine.")
+    ],
     out: RESUMED,
     as_json: JSON = False,
 ) -> None:
@@ -112,7 +103,7 @@ def prove(
     from adapter_twin.prove.run_study import run_study
 
     check_target(out)
-    summary = run_study(workload, engine.value, out)
+    summary = run_study(workload, engine, out)
     if "runs" not in summary.rows or not (out / PLAN).is_file():
         print_text(summary.stopped or "nothing is measured yet")
         return
@@ -135,10 +126,6 @@ def prove(
     if summary.stopped is not None:
         print_text(summary.stopped)
     print(f"{out}: {summary.complete} of {summary.pieces} runs")
-
-
-CHOICE = ["workload", "method", "adapter_slots", "serves", "regret", "low", "high", "mean_ttft_ms"]
-"""What fits on a terminal."""
 
 
 @verbs.command(epilog="Example: adapter-twin data --import ~/GPULLMAdapterOptimization")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from adapter_twin.cli.options import CALIBRATION, JOBS, JSON, SEED
+from adapter_twin.cli.options import CALIBRATION, JOBS, JSON, MARGIN, SEED, WORKLOAD
 from adapter_twin.cli.report import (
     check_target,
     print_each,
@@ -42,9 +42,7 @@ def optimum(
         Path | None,
         typer.Option(metavar="CONFIG.yaml", help="File with ttft_ms, itl_ms, percentile."),
     ] = None,
-    margin: Annotated[
-        float | None, typer.Option(help="Safety margin on the served share of the load.")
-    ] = None,
+    margin: MARGIN = None,
     mean_input_tokens: Annotated[
         float | None, typer.Option(help="Mean prompt length; left out, the reference study's.")
     ] = None,
@@ -58,7 +56,7 @@ def optimum(
     """Find how many adapters a GPU can serve, with how many slots, at the highest throughput."""
     import pandas as pd
 
-    from adapter_twin.plan.criterion import MARGIN, Criterion
+    from adapter_twin.plan import criterion
     from adapter_twin.plan.grid import GRID
     from adapter_twin.plan.optimum import optimum
     from adapter_twin.workload.files import load_slo, parse_grid, parse_rates
@@ -76,8 +74,9 @@ def optimum(
         calibration,
         served_grid=GRID if served_grid is None else parse_grid("served_grid", served_grid),
         slots_grid=GRID if slots_grid is None else parse_grid("slots_grid", slots_grid),
-        criterion=Criterion(
-            margin=MARGIN if margin is None else margin, slo=None if slo is None else load_slo(slo)
+        criterion=criterion.Criterion(
+            margin=criterion.MARGIN if margin is None else margin,
+            slo=None if slo is None else load_slo(slo),
         ),
         seed=seed,
         jobs=jobs,
@@ -92,9 +91,7 @@ def optimum(
 
 @verbs.command(epilog="Example: adapter-twin recommend examples/recommend.yaml --json")
 def recommend(
-    workload: Annotated[
-        Path, typer.Argument(metavar="WORKLOAD.yaml", help="Adapters, traffic and SLO.")
-    ],
+    workload: WORKLOAD,
     as_json: JSON = False,
 ) -> None:
     """Choose slots and flags for a set of adapters, and tell the service to expect."""
@@ -126,18 +123,14 @@ def recommend(
     epilog="Example: adapter-twin place examples/place.yaml --manifests k8s --picture packing.png"
 )
 def place(
-    workload: Annotated[
-        Path, typer.Argument(metavar="WORKLOAD.yaml", help="Adapters, traffic and SLO.")
-    ],
+    workload: WORKLOAD,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="Use so many GPUs, for the shortest waits.")
+        int | None, typer.Option(min=1, help="Use exactly n GPUs, for the shortest waits.")
     ] = None,
     replicate_above: Annotated[
         float, typer.Option(help="Share of a GPU above which an adapter is on several.")
     ] = 1.0,
-    margin: Annotated[
-        float | None, typer.Option(help="Safety margin on the served share of the load.")
-    ] = None,
+    margin: MARGIN = None,
     manifests: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write Kubernetes manifests there.")
     ] = None,
@@ -153,20 +146,18 @@ def place(
     from adapter_twin.fleet.manifests import write_manifests
     from adapter_twin.fleet.place import place as place_adapters
     from adapter_twin.laws import load_calibration
-    from adapter_twin.plan.criterion import MARGIN
+    from adapter_twin.plan import criterion
     from adapter_twin.plan.demand import load_demand
 
-    if manifests is not None:
-        check_target(manifests)
-    if picture is not None:
-        check_target(picture, ".png", ".svg", ".pdf")
+    check_target(manifests)
+    check_target(picture, ".png", ".svg", ".pdf")
     demand = load_demand(workload)
     with working("placing"):
         answer, placement = place_adapters(
             demand,
             gpus=gpus,
             replicate_above=replicate_above,
-            margin=MARGIN if margin is None else margin,
+            margin=criterion.MARGIN if margin is None else margin,
             jobs=jobs,
         )
     if manifests is not None:
@@ -219,8 +210,7 @@ def sweep(
     from adapter_twin.tables import datasets
 
     check_target(out)
-    if table is not None:
-        check_target(table, ".parquet")
+    check_target(table, ".parquet")
     done = run_sweep(design, out, calibration=calibration, jobs=jobs, scheduler=scheduler)
     runs = read_sweep(out)
     if table is not None:
@@ -244,9 +234,7 @@ def train(
         Path, typer.Argument(metavar="SWEEP", help="Folder of a sweep, or a compact table.")
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the models.")],
-    margin: Annotated[
-        float | None, typer.Option(help="Safety margin on the served share of the load.")
-    ] = None,
+    margin: MARGIN = None,
     jobs: JOBS = -1,
     as_json: JSON = False,
 ) -> None:
@@ -254,12 +242,12 @@ def train(
     from adapter_twin.learn.surrogates import chosen
     from adapter_twin.learn.sweep import read_sweep
     from adapter_twin.learn.training import train as fit_models
-    from adapter_twin.plan.criterion import MARGIN, Criterion
+    from adapter_twin.plan import criterion
 
     check_target(out)
-    criterion = Criterion(margin=MARGIN if margin is None else margin)
+    asked = criterion.Criterion(margin=criterion.MARGIN if margin is None else margin)
     with working("fitting"):
-        comparison, _ = fit_models(read_sweep(sweep_table), out, criterion, jobs=jobs)
+        comparison, _ = fit_models(read_sweep(sweep_table), out, asked, jobs=jobs)
     best = chosen(comparison)
     if as_json:
         print_json({"out": str(out), "chosen": best.to_dict("records")})

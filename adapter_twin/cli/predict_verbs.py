@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,13 +19,6 @@ from adapter_twin.cli.report import (
 verbs = typer.Typer()
 
 
-class Observer(StrEnum):
-    """Whether to include what the reference measurement did to itself."""
-
-    none = "none"
-    recorded = "recorded"
-
-
 @verbs.command(
     epilog="Example: adapter-twin predict runs.parquet --calibration auto --out predictions.parquet"
 )
@@ -37,8 +29,9 @@ def predict(
     seed: SEED = 0,
     jobs: JOBS = -1,
     observer: Annotated[
-        Observer, typer.Option(help="The measurement's own effect: left out, or as recorded.")
-    ] = Observer.recorded,
+        Literal["none", "recorded"],
+        typer.Option(help="The measurement's own effect: left out, or as recorded."),
+    ] = "recorded",
 ) -> None:
     """Predict a table of runs from its configuration columns alone."""
     from adapter_twin.service.predict import predict
@@ -50,7 +43,7 @@ def predict(
         calibration,
         seed=seed,
         jobs=jobs,
-        observer=observer is Observer.recorded,
+        observer=observer == "recorded",
     )
     datasets.write_table(predictions, out)
     feasible = predictions["feasible_start"]
@@ -80,18 +73,16 @@ def validate(
     from adapter_twin.service.validate import summary, validate_runs, write_validation
     from adapter_twin.tables import datasets
 
-    if out is not None:
-        check_target(out)
+    check_target(out)
     measured = datasets.read_measured_runs(runs)
     predictions = predict(measured, calibration, seed=seed, jobs=jobs)
     starts = authors = None
     if datasets.find("memory") is not None:
-        memory = datasets.load("memory")
-        memory = memory[memory["model"].isin(measured["model"])]
+        memory = datasets.load("memory").query("model in @measured.model")
         starts = predict_starts(memory, calibration) if len(memory) else None
     if datasets.find("authors_twin") is not None:
-        authors = datasets.load("authors_twin")
-        authors = authors if authors["run_id"].isin(measured["run_id"]).any() else None
+        authors = datasets.load("authors_twin").query("run_id in @measured.run_id")
+        authors = authors if len(authors) else None
     result = validate_runs(measured, predictions, starts=starts, authors=authors)
     content = summary(result, predictions)
     if out is not None:
@@ -138,10 +129,8 @@ def simulate(
     from adapter_twin.workload.files import load_scenario
     from adapter_twin.workload.named import parse_named
 
-    if trace is not None:
-        check_target(trace, ".json")
-    if records is not None:
-        check_target(records, ".parquet", ".csv")
+    check_target(trace, ".json")
+    check_target(records, ".parquet", ".csv")
     scenario = load_scenario(config)
     if policy is not None:
         scenario = replace(scenario, policy=parse_named(policy))

@@ -1,4 +1,4 @@
-"""How the command line talks: tables for people, strict JSON for programs, checks on targets."""
+"""Output of the command line: tables for people, strict JSON for programs, checks on targets."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def check_target(path: Path, *suffixes: str) -> None:
+def check_target(path: Path | None, *suffixes: str) -> None:
     """Refuse a place that cannot be written to before the work begins.
 
     Parameters
     ----------
-    path : pathlib.Path
+    path : pathlib.Path, optional
         A file to be written; without `suffixes`, a folder to be made or filled.
     suffixes : str
 
@@ -33,6 +33,8 @@ def check_target(path: Path, *suffixes: str) -> None:
     ------
     AdapterTwinError
     """
+    if path is None:
+        return
     parent = path.absolute().parent
     require(parent.is_dir(), f"{path}: the folder {path.parent} does not exist; create it first")
     target = path if path.exists() else parent

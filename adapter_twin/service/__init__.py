@@ -1,1 +1,1 @@
-"""From records to figures: the service of a run, predictions and their errors."""
+"""The service of a run, predictions for a table of runs, and their errors."""

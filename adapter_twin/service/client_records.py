@@ -1,4 +1,4 @@
-"""A client's table of requests as the records that the twin writes: one set of metrics for both."""
+"""Records of a measured run, as the twin writes them, so that one set of metrics serves both."""
 
 from __future__ import annotations
 
@@ -43,10 +43,8 @@ def to_records(requests: pd.DataFrame) -> Records:
 def to_gaps(requests: pd.DataFrame) -> Gaps:
     """Return the inter-token gaps of the completed requests."""
     done = requests[requests["end_s"].notna()]
-    gap_s = np.concatenate([*done["itl_ms"], np.empty(0)]) / 1e3
-    times_s = [
-        first_s + np.cumsum(itl_ms) / 1e3
-        for first_s, itl_ms in zip(done["first_token_s"], done["itl_ms"], strict=True)
-    ]
-    end_s = np.concatenate([*times_s, np.empty(0)])
+    firsts_s, gaps_ms = done["first_token_s"], done["itl_ms"]
+    gap_s = np.concatenate([*gaps_ms, np.empty(0)]) / 1e3
+    ends_s = (at + np.cumsum(ms) / 1e3 for at, ms in zip(firsts_s, gaps_ms, strict=True))
+    end_s = np.concatenate([*ends_s, np.empty(0)])
     return Gaps(gap_s, np.ones(len(gap_s), np.int64), end_s)

@@ -29,9 +29,10 @@ STARVATION_THRESHOLD = 0.9
 """Share of the offered tokens per second below which the reference study calls a run starved."""
 
 PERCENTILES: Mapping[str, float] = {"median": 50.0, "p99": 99.0}
+"""These are told of every distribution, besides its mean."""
 
 RESAMPLES = 2000
-"""Bootstrap samples of an interval."""
+"""An interval is taken from n bootstrap samples."""
 
 
 class Service(dict[str, Any]):
@@ -170,6 +171,7 @@ def worst_served(adapter: NDArray[np.int32], ttft_ms: Floats) -> int | None:
 def _worst_adapter(
     adapter: NDArray[np.int32], ttft_ms: Floats, adapters: Sequence[Adapter]
 ) -> dict[str, Any]:
+    """Return the worst-served adapter and its figures, as `service` tells them."""
     worst = worst_served(adapter, ttft_ms)
     own_ms = ttft_ms[adapter == worst] if worst is not None else ttft_ms[:0]
     told = _statistics("ttft_ms", own_ms)
@@ -293,8 +295,18 @@ def weighted_percentile(
 ) -> Floats:
     """Return percentiles of a sample given as values and how often each occurs.
 
-    The same as ``np.percentile(np.repeat(values, counts), percentiles)``, without the expansion;
-    NaN for an empty sample.
+    Parameters
+    ----------
+    values : float64, shape (n,)
+    counts : int64, shape (n,)
+    percentiles : array_like
+        From 0 to 100.
+
+    Returns
+    -------
+    float64, the shape of `percentiles`
+        The same as ``np.percentile(np.repeat(values, counts), percentiles)``, without the
+        expansion; NaN for an empty sample.
     """
     total = int(counts.sum())
     if total == 0:
@@ -354,9 +366,18 @@ def per_adapter(records: Records, duration_s: float) -> pd.DataFrame:
 def is_starved(
     total_throughput: Any, offered_tokens_per_s: Any, threshold: float = STARVATION_THRESHOLD
 ) -> Any:
-    """Return whether throughput falls below `threshold` of the offered load, both in tokens/s.
+    """Return whether throughput falls short of the offered load; of one run, or of columns.
 
-    Of numbers or of columns; a run without figures (NaN) is starved.
+    Parameters
+    ----------
+    total_throughput : float or array
+        Tokens/s; a run without figures (NaN) is starved.
+    offered_tokens_per_s : float or array
+    threshold : float
+        Share of the offered load.
+
+    >>> bool(is_starved(total_throughput=800, offered_tokens_per_s=1000))
+    True
     """
     return np.logical_not(total_throughput >= threshold * offered_tokens_per_s)
 
@@ -368,6 +389,13 @@ def slo_attainment(records: Records, slo: Slo, duration_s: float) -> float:
     Of those cut off by the end of the window, the ones past the TTFT limit missed, and the ones
     whose outcome is open are left out.
 
+    Parameters
+    ----------
+    records : Records
+    slo : Slo
+    duration_s : float
+        End of the window, in s.
+
     Returns
     -------
     float
@@ -375,15 +403,12 @@ def slo_attainment(records: Records, slo: Slo, duration_s: float) -> float:
     """
     missed = np.array(records.rejected, dtype=np.bool_)
     decided = missed.copy()
-    done = np.isfinite(records.end_s)
     if slo.ttft_ms is not None:
-        started = np.isfinite(records.first_token_s)
-        waited_s = np.where(started, records.first_token_s, duration_s) - records.arrival_s
-        missed |= 1e3 * waited_s > slo.ttft_ms
-        decided |= missed | started
+        missed |= waits_ms(records, duration_s) > slo.ttft_ms
+        decided = missed | np.isfinite(records.first_token_s)
     if slo.itl_ms is not None:
         missed |= 1e3 * tpot_s(records) > slo.itl_ms
-        decided = missed | done
+        decided = missed | np.isfinite(records.end_s)
     return float(1 - missed[decided].mean()) if decided.any() else float("nan")
 
 

@@ -15,6 +15,7 @@ from adapter_twin.tables.datasets import replacing
 from adapter_twin.twin.records import Records, Simulation
 
 ENGINE, FRONT_END, REQUESTS = 1, 2, 3
+"""These are the numbers of the trace's tracks."""
 
 
 def write_trace(run: Simulation, path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""A table of runs -> a table of predictions, from the configuration columns alone."""
+"""Predictions for a table of runs, from its configuration columns alone."""
 
 from __future__ import annotations
 
@@ -192,15 +192,11 @@ def predict_starts(starts: pd.DataFrame, calibration: str = "auto") -> pd.DataFr
     """
     calibrations = load_calibrations(calibration, starts["model"])
     predicted = [
-        _start(calibrations[model], int(slots), int(rank))
-        for model, slots, rank in zip(
-            starts["model"], starts["adapter_slots"], starts["max_lora_rank"], strict=True
-        )
+        _start(calibrations[row.model], int(row.adapter_slots), int(row.max_lora_rank))
+        for row in starts.itertuples()
     ]
-    return starts.assign(
-        predicted_kv_cache_tokens=[tokens for tokens, _ in predicted],
-        predicted_start=[start for _, start in predicted],
-    )
+    columns = ["predicted_kv_cache_tokens", "predicted_start"]
+    return pd.concat([starts, pd.DataFrame(predicted, starts.index, columns)], axis="columns")
 
 
 def _start(calibration: Calibration, max_loras: int, max_lora_rank: int) -> tuple[float, bool]:
@@ -213,6 +209,14 @@ def predict_run(
     row: Mapping[str, Any], calibration: Calibration, seed: int, observer: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """Predict one run, as `predict` does.
+
+    Parameters
+    ----------
+    row : mapping
+        See `adapter_twin.workload.files.run_to_workload`.
+    calibration : Calibration
+    seed : int
+    observer : bool
 
     Returns
     -------

@@ -17,6 +17,7 @@ from adapter_twin.service.metrics import STARVATION_THRESHOLD, half_smape, is_st
 from adapter_twin.tables.datasets import replacing, write_table
 
 Floats = NDArray[np.float64]
+Bar = tuple[str, str, str, float, float, int]  # model, figure, measure, value, bar, n_runs
 
 FIGURES = {
     "total_throughput": "all",
@@ -28,14 +29,16 @@ FIGURES = {
 }
 """What is scored, and on which runs: in a starved run TTFT is the length of the window."""
 
-LIGHT, NEAR, STARVED, COLLAPSED = "light", "near saturation", "starved", "client collapsed"
-UNDECIDED = 0.02
+LIGHT, NEAR_SATURATION, STARVED = "light", "near saturation", "starved"
+COLLAPSED = "client collapsed"
+"""Each run is in one of these four regimes."""
+
+BORDERLINE = 0.02
 """Runs this close to the starvation threshold are starved or not by chance."""
 
 REFUSALS = tuple(f"failed:{why}" for why in ("kv_lt_max_seq_len", "oom", "no_mem_cache_blocks"))
 """Statuses with which vLLM refuses a configuration; the others are accidents."""
 
-# (figure, measure, bar); shares and macro-F1 are to be reached, errors not to be passed
 BARS = (
     ("total_throughput", "mape", 1.5),
     ("mean_itl_ms", "mape", 5.0),
@@ -44,20 +47,30 @@ BARS = (
     ("p99_ttft_ms", "median_error", 25.0),
     ("p99_itl_ms", "median_error", 25.0),
 )
+"""Each bar is a figure, a measure and a limit, in percent, for every model."""
+
 COLLAPSED_BAR = ("total_throughput", "mape", 6.0)
+"""This one is for runs whose client collapsed."""
+
 HELD_OUT_BARS = (
     ("total_throughput", "mape", 5.0),
     ("mean_itl_ms", "mape", 10.0),
     ("median_ttft_ms", "mape", 25.0),
 )
-"""Of a campaign of one's own, on the runs that were held out from fitting."""
+"""These are for a campaign of one's own, on the runs that were held out from fitting."""
 
 HELD_OUT = ", held out"
-"""Added to the name of the campaign for these runs."""
-REACHED = ("within_25", "macro_f1", "right")
+"""It is added to the name of the campaign for these runs."""
+
+SHARES = ("within_25", "macro_f1", "right")
+"""These measures are to reach their bar; the others, errors, are not to pass it."""
 
 RESAMPLES = 500
-WORST = 5
+"""An interval is taken from n bootstrap samples."""
+
+WORST_RUNS = 5
+"""Of each model and figure, the n runs with the largest errors are told."""
+
 MODEL_RUNS = ["model", "campaign", "regime", "workload", "run_id"]
 
 
@@ -100,8 +113,7 @@ def validate_runs(
     measured : pandas.DataFrame
         As `adapter_twin.tables.schemas.RUNS`. Figures are scored on runs with status ok, those
         that are ``client_collapsed`` apart; starts on runs that started or were refused. Where
-        there is a
-        column ``held_out``, the bars are those of one's own campaign, on these runs.
+        there is a column ``held_out``, the bars are those of one's own campaign, on these runs.
     predictions : pandas.DataFrame
         As `adapter_twin.tables.schemas.PREDICTIONS`, one row per measured run. A figure that is not
         predicted counts as zero, an error of 100 %.
@@ -135,12 +147,15 @@ def validate_runs(
         "start_refused": int(refused.sum()),
         "left_out": int(len(measured) - len(scored) - refused.sum()),
     }
-    bars = [
+    rows = [
         *_figure_bars(errors),
         _starvation_bar(scored, predictions),
         *_start_bars(measured, predictions, starts),
     ]
-    return Validation(errors, _worst(pairs), pd.DataFrame(bars), counts)
+    bars = pd.DataFrame(rows, columns=["model", "figure", "measure", "value", "bar", "n_runs"])
+    reached, kept = bars["value"] >= bars["bar"], bars["value"] <= bars["bar"]
+    bars.insert(5, "passed", np.where(bars["measure"].isin(SHARES), reached, kept))
+    return Validation(errors, _worst(pairs), bars, counts)
 
 
 def pair_runs(measured: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
@@ -156,7 +171,7 @@ def _describe(runs: pd.DataFrame) -> pd.DataFrame:
     tokens = runs["mean_input_tokens"] + runs["mean_requested_output_tokens"]
     ratio = runs["total_throughput"] / (runs["offered_request_rate"] * tokens)
     cases = [runs["client_collapsed"], is_starved(ratio, 1.0), runs["waiting_mean"] < 1]
-    regime = np.select(cases, [COLLAPSED, STARVED, LIGHT], NEAR)
+    regime = np.select(cases, [COLLAPSED, STARVED, LIGHT], NEAR_SATURATION)
     workload = runs["model"] + " " + runs["rates_per_adapter"] + " " + runs["ranks"]
     campaign = runs["campaign"]
     if "held_out" in runs:
@@ -208,13 +223,11 @@ def error_measures(pairs: pd.DataFrame) -> Iterator[dict[str, Any]]:
     k = int(cluster.max()) + 1
     # Runs of one workload share their errors: the workloads are what can be drawn again.
     weights = np.random.default_rng(0).multinomial(k, np.full(k, 1 / k), RESAMPLES)[:, cluster]
+    near = 100.0 * (error <= 25)
     values = {
         "mape": (mape(measured, predicted), _weighted_mean(error, weights)),
         "median_error": (float(np.median(error)), _weighted_median(error, weights)),
-        "within_25": (
-            float(100 * np.mean(error <= 25)),
-            _weighted_mean(100.0 * (error <= 25), weights),
-        ),
+        "within_25": (float(100 * np.mean(error <= 25)), _weighted_mean(near, weights)),
         "half_smape": (half_smape(measured, predicted), _weighted_mean(half, weights)),
     }
     for measure, (value, resampled) in values.items():
@@ -249,13 +262,13 @@ def _beside_authors(runs: pd.DataFrame, pairs: pd.DataFrame, authors: pd.DataFra
 def _worst(pairs: pd.DataFrame) -> pd.DataFrame:
     pairs = pairs[pairs["regime"] != COLLAPSED]
     ranked = pairs.reindex(pairs["error"].abs().sort_values(ascending=False).index)
-    worst = ranked.groupby(["model", "figure"], sort=False).head(WORST)
+    worst = ranked.groupby(["model", "figure"], sort=False).head(WORST_RUNS)
     return worst.sort_values(["model", "figure"], kind="stable")[
         ["model", "figure", "run_id", "campaign", "regime", "measured", "predicted", "error"]
     ].reset_index(drop=True)
 
 
-def _figure_bars(errors: pd.DataFrame) -> Iterator[dict[str, Any]]:
+def _figure_bars(errors: pd.DataFrame) -> Iterator[Bar]:
     ours = errors[(errors["twin"] == "ours") & (errors["runs"] == "all")]
     held_out = ours["campaign"].str.endswith(HELD_OUT)
     if held_out.any():
@@ -268,38 +281,23 @@ def _figure_bars(errors: pd.DataFrame) -> Iterator[dict[str, Any]]:
             key = (part[["figure", "measure", "regime"]] == [figure, measure, regime]).all(axis=1)
             for value, n_runs in part.loc[key, ["value", "n_runs"]].to_numpy():
                 name = figure if regime == "all" else f"{figure} ({regime})"
-                yield _bar(str(model), name, measure, float(value), bar, int(n_runs))
+                yield str(model), name, measure, float(value), bar, int(n_runs)
 
 
-def _bar(
-    model: str, figure: str, measure: str, value: float, bar: float, n_runs: int
-) -> dict[str, Any]:
-    passed = value >= bar if measure in REACHED else value <= bar
-    return {
-        "model": model,
-        "figure": figure,
-        "measure": measure,
-        "value": value,
-        "bar": bar,
-        "passed": bool(passed),
-        "n_runs": n_runs,
-    }
-
-
-def _starvation_bar(runs: pd.DataFrame, predictions: pd.DataFrame) -> dict[str, Any]:
+def _starvation_bar(runs: pd.DataFrame, predictions: pd.DataFrame) -> Bar:
     from sklearn.metrics import f1_score
 
-    clear = (runs["ratio"] - STARVATION_THRESHOLD).abs() > UNDECIDED
+    clear = (runs["ratio"] - STARVATION_THRESHOLD).abs() > BORDERLINE
     decided = runs[clear & (runs["regime"] != COLLAPSED)]
     predicted = predictions.set_index("run_id").loc[decided["run_id"], "starved"].to_numpy(bool)
     starved = is_starved(decided["ratio"], 1.0).to_numpy()
     score = float(f1_score(starved, predicted, average="macro")) if len(decided) else float("nan")
-    return _bar("all", "starved", "macro_f1", score, 0.99, len(decided))
+    return "all", "starved", "macro_f1", score, 0.99, len(decided)
 
 
 def _start_bars(
     runs: pd.DataFrame, predictions: pd.DataFrame, starts: pd.DataFrame | None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Bar]:
     """Yield the bars on starts (of runs and of measured starts) and on KV-cache tokens."""
     refused = runs["status"].isin(REFUSALS)
     known = runs[refused | ~runs["status"].str.startswith("failed:")]
@@ -310,12 +308,12 @@ def _start_bars(
         outcomes = pd.concat([outcomes, pd.DataFrame({"model": starts["model"], "right": right})])
     for model, part in outcomes.groupby("model"):
         share = float(100 * part["right"].mean())
-        yield _bar(str(model), "start refused or not", "right", share, 100.0, len(part))
+        yield str(model), "start refused or not", "right", share, 100.0, len(part)
     if starts is not None:
         for model, part in starts.dropna(subset=["kv_cache_tokens"]).groupby("model"):
             ratio = part["predicted_kv_cache_tokens"] / part["kv_cache_tokens"]
             largest = float(100 * (ratio - 1).abs().max())
-            yield _bar(str(model), "kv_cache_tokens", "max_error", largest, 1.0, len(part))
+            yield str(model), "kv_cache_tokens", "max_error", largest, 1.0, len(part)
 
 
 def write_validation(
@@ -323,7 +321,17 @@ def write_validation(
 ) -> dict[str, Any]:
     """Write ``predictions.parquet``, ``errors.csv``, ``worst.csv``, ``summary.json``.
 
-    The folder is created where its parent exists. Returns the summary.
+    Parameters
+    ----------
+    validation : Validation
+    predictions : pandas.DataFrame
+    folder : pathlib.Path
+        Created where its parent exists.
+
+    Returns
+    -------
+    dict
+        The `summary`.
     """
     if not folder.parent.is_dir():
         raise AdapterTwinError(f"{folder}: {folder.parent} does not exist; create it first")

@@ -107,18 +107,13 @@ def make_records(session: Session, overhead_s: Floats) -> Records:
         return told_s
 
     is_base_model = requests.adapter == session.limits.base_model
-    return Records(
-        arrival_s=requests.arrival_s,
-        adapter=np.where(is_base_model, BASE_MODEL, requests.adapter),
-        prompt_tokens=requests.prompt_tokens,
-        output_tokens=requests.output_tokens,
-        scheduled_s=requests.scheduled_s,
-        first_token_s=at_client_s(requests.first_token_s),
-        end_s=at_client_s(requests.end_s),
-        preemptions=requests.preemptions,
-        load_wait_s=requests.load_wait_s,
-        rejected=requests.rejected,
-    )
+    columns = {column.name: getattr(requests, column.name) for column in fields(Records)}
+    columns |= {
+        "adapter": np.where(is_base_model, BASE_MODEL, requests.adapter),
+        "first_token_s": at_client_s(requests.first_token_s),
+        "end_s": at_client_s(requests.end_s),
+    }
+    return Records(**columns)
 
 
 def make_gaps(session: Session) -> Gaps:

@@ -174,7 +174,7 @@ def new_session(
         requests=new_requests(trace, n_adapters),
         state=state,
         clock=clock,
-        law=_typed_law(law),
+        law=law,
         front_end=FrontEnd(float(duration_s), int(in_flight_cap), *map(float, seconds)),
         steps=_table(1 << 16, STEPS),
         pauses=_table(n_adapters + 1 + scrapes, PAUSES),
@@ -189,7 +189,8 @@ def _check_policy(
 ) -> None:
     """Refuse a run that lacks what its policy asks for, or pins what cannot be."""
     name = type(policy).__name__
-    require(pooled != policy.reserves_slots, f"adapter_blocks: {name} takes none, or needs")
+    remedy = "leave them out" if pooled else "give them"
+    require(pooled != policy.reserves_slots, f"adapter_blocks: {remedy} for {name}")
     require(not pinned.any() or policy.heeds_pins, f"pinned: {name} cannot; leave `pinned` out")
     require(
         pinned.sum() <= engine.max_loras,
@@ -240,17 +241,6 @@ def kv_blocks(kv_cache_tokens: int, block_size: int) -> int:
 def _typed(values: NDArray[Any], dtype: type) -> Any:
     """Return values of one type: numba compiles the loop anew for every other one."""
     return np.require(values, dtype, ["C_CONTIGUOUS", "WRITEABLE"])
-
-
-def _typed_law(law: StepLaw) -> StepLaw:
-    token_breaks, coefficients, tile, per_waiting, scheduling = law
-    return StepLaw(
-        _typed(token_breaks, np.float64),
-        _typed(coefficients, np.float64),
-        int(tile),
-        float(per_waiting),
-        _typed(scheduling, np.float64),
-    )
 
 
 def new_requests(trace: Trace, n_adapters: int) -> Requests:

@@ -8,7 +8,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-from adapter_twin.service.validate import LIGHT, NEAR, STARVED
+from adapter_twin.service.validate import LIGHT, NEAR_SATURATION, STARVED
 from study.figures.style import (
     BLUE,
     GREEN,
@@ -21,7 +21,7 @@ from study.figures.style import (
     split_label,
 )
 
-REGIMES = (LIGHT, NEAR, STARVED)
+REGIMES = (LIGHT, NEAR_SATURATION, STARVED)
 
 
 def _plain(axis: Axis) -> None:
