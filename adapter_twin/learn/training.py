@@ -84,31 +84,29 @@ def train(
     import pandas as pd
 
     labels = label(runs, criterion)
-    languages = sorted(labels["model"].unique())
-    for language in languages:
-        own = labels[(labels["model"] == language) & labels.has_optimum]
+    of_language: dict[str, tuple[pd.DataFrame, pd.DataFrame]] = {}
+    for language in sorted(labels["model"].unique()):
+        own = labels[(labels["model"] == language) & labels.has_optimum].reset_index(drop=True)
+        of_language[language] = own, runs[runs["model"] == language]
         rates = own.rates_per_adapter.nunique()
         require(
             rates >= FEWEST_RATES,
             f"{language}: {rates} mixes of rates have an optimum, {FEWEST_RATES} are needed; "
             "sweep more",
         )
-        judged = verdicts(runs[runs["model"] == language], criterion)
         require(
-            judged.serves.nunique() == 2,
+            verdicts(of_language[language][1], criterion).serves.nunique() == 2,
             f"{language}: no simulated run starves; sweep higher rates or more served adapters",
         )
     comparisons, classifiers = [], []
-    for language in languages:
-        own = labels[(labels["model"] == language) & labels.has_optimum].reset_index(drop=True)
-        of_model = runs[runs["model"] == language]
-        comparison, of_runs = _train_one(own, of_model, out / language, criterion, jobs)
+    for language, tables in of_language.items():
+        comparison, of_runs = _train_one(*tables, out / language, criterion, jobs)
         comparisons.append(comparison.assign(language_model=language))
         classifiers.append(of_runs.assign(language_model=language))
-    tables = pd.concat(comparisons, ignore_index=True), pd.concat(classifiers, ignore_index=True)
-    for table, name in zip(tables, ("comparison", "classifiers"), strict=True):
+    both = pd.concat(comparisons, ignore_index=True), pd.concat(classifiers, ignore_index=True)
+    for table, name in zip(both, ("comparison", "classifiers"), strict=True):
         write_table(table, out / f"{name}.csv")
-    return tables
+    return both
 
 
 def _train_one(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from adapter_twin.plan.candidates import GROWTH_STEP, MOST_GROWTH, RESERVE_LOAD, SIMILAR_TTFT
-from adapter_twin.plan.criterion import Criterion
+from adapter_twin.plan.criterion import MARGIN, Criterion
 from adapter_twin.plan.search import Answer, Refusal, around
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def why_not(refusal: Refusal) -> str:
         if served
         else "not one of its adapters can be served"
     )
-    unstarved = table[Criterion(margin=refusal.criterion.margin).feasible(table)]
+    unstarved = table[Criterion(margin=MARGIN).feasible(table)]
     missed = demand.slo is not None and len(unstarved) > 0
     obstacle = _missed_slo(refusal, unstarved) if missed else _overload(table)
     return f"{obstacle}; {how_many}; {', or '.join(_remedies(refusal, missed))}"

@@ -83,7 +83,6 @@ class Refusal:
     Attributes
     ----------
     demand : Demand
-    criterion : Criterion
     table : pandas.DataFrame
         As in `Answer`.
     served : int
@@ -93,7 +92,6 @@ class Refusal:
     """
 
     demand: Demand
-    criterion: Criterion
     table: pd.DataFrame
     served: int = 0
     narrow: Demand | None = None
@@ -111,10 +109,9 @@ def search(demand: Demand) -> Answer | Refusal:
     table = replica.table()
     chosen = replica.choose(table)
     if chosen is None and not table.feasible_start.any():
-        return Refusal(demand, replica.criterion, table)
+        return Refusal(demand, table)
     if chosen is None:
-        served, narrow = largest_subset(demand), _without_wide_adapters(demand)
-        return Refusal(demand, replica.criterion, table, served, narrow)
+        return Refusal(demand, table, largest_subset(demand), _without_wide_adapters(demand))
     best, windows = chosen
     slots, utilisation = int(best.adapter_slots), float(best.utilisation)
     loads = replica.at_loads(slots, utilisation, LOADS)
