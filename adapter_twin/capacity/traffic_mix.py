@@ -31,6 +31,9 @@ PROMPTS = 6
 POINTS = 4
 """The tokens of these prompts are represented by this number of equally likely points."""
 
+SAMPLES = 20_000
+"""Moments are those of this number of requests, a multiple of `POINTS`."""
+
 DISTINCT_RATES = 16
 MERGED_RATIO = 0.03
 """Of more rates than these, those that differ by less than 3 % are taken together: that moves
@@ -64,25 +67,22 @@ class Moments:
     prompts: Floats
 
 
-def moments(lengths: Lengths, calibration: Calibration, samples: int = 20_000) -> Moments:
+def moments(lengths: Lengths, calibration: Calibration) -> Moments:
     """Return the moments of a workload's lengths under a calibration's laws.
 
-    They take milliseconds, so the last ones are kept. `samples` is a multiple of `POINTS`.
+    They take milliseconds, so the last ones are kept.
     """
     early_stop = calibration.early_stop
     stops = early_stop.probability_, early_stop.kept_
-    return _moments(lengths, calibration.lengths.marginals, stops, samples)
+    return _moments(lengths, calibration.lengths.marginals, stops)
 
 
 @lru_cache(maxsize=1024)
 def _moments(
-    lengths: Lengths,
-    marginals: LengthMarginals | None,
-    early_stops: tuple[float, float],
-    samples: int,
+    lengths: Lengths, marginals: LengthMarginals | None, early_stops: tuple[float, float]
 ) -> Moments:
     rng = np.random.default_rng(0)
-    prompt, output = draw_lengths(lengths, samples, rng, marginals)
+    prompt, output = draw_lengths(lengths, SAMPLES, rng, marginals)
     early_stop = EarlyStopLaw.from_dict(
         dict(zip(("probability_", "kept_"), early_stops, strict=True))
     )
@@ -90,8 +90,8 @@ def _moments(
     prompt, output = prompt.astype(float), output.astype(float)
     held = (prompt * output + output**2 / 2).sum() / output.sum()
     together = np.zeros((PROMPTS + 1, POINTS))
-    total = np.zeros(samples)
-    quantiles = np.arange(1, POINTS) * samples // POINTS
+    total = np.zeros(SAMPLES)
+    quantiles = np.arange(1, POINTS) * SAMPLES // POINTS
     for count in range(1, PROMPTS + 1):
         total = total + rng.permutation(prompt)
         together[count] = np.partition(total, quantiles).reshape(POINTS, -1).mean(axis=1)

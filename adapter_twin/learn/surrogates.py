@@ -156,7 +156,13 @@ def split(table: pd.DataFrame, seed: int = 0) -> Split:
 
 
 def cross_validate(train: pd.DataFrame, features: str, target: str, model: str) -> Floats:
-    """Return predictions for every workload by a model that has not seen its rates."""
+    """Return predictions for every workload by a model that has not seen its rates.
+
+    Parameters
+    ----------
+    train, features, target, model
+        As for `fit`.
+    """
     return np.asarray(
         cross_val_predict(
             make_model(model),
@@ -170,6 +176,14 @@ def cross_validate(train: pd.DataFrame, features: str, target: str, model: str) 
 
 def compare(parts: Split, models: Sequence[str] = tuple(MODELS), *, jobs: int = -1) -> pd.DataFrame:
     """Return the errors of every model, set of features and target, cross-validated and on test.
+
+    Parameters
+    ----------
+    parts : Split
+        Of labelled workloads.
+    models : sequence of str
+    jobs : int
+        Processes; -1 is one per core.
 
     Returns
     -------
@@ -211,7 +225,15 @@ def chosen(comparison: pd.DataFrame) -> pd.DataFrame:
 
 
 def fit(train: pd.DataFrame, features: str, target: str, model: str) -> Any:
-    """Fit one model to labelled workloads."""
+    """Fit one model to labelled workloads.
+
+    Parameters
+    ----------
+    train : pandas.DataFrame
+        Workloads with their optima, see `adapter_twin.learn.sweep.label`.
+    features, target, model : str
+        Of `FEATURES`, `TARGETS` and `MODELS`.
+    """
     return clone(make_model(model)).fit(feature_array(features, train), train[target])
 
 
@@ -237,6 +259,14 @@ def compare_classifiers(
     parts: Split, names: tuple[str, ...] = tuple(CLASSIFIERS), *, jobs: int = -1
 ) -> pd.DataFrame:
     """Return the errors of every classifier, cross-validated and on test.
+
+    Parameters
+    ----------
+    parts : Split
+        Of `verdicts`.
+    names : tuple of str
+    jobs : int
+        Processes; -1 is one per core.
 
     Returns
     -------

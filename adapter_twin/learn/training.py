@@ -153,6 +153,11 @@ def coverage(labelled: pd.DataFrame, features: str, target: str, model: str) -> 
     """Return the share of unseen workloads whose truth lies in the interval.
 
     Each fifth of the rates in turn is unseen by the model and by the width of its interval.
+
+    Parameters
+    ----------
+    labelled, features, target, model
+        As for `adapter_twin.learn.surrogates.fit`.
     """
     covered = np.zeros(len(labelled), bool)
     for seen, unseen in GroupKFold(FOLDS).split(labelled, groups=labelled.rates_per_adapter):
@@ -170,6 +175,11 @@ def interval_factor(train: pd.DataFrame, features: str, target: str, model: str)
 
     Cross-conformal: absolute residuals of logarithms, each of a model that has not seen the
     workload's rates (Vovk 2015, as MAPIE implements it).
+
+    Parameters
+    ----------
+    train, features, target, model
+        As for `adapter_twin.learn.surrogates.fit`.
     """
     from mapie.regression import CrossConformalRegressor
 

@@ -181,7 +181,16 @@ class Candidates:
     def at_loads(
         self, slots: int, utilisation: float, loads: Sequence[float]
     ) -> list[dict[str, Any]]:
-        """Return one row per load that is not hopeless: ``load``, figures, and ``serves``."""
+        """Return one row per load that is not hopeless: ``load``, figures, and ``serves``.
+
+        Parameters
+        ----------
+        slots : int
+        utilisation : float
+            Of the analytic capacity, at the demand's own load.
+        loads : sequence of float
+            Factors on all rates.
+        """
         rows = []
         for load in loads:
             if load * utilisation < STARVING_UTILISATION:
