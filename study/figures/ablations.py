@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from adapter_twin.service.validate import LIGHT, NEAR_SATURATION, STARVED
 from study.figures.style import (
@@ -16,19 +14,14 @@ from study.figures.style import (
     LABELS,
     dots,
     finish,
-    legend_outside,
+    panels,
+    plain_numbers,
     shades,
     split_label,
+    ticks,
 )
 
 REGIMES = (LIGHT, NEAR_SATURATION, STARVED)
-
-
-def _plain(axis: Axis) -> None:
-    """Label a logarithmic axis with plain numbers, few of them."""
-    axis.set_major_locator(LogLocator(subs=(1, 3)))
-    axis.set_major_formatter("{x:,g}")
-    axis.set_minor_formatter(NullFormatter())
 
 
 def errors(table: pd.DataFrame) -> Figure:
@@ -40,19 +33,13 @@ def errors(table: pd.DataFrame) -> Figure:
         As `study.ch14_ablation.error_table`.
     """
     names = list(dict.fromkeys(table["ablation"]))
-    figures = list(dict.fromkeys(table["figure"]))
-    figure, panels = plt.subplots(
-        1, len(figures), figsize=(9.5, 0.5 * len(names) + 1.2), squeeze=False, sharey=True
-    )
-    for name, axes in zip(figures, panels[0], strict=True):
-        part = table[table["figure"] == name]
-        dots(axes, part, "ablation", names, "regime", shades(REGIMES))
-        kind = "MAPE" if (part["measure"] == "mape").all() else "median error"
+    grid = dots(table, "ablation", names, "figure", by="regime", colors=shades(REGIMES))
+    measures = table.groupby("figure")["measure"].first()
+    for name, axes in grid.axes_dict.items():
+        kind = "MAPE" if measures[name] == "mape" else "median error"
         axes.set(title=split_label(name)[0], xlabel=f"{kind} (%)", xscale="log")
-        _plain(axes.xaxis)
-    panels[0, 0].invert_yaxis()
-    legend_outside(panels[0, -1])
-    return finish(figure)
+        plain_numbers(axes.xaxis)
+    return finish(grid)
 
 
 def extrapolation(table: pd.DataFrame) -> Figure:
@@ -63,24 +50,24 @@ def extrapolation(table: pd.DataFrame) -> Figure:
     table : pandas.DataFrame
         As `study.ch14_limits.extrapolation`.
     """
-    figures = [name for name in LABELS if name in set(table["figure"])]
-    markers = {"adapter_slots": "o", "max_lora_rank": "s"}
-    figure, panels = plt.subplots(1, len(figures), figsize=(9.5, 3.2), squeeze=False)
-    for name, axes in zip(figures, panels[0], strict=True):
-        for column, part in table[table["figure"] == name].groupby("column"):
-            for fit, color, label in (("seen", GREY, "in the fit"), ("left_out", BLUE, "left out")):
-                axes.plot(
-                    part["times"], part[fit], markers[str(column)], ms=4, color=color,
-                    alpha=0.8, label=f"{LABELS.get(str(column), 'rank')}, {label}",
-                )  # fmt: skip
-        axes.set(title=split_label(name)[0], xlabel="times the highest value fitted", xscale="log")
-        axes.set(yscale="symlog", ylim=(0, None))
-        axes.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
-        axes.xaxis.set_minor_locator(NullLocator())
+    fits = {"seen": "in the fit", "left_out": "left out"}
+    long = table.melt(["figure", "column", "times"], list(fits), "fit", "error")
+    columns = long["column"].replace(LABELS | {"max_lora_rank": "rank"})
+    long["run"] = columns + ", " + long["fit"].map(fits)
+    colors = {name: BLUE if fits["left_out"] in name else GREY for name in sorted(set(long["run"]))}
+    grid = panels(
+        long, kind="scatter", x="times", y="error", col="figure", share=False, hue="run",
+        col_order=[name for name in LABELS if name in set(table["figure"])],
+        hue_order=colors, palette=colors, style="run", style_order=colors, alpha=0.8, linewidth=0,
+        markers={name: "s" if "rank" in name else "o" for name in colors}, s=18, title="",
+    )  # fmt: skip
+    grid.set(xscale="log", yscale="symlog", ylim=(0, None))
+    grid.set_axis_labels("times the highest value fitted", "median error (%)")
+    for name, axes in grid.axes_dict.items():
+        axes.set_title(split_label(name)[0])
+        ticks(axes.xaxis, (1, 2, 4, 8))
         axes.yaxis.set_major_formatter("{x:g}")
-    panels[0, 0].set_ylabel("median error (%)")
-    legend_outside(panels[0, -1])
-    return finish(figure)
+    return finish(grid)
 
 
 def seed_spread(table: pd.DataFrame) -> Figure:
@@ -94,13 +81,13 @@ def seed_spread(table: pd.DataFrame) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.2))
     load = 100 * table["utilisation"]
     left.fill_between(load, table["low"] / 1e3, table["high"] / 1e3, color=BLUE, alpha=0.25, lw=0)
-    left.plot(load, table["middle"] / 1e3, "o-", ms=3.5, color=BLUE)
-    left.set(ylabel="median TTFT (s)")
-    right.plot(load, table["spread"], "o-", ms=3.5, color=BLUE)
-    right.set(ylabel="highest by lowest seed")
-    for axes in (left, right):
-        axes.set(xlabel="offered load (% of capacity)", yscale="log")
-        _plain(axes.yaxis)
+    for axes, drawn, label in (
+        (left, table["middle"] / 1e3, "median TTFT (s)"),
+        (right, table["spread"], "highest by lowest seed"),
+    ):
+        axes.plot(load, drawn, "o-", ms=3.5, color=BLUE)
+        axes.set(xlabel="offered load (% of capacity)", ylabel=label, yscale="log")
+        plain_numbers(axes.yaxis)
     return finish(figure)
 
 
@@ -113,20 +100,19 @@ def learning_curve(table: pd.DataFrame) -> Figure:
         As `study.ch14_limits.learning_curve`.
     """
     figures = [name for name in LABELS if name in table]
-    figure, panels = plt.subplots(1, len(figures), figsize=(9.5, 3.2), squeeze=False)
-    for name, axes in zip(figures, panels[0], strict=True):
-        for part, color, label in (
-            ("batches", BLUE, "fewer batches of every engine"),
-            ("engines", GREEN, "fewer engines"),
-        ):
-            draws = table[table["part"] == part]
-            axes.plot(draws["steps"], draws[name], "o", ms=4, alpha=0.7, color=color, label=label)
+    ways = {"batches": "fewer batches of every engine", "engines": "fewer engines"}
+    long = table.melt(["part", "share", "steps"], figures, "figure", "error")
+    colors = dict(zip(ways.values(), (BLUE, GREEN), strict=True))
+    grid = panels(
+        long.assign(way=long["part"].map(ways)), kind="scatter", x="steps", y="error",
+        col="figure", share=False, hue="way", palette=colors, alpha=0.7, linewidth=0, s=18,
+        title="",
+    )  # fmt: skip
+    grid.set(xscale="log", yscale="log")
+    grid.set_axis_labels("steps calibrated on", "MAPE of held-out runs (%)")
+    for name, axes in grid.axes_dict.items():
+        axes.set_title(split_label(name)[0])
         axes.axhline(table.loc[table["share"] == 1, name].iloc[0], color=GREY, lw=1, ls="--")
-        axes.set(
-            title=split_label(name)[0], xlabel="steps calibrated on", xscale="log", yscale="log"
-        )
-        _plain(axes.xaxis)
-        _plain(axes.yaxis)
-    panels[0, 0].set_ylabel("MAPE of held-out runs (%)")
-    legend_outside(panels[0, -1])
-    return finish(figure)
+        plain_numbers(axes.xaxis)
+        plain_numbers(axes.yaxis)
+    return finish(grid)

@@ -7,7 +7,17 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from study.figures.style import BLUE, COLORS, GREY, LABELS, finish, legend_outside, shades
+from study.figures.style import (
+    BLUE,
+    COLORS,
+    GREY,
+    LABELS,
+    finish,
+    legend_outside,
+    measures,
+    shades,
+    ticks,
+)
 
 RULE_COLORS = {"vLLM": COLORS["ours"], "one line changed": GREY}
 
@@ -62,25 +72,18 @@ def cost(table: pd.DataFrame) -> Figure:
     table : pandas.DataFrame
         As `study.ch16_chain.cost`.
     """
-    shown = table.assign(loading=100 * table.loading_share, p99_s=table.p99_ttft_ms / 1e3)
-    panels = {
-        "loading": "time spent on loading (%)",
+    labels = {
+        "loading_share": "time spent on loading (%)",
         "mean_itl_ms": LABELS["mean_itl_ms"],
-        "p99_s": "p99 TTFT (s)",
+        "p99_ttft_ms": "p99 TTFT (s)",
     }
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(10.5, 3.4))
-    loads = shades(table.load.unique())
-    for axes, (name, label) in zip(all_axes, panels.items(), strict=True):
-        sns.lineplot(
-            shown, x="adapter_slots", y=name, hue="load", palette=loads, style="rule",
-            style_order=list(RULE_COLORS), ax=axes, legend=axes is all_axes[-1],
-        )  # fmt: skip
-        axes.set(xlabel=LABELS["adapter_slots"], ylabel=label, xscale="log")
-        axes.set_xticks(
-            [slots for slots in (8, 16, 32, 64, 128) if slots in set(table.adapter_slots)]
-        )
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
-    all_axes[-1].set(yscale="log")
-    legend_outside(all_axes[-1])
-    return finish(figure)
+    grid = measures(
+        table.assign(loading_share=100 * table.loading_share, p99_ttft_ms=table.p99_ttft_ms / 1e3),
+        labels, kind="line", x="adapter_slots", hue="load", palette=shades(table.load.unique()),
+        style="rule", style_order=list(RULE_COLORS), width=9,
+    )  # fmt: skip
+    grid.set(xscale="log", xlabel=LABELS["adapter_slots"])
+    for axes in grid.axes.flat:
+        ticks(axes.xaxis, {8, 16, 32, 64, 128} & set(table.adapter_slots))
+    grid.axes_dict[labels["p99_ttft_ms"]].set_yscale("log")
+    return finish(grid)

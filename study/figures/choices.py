@@ -12,8 +12,6 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator
 
 from adapter_twin.service.metrics import STARVATION_THRESHOLD
 from study.figures.style import (
@@ -24,9 +22,13 @@ from study.figures.style import (
     LABELS,
     ORANGE,
     SERIES,
+    dots,
     finish,
     legend_outside,
+    measures,
+    panels,
     shades,
+    ticks,
 )
 
 TARGET_LABELS = {
@@ -45,14 +47,14 @@ def settling(table: pd.DataFrame) -> Figure:
     table : pandas.DataFrame
         See `study.ch08_window.settling`.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), sharex=True)
-    for (name, line), color in zip(table.groupby("run_id", sort=False), SERIES, strict=False):
-        left.plot(line.minute, line.mean_ttft_ms, color=color, label=str(name))
-        right.plot(line.minute, line.in_flight.clip(lower=0.5), color=color)
-    left.set(xlabel="minute of arrival", ylabel="mean TTFT (ms)", yscale="log")
-    right.set(xlabel="minute", ylabel="requests in flight", yscale="log")
-    left.legend(frameon=False)
-    return finish(figure)
+    labels = {"mean_ttft_ms": LABELS["mean_ttft_ms"], "in_flight": "requests in flight"}
+    grid = measures(
+        table.assign(in_flight=table.in_flight.clip(lower=0.5)), labels, kind="line", x="minute",
+        hue="run_id", palette=list(SERIES[: table.run_id.nunique()]), title="",
+    )  # fmt: skip
+    grid.set(xlabel="minute of arrival", yscale="log")
+    grid.axes_dict[labels["in_flight"]].set_xlabel("minute")
+    return finish(grid)
 
 
 def optima(labels: pd.DataFrame) -> Figure:
@@ -63,26 +65,16 @@ def optima(labels: pd.DataFrame) -> Figure:
     labels : pandas.DataFrame
         See `adapter_twin.learn.sweep.label`, with ``adapter_load`` in tokens/s.
     """
-    models = sorted(labels["model"].unique())
-    figure, panels = plt.subplots(
-        1, len(models), figsize=(4.9 * max(len(models), 1.2), 3.8), squeeze=False, sharey=True
-    )
-    slots = sorted(int(g) for g in labels.adapter_slots.unique())
-    colors = shades(slots, "adapter slots")
-    for model, axes in zip(models, panels[0], strict=True):
-        for count, points in labels[labels["model"] == model].groupby("adapter_slots"):
-            axes.plot(
-                points.adapter_load, points.served_adapters, "o", ms=4, alpha=0.7,
-                color=colors[int(str(count))], label=f"{int(str(count))}",
-            )  # fmt: skip
-        axes.set(xscale="log", yscale="log", title=model, xlabel="load of an adapter (tokens/s)")
-        served = sorted(labels.served_adapters.unique())
-        axes.set_yticks(served, [f"{n:g}" for n in served])
-        axes.yaxis.set_minor_locator(NullLocator())
-    panels[0, 0].set_ylabel(TARGET_LABELS["served_adapters"])
-    handles = [Line2D([], [], marker="o", ls="", color=colors[g], label=f"{g}") for g in slots]
-    legend_outside(panels[0, -1], handles=handles, title="adapter slots G*")
-    return finish(figure)
+    grid = panels(
+        labels, kind="scatter", x="adapter_load", y="served_adapters", col="model",
+        col_order=sorted(labels["model"].unique()), hue="adapter_slots",
+        palette=shades(labels["adapter_slots"], "adapter slots"), alpha=0.7, s=16, linewidth=0,
+        title="adapter slots G*",
+    )  # fmt: skip
+    grid.set(xscale="log", yscale="log")
+    grid.set_axis_labels("load of an adapter (tokens/s)", TARGET_LABELS["served_adapters"])
+    ticks(grid.axes[0, 0].yaxis, labels["served_adapters"])
+    return finish(grid)
 
 
 def model_errors(comparison: pd.DataFrame, measure: str = "test_half_smape") -> Figure:
@@ -95,22 +87,17 @@ def model_errors(comparison: pd.DataFrame, measure: str = "test_half_smape") -> 
     measure : str
         A column of it.
     """
-    targets = list(dict.fromkeys(comparison.target))
-    models = list(dict.fromkeys(comparison.model))
-    figure, panels = plt.subplots(
-        1, len(targets), figsize=(9.5, 0.27 * len(models) + 1.3), squeeze=False, sharey=True
-    )
-    for target, axes in zip(targets, panels[0], strict=True):
-        own = comparison[comparison.target == target]
-        for features, points in own.groupby("features"):
-            at = [models.index(name) for name in points.model]
-            color = FEATURE_COLORS[str(features)]
-            axes.plot(points[measure], at, "o", ms=5, color=color, label=f"{features} features")
-        axes.set(title=TARGET_LABELS[target], xlabel="halved SMAPE (%)", xlim=(0, None))
-    panels[0, 0].set_yticks(range(len(models)), models)
-    panels[0, 0].invert_yaxis()
-    legend_outside(panels[0, -1])
-    return finish(figure)
+    named = comparison.assign(features=comparison.features + " features")
+    grid = panels(
+        named, kind="scatter", x=measure, y="model", col="target", hue="features", s=25,
+        linewidth=0, palette={f"{name} features": color for name, color in FEATURE_COLORS.items()},
+        height=0.27 * comparison.model.nunique() + 1.3, title="", sharex=False,
+    )  # fmt: skip
+    grid.set(xlim=(0, None)).set_axis_labels("halved SMAPE (%)", "")
+    for target, axes in grid.axes_dict.items():
+        axes.set_title(TARGET_LABELS[target])
+    grid.axes[0, 0].invert_yaxis()
+    return finish(grid)
 
 
 def small_tree(tree: Any, names: list[str]) -> Figure:
@@ -140,20 +127,17 @@ def importance(table: pd.DataFrame) -> Figure:
     table : pandas.DataFrame
         See `study.ch09_explain.importance`.
     """
-    models = list(dict.fromkeys(table.model))
-    features = list(dict.fromkeys(table.feature))
-    figure, panels = plt.subplots(
-        1, len(models), figsize=(9.5, 0.27 * len(features) + 1.3), squeeze=False, sharey=True
-    )
-    for model, axes in zip(models, panels[0], strict=True):
-        own = table[table.model == model]
-        at = [features.index(name) for name in own.feature]
-        axes.barh(at, own.increase, color=BLUE, height=0.6)
-        axes.hlines(at, own.low, own.high, color=INK, lw=1.5)
-        axes.set(title=model, xlabel="points of halved SMAPE")
-    panels[0, 0].set_yticks(range(len(features)), [name.replace("_", " ") for name in features])
-    panels[0, 0].invert_yaxis()
-    return finish(figure)
+    named = table.assign(feature=table.feature.str.replace("_", " "))
+    features = named.feature.unique()
+    height = 0.27 * len(features) + 1.3
+    grid = sns.catplot(
+        named, kind="bar", x="increase", y="feature", order=features, col="model", color=BLUE,
+        width=0.6, saturation=1, height=height, aspect=9.5 / table.model.nunique() / height,
+        sharex=False,
+    )  # fmt: skip
+    grid.map(plt.hlines, "feature", "low", "high", color=INK, lw=1.5)
+    grid.set_titles("{col_name}").set_axis_labels("points of halved SMAPE", "")
+    return finish(grid)
 
 
 def dependence(table: pd.DataFrame, ylabel: str) -> Figure:
@@ -165,18 +149,17 @@ def dependence(table: pd.DataFrame, ylabel: str) -> Figure:
         See `study.ch09_explain.dependence`.
     ylabel : str
     """
-    features = list(dict.fromkeys(table.feature))
-    figure, panels = plt.subplots(1, len(features), figsize=(9.5, 3.4), squeeze=False, sharey=True)
-    for feature, axes in zip(features, panels[0], strict=True):
-        own = table[table.feature == feature]
-        for (model, line), color in zip(own.groupby("model", sort=False), SERIES, strict=False):
-            axes.plot(line.value, line.predicted, color=color, label=str(model))
-        axes.set(xlabel=feature.replace("_", " "), yscale="log")
-        if own.value.min() > 0 and own.value.max() > 20 * own.value.min():
+    grid = panels(
+        table, kind="line", x="value", y="predicted", col="feature", hue="model",
+        palette=list(SERIES[: table.model.nunique()]), sharex=False, title="",
+    )  # fmt: skip
+    grid.set(yscale="log", ylabel=ylabel).set_titles("").set_ylabels(clear_inner=True)
+    for feature, axes in grid.axes_dict.items():
+        axes.set_xlabel(feature.replace("_", " "))
+        low, high = table.loc[table.feature == feature, "value"].agg(["min", "max"])
+        if low > 0 and high > 20 * low:
             axes.set_xscale("log")
-    panels[0, 0].set_ylabel(ylabel)
-    legend_outside(panels[0, -1])
-    return finish(figure)
+    return finish(grid)
 
 
 def regret(table: pd.DataFrame) -> Figure:
@@ -188,20 +171,16 @@ def regret(table: pd.DataFrame) -> Figure:
         See `study.ch08_to_10.methods`.
     """
     figure, axes = plt.subplots(figsize=(8.5, 0.24 * len(table) + 1.2))
-    kinds = list(dict.fromkeys(table.kind))
-    names = list(table.method)
-    for kind, color in zip(kinds, SERIES, strict=False):
-        own = table[table.kind == kind]
-        at = [names.index(name) for name in own.method]
-        axes.barh(at, own.regret.clip(lower=0.1), color=color, height=0.7, label=kind)
+    sns.barplot(
+        table.assign(regret=table.regret.clip(lower=0.1)), x="regret", y="method", hue="kind",
+        palette=list(SERIES[: table.kind.nunique()]), dodge=False, width=0.7, saturation=1,
+        ax=axes,
+    )  # fmt: skip
     for place, (lost, starving) in enumerate(zip(table.regret, table.starving_picks, strict=True)):
         note = f" {lost:.2g}" + (f", {starving} starve" if starving else "")
         axes.text(max(float(lost), 0.1), place, note, va="center", fontsize=8, color=INK)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set(
-        xlabel="mean regret (% of the best measured throughput)", xscale="log", xlim=(0.1, 300)
-    )
+    axes.set(xlabel="mean regret (% of the best measured throughput)", xscale="log", ylabel="")
+    axes.set_xlim(0.1, 300)
     legend_outside(axes)
     return finish(figure)
 
@@ -256,23 +235,16 @@ def sobol(table: pd.DataFrame) -> Figure:
     table : pandas.DataFrame
         See `study.ch11_sensitivity.sobol_indices`.
     """
-    answers, factors = list(dict.fromkeys(table.answer)), list(dict.fromkeys(table.factor))
-    figure, panels = plt.subplots(
-        1, len(answers), figsize=(9.8, 0.33 * len(factors) + 1.4), squeeze=False, sharey=True
+    named = table.assign(
+        answer=table.answer.str.replace("_", " "), factor=table.factor.str.replace("_", " ")
     )
-    for answer, axes in zip(answers, panels[0], strict=True):
-        own = table[table.answer == answer].set_index("factor").reindex(factors)
-        for column, shift, color, name in (
-            ("first", -0.15, BLUE, "alone"),
-            ("total", 0.15, ORANGE, "with interactions"),
-        ):
-            at = np.arange(len(factors)) + shift
-            half = own[f"{column}_conf"]
-            axes.hlines(at, own[column] - half, own[column] + half, color=color, lw=1.5)
-            axes.plot(own[column], at, "o", ms=4, color=color, label=name)
-        axes.axvline(0, color=GREY, lw=0.8)
-        axes.set(title=answer.replace("_", " "), xlabel="Sobol index")
-    panels[0, 0].set_yticks(range(len(factors)), [name.replace("_", " ") for name in factors])
-    panels[0, 0].invert_yaxis()
-    legend_outside(panels[0, -1])
-    return finish(figure)
+    parts = []
+    for column, kind in (("first", "alone"), ("total", "with interactions")):
+        index, half = table[column], table[f"{column}_conf"]
+        parts.append(named.assign(value=index, low=index - half, high=index + half, index=kind))
+    grid = dots(
+        pd.concat(parts, ignore_index=True), "factor", named.factor.unique(), "answer",
+        by="index", colors={"alone": BLUE, "with interactions": ORANGE}, row_height=0.33,
+    )  # fmt: skip
+    grid.refline(x=0, color=GREY, lw=0.8, ls="-").set_axis_labels("Sobol index")
+    return finish(grid)

@@ -8,29 +8,30 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from adapter_twin.laws import Calibration
 from adapter_twin.plan.grid import simulate_quietly
 from adapter_twin.service.metrics import is_starved, summarize
 from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, deal_adapters
-from study.figures.style import LABELS, SERIES, finish, legend_outside, shades
+from study.figures.style import LABELS, SERIES, finish, legend_outside, panels, shades
 
 PUBLISHED = {"throughput_error": 5.1, "configuration_error": 7.2, "sweep_hours": 767}
-"""From the paper's text: halved SMAPE of the twin's throughput and of the configuration, in
+"""The paper's text tells these: halved SMAPE of the twin's throughput and of the configuration, in
 percent (abstract), and the time that its twin took for the training grid."""
 
 REQUEST_TOKENS = {"small": (23, 27), "medium": (250, 231), "large": (423, 358)}
 """Prompt and output tokens of the paper's three sizes of requests."""
 
 DATASETS = dict(zip(("p25", "mean", "p75"), REQUEST_TOKENS, strict=True))
-"""What the published runs call them: quantiles of ShareGPT's lengths."""
+"""The published runs name a size by a quantile of ShareGPT's lengths."""
 
 SHOWN_SLOTS = (12, 96, 120, 256, 320)
-"""Of Figure 1's panel on slots."""
+"""Figure 1's panel on slots shows these."""
 
 VARIED = ("rank", "output tokens", "request rate (1/s)", "adapter slots")
+"""Each panel of Figure 1 varies one of these."""
 
 
 def caching_problem(runs: pd.DataFrame) -> pd.DataFrame:
@@ -101,18 +102,20 @@ def draw_caching_problem(points: pd.DataFrame) -> Figure:
     figure, panels = plt.subplots(2, 2, figsize=(8.5, 6.4), sharey=True)
     best = most_served(points)
     for name, axes in zip(VARIED, panels.flat, strict=True):
-        own, crosses = points[points["varied"] == name], best[best["varied"] == name]
-        for level, color in shades(own["level"]).items():
-            line, cross = own[own["level"] == level], crosses[crosses["level"] == level]
-            axes.plot(
-                line["adapters"], line["total_throughput"], ".-", color=color, label=f"{level:g}"
-            )
-            axes.plot(cross["adapters"], cross["total_throughput"], "X", color=color, ms=10)
-        axes.set(xlabel="adapters")
+        for table, style in (
+            (points, {"marker": "."}),
+            (best, {"marker": "X", "ms": 10, "ls": ""}),
+        ):
+            own = table[table["varied"] == name]
+            sns.lineplot(
+                own, x="adapters", y="total_throughput", hue=own["level"].map("{:g}".format),
+                palette=list(shades(own["level"]).values()), legend=table is points, ax=axes,
+                **style,
+            )  # fmt: skip
+        axes.set(ylabel=LABELS["total_throughput"])
+        axes.label_outer()
         legend_outside(axes, title=name)
     panels[0, 0].set_ylim(0, None)  # shared by all
-    for axes in panels[:, 0]:
-        axes.set_ylabel(LABELS["total_throughput"])
     return finish(figure)
 
 
@@ -132,13 +135,12 @@ def memory_overhead(runs: pd.DataFrame) -> pd.DataFrame:
 
 def draw_memory_overhead(points: pd.DataFrame) -> Figure:
     """Draw `memory_overhead`: two sizes of requests, and the running ones behind the first."""
-    panels = (
+    shown = (
         ("medium", "total_throughput", LABELS["total_throughput"]),
         ("large", "total_throughput", LABELS["total_throughput"]),
         ("medium", "running", "running requests (mean)"),
     )
-    styles = dict(zip(sorted(points["model"].unique(), reverse=True), ("-", ":"), strict=False))
-    return _panels(points, panels, "adapter_slots", LABELS["adapter_slots"], styles)
+    return _panels(points, shown, "adapter_slots", LABELS["adapter_slots"])
 
 
 def compute_overhead(runs: pd.DataFrame) -> pd.DataFrame:
@@ -171,13 +173,12 @@ def slowdown(points: pd.DataFrame) -> pd.DataFrame:
 
 def draw_compute_overhead(points: pd.DataFrame) -> Figure:
     """Draw `compute_overhead`: two sizes of requests, and the ITL behind the first."""
-    panels = (
+    shown = (
         ("small", "total_throughput", LABELS["total_throughput"]),
         ("medium", "total_throughput", LABELS["total_throughput"]),
         ("small", "mean_itl_ms", LABELS["mean_itl_ms"]),
     )
-    styles = dict.fromkeys(points["model"].unique(), "-")
-    return _panels(points, panels, "adapters", "adapters in use", styles)
+    return _panels(points, shown, "adapters", "adapters in use")
 
 
 def _measured(runs: pd.DataFrame, source: str, columns: dict[str, str]) -> pd.DataFrame:
@@ -191,23 +192,24 @@ def _measured(runs: pd.DataFrame, source: str, columns: dict[str, str]) -> pd.Da
 
 
 def _panels(
-    points: pd.DataFrame, panels: tuple[tuple[str, str, str], ...], x: str, xlabel: str,
-    styles: dict[str, str],
-) -> Figure:  # fmt: skip
+    points: pd.DataFrame, shown: tuple[tuple[str, str, str], ...], x: str, xlabel: str
+) -> Figure:
     """Draw a panel for each pair of request size and figure, a line per rank and model."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(9.5, 3.2))
-    colors = shades(points["max_lora_rank"], "rank")
-    for (requests, value, label), ax in zip(panels, axes, strict=True):
-        own = points[points["requests"] == requests]
-        for (model, rank), line in own.groupby(["model", "max_lora_rank"]):
-            style = {"color": colors[rank], "ls": styles[str(model)]}
-            ax.plot(line[x], line[value], ".", **style, lw=1.3)
-        ax.set(title=f"{requests} requests", xlabel=xlabel, ylabel=label, ylim=(0, None))
-    handles = [Line2D([], [], color=color, label=f"{rank:g}") for rank, color in colors.items()]
-    if len(styles) > 1:
-        handles += [Line2D([], [], color="k", ls=ls, label=name) for name, ls in styles.items()]
-    legend_outside(axes[-1], handles=handles, title="max. rank")
-    return finish(figure)
+    parts = [
+        points[points["requests"] == requests].assign(drawn=points[value], panel=panel)
+        for panel, (requests, value, _) in enumerate(shown)
+    ]
+    models = sorted(points["model"].unique(), reverse=True)
+    styles = {"style": "model", "dashes": dict(zip(models, ("", (1, 1)), strict=False))}
+    grid = panels(
+        pd.concat(parts).rename(columns={"max_lora_rank": "max. rank"}), kind="line", x=x,
+        y="drawn", col="panel", hue="max. rank", palette=shades(points["max_lora_rank"], "rank"),
+        marker=".", lw=1.3, share=False, height=3.2, **(styles if len(models) > 1 else {}),
+    )  # fmt: skip
+    grid.set(xlabel=xlabel, ylim=(0, None))
+    for (requests, _, label), axes in zip(shown, grid.axes.flat, strict=True):
+        axes.set(title=f"{requests} requests", ylabel=label)
+    return finish(grid)
 
 
 def load_impact(loads: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
@@ -249,19 +251,14 @@ def _alone_ms(calibration: Calibration, size: str, rank: int) -> float:
 
 def draw_load_impact(impact: pd.DataFrame) -> Figure:
     """Draw `load_impact`: bars by rank and size of requests, a panel per source of the load."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2))
-    ranks, sizes = sorted(impact["rank"].unique()), list(REQUEST_TOKENS)
-    for source, axes in zip(("disk", "memory"), panels, strict=True):
-        own = impact[impact["source"] == source].set_index(["requests", "rank"])["impact"]
-        for place, (size, color) in enumerate(zip(sizes, SERIES, strict=False)):
-            at = [row + 0.27 * (place - 1) for row in range(len(ranks))]
-            axes.bar(
-                at, own[size].reindex(ranks), width=0.25, color=color, label=f"{size} requests"
-            )
-        where = "host memory" if source == "memory" else source
-        axes.set(title=f"load from {where}", xlabel="rank", xticks=range(len(ranks)))
-        axes.set_xticklabels([f"{rank:g}" for rank in ranks])
-        axes.grid(visible=False, axis="x")
-    panels[0].set_ylabel("load by decoding time (%)")
-    legend_outside(panels[-1], title="requests")
-    return finish(figure)
+    grid = sns.catplot(
+        impact.astype({"rank": "int"}), kind="bar", x="rank", y="impact", hue="requests",
+        hue_order=list(REQUEST_TOKENS), palette=list(SERIES[: len(REQUEST_TOKENS)]), saturation=1,
+        col="source", col_order=["disk", "memory"], sharey=False, height=3.2, aspect=1.25,
+    )  # fmt: skip
+    for title, axes in zip(
+        ("load from disk", "load from host memory"), grid.axes.flat, strict=True
+    ):
+        axes.set(title=title, xlabel="rank")
+    grid.set_ylabels("load by decoding time (%)")
+    return finish(grid)

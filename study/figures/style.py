@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,7 +20,7 @@ BLUE, ORANGE, GREEN, VERMILION, PINK, BROWN = sns.color_palette("colorblind", 6)
 INK, GREY = "0.25", "0.5"
 
 SERIES = (BLUE, ORANGE, GREEN, PINK, BROWN)
-"""Of things without an order that a figure tells apart."""
+"""Things without an order that a figure tells apart have these colours."""
 
 COLORS = {
     "measured": INK,
@@ -40,7 +42,7 @@ LABELS = {
 }
 
 SCALES = {"adapter slots": ("viridis", 4, 512), "rank": ("flare", 4, 64)}
-"""Of things with an order, the colour map and the range that it spans, on a logarithmic scale."""
+"""Things with an order have a colour map, whose range is spanned on a logarithmic scale."""
 
 
 def use_style() -> None:
@@ -55,7 +57,7 @@ def shades(values: Iterable[Any], of: str = "") -> dict[Any, Any]:
     Parameters
     ----------
     values : iterable
-    of : str
+    of : str, optional
         A key of `SCALES`: a count then has the same colour in every figure. Left out, the values
         share out a colour map among them.
     """
@@ -79,28 +81,122 @@ def split_label(figure: str) -> tuple[str, str]:
     return name, unit.removesuffix(")")
 
 
-def dots(
-    axes: Axes, table: pd.DataFrame, row: str, rows: list[str], by: str, colors: dict[str, Any]
-) -> None:
-    """Draw values with their intervals: rows by one column, beside each other by another.
+def panels(
+    table: pd.DataFrame, *, width: float = 8.2, height: float = 3.4, title: str | None = None,
+    share: bool | str = True, **drawn: Any,
+) -> sns.FacetGrid:  # fmt: skip
+    """Draw a table by `seaborn.relplot`, a panel per value of ``col``, titled by it.
 
     Parameters
     ----------
-    axes : matplotlib.axes.Axes
     table : pandas.DataFrame
-        ``value``, ``low``, ``high`` and the columns `row` and `by`.
-    row, by : str
-    rows : list of str
-        From top to bottom.
-    colors : dict
-        Of the values of `by`, from top to bottom within a row.
+    width, height : float
+        Inches of a row of panels, without the legend.
+    title : str, optional
+        Title of the legend, where that is not the name of its column.
+    share : bool or str
+        The y-axes that are shared, as in `matplotlib.pyplot.subplots`.
+    **drawn
+        Arguments of `seaborn.relplot` and of what it draws. A line has all of its rows as points.
     """
-    for place, (value, color) in enumerate(colors.items()):
-        part = table[table[by] == value].set_index(row).reindex(rows)
-        at = np.arange(len(rows)) + 0.24 * (place - (len(colors) - 1) / 2)
-        axes.hlines(at, part["low"], part["high"], color=color, lw=2, alpha=0.5)
-        axes.plot(part["value"], at, "o", ms=5, color=color, label=LABELS.get(value, value))
-    axes.set_yticks(range(len(rows)), rows)
+    count = table[drawn["col"]].nunique() if "col" in drawn else 1
+    if drawn.get("kind") == "line":
+        drawn = {"estimator": None} | drawn
+    grid = sns.relplot(
+        table.reset_index(drop=True), height=height, aspect=width / count / height,
+        facet_kws={"sharey": share, "sharex": drawn.pop("sharex", True)}, **drawn,
+    )  # fmt: skip
+    if title is not None:
+        grid.legend.set_title(title)
+    return grid.set_titles("{col_name}")
+
+
+def measures(table: pd.DataFrame, labels: dict[str, str], **drawn: Any) -> sns.FacetGrid:
+    """Draw `panels` of several columns, each with its label at its own y-axis.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+    labels : dict of str
+        Label of each column that is drawn.
+    **drawn
+        Arguments of `panels`.
+    """
+    others = [name for name in table if name not in labels]
+    long = table.rename(columns=labels).melt(others, [*labels.values()], "measure", "drawn")
+    grid = panels(long, y="drawn", col="measure", share=False, **drawn).set_titles("")
+    for label, axes in grid.axes_dict.items():
+        axes.set_ylabel(label)
+    return grid
+
+
+def dots(
+    table: pd.DataFrame, row: str, rows: Sequence[str], panel: str, *, by: str | None = None,
+    colors: dict[str, Any] | None = None, row_height: float = 0.5,
+) -> sns.FacetGrid:  # fmt: skip
+    """Draw values with their intervals in rows, a panel per value of one more column.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        ``value``, ``low``, ``high`` and the columns `row`, `panel` and `by`.
+    row : str
+    rows : sequence of str
+        From top to bottom.
+    panel : str
+    by : str, optional
+        What stands beside each other within a row.
+    colors : dict, optional
+        Of the values of `by`, from top to bottom within a row.
+    row_height : float
+        Inches.
+    """
+    count, height = table[panel].nunique(), row_height * len(rows) + 1.2
+    shifts = 0.24 * (np.arange(len(colors)) - (len(colors) - 1) / 2) if colors else [0.0]
+    grid = sns.FacetGrid(
+        table, col=panel, hue=by, hue_order=colors, palette=colors, hue_kws={"shift": shifts},
+        sharex=False, height=height, aspect=8.2 / count / height,
+    )  # fmt: skip
+
+    def draw(data: pd.DataFrame, color: Any, shift: float = 0.0, label: str | None = None) -> None:
+        at = data[row].map(list(rows).index) + shift
+        plt.hlines(at, data["low"], data["high"], color=color, lw=2, alpha=0.5)
+        plt.plot(data["value"], at, "o", ms=5, color=color, label=label)
+
+    grid.map_dataframe(draw, **({} if by else {"color": BLUE}))
+    if by:
+        grid.add_legend(title="")
+    grid.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5), ylabel="")
+    return grid.set_titles("{col_name}")
+
+
+def smoothed(table: pd.DataFrame, by: Sequence[str], column: str, rows: int) -> pd.Series[float]:
+    """Return the running median of a column over some rows of each group.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        In the order in which its rows are to be run over.
+    by : sequence of str
+    column : str
+    rows : int
+    """
+    groups = table.groupby(list(by))[column]
+    return groups.transform(lambda own: own.rolling(rows, center=True, min_periods=1).median())
+
+
+def ticks(axis: Axis, values: Iterable[float], **settings: Any) -> None:
+    """Put ticks with plain numbers at some values of a logarithmic axis, and no others."""
+    at = sorted(set(values))
+    axis.set_ticks(at, [f"{value:g}" for value in at], **settings)
+    axis.set_minor_locator(NullLocator())
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers, few of them."""
+    axis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.set_major_formatter("{x:,g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def legend_outside(axes: Axes, **settings: Any) -> None:
@@ -108,8 +204,9 @@ def legend_outside(axes: Axes, **settings: Any) -> None:
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), **settings)
 
 
-def finish(figure: Figure) -> Figure:
+def finish(drawn: Figure | sns.FacetGrid) -> Figure:
     """Lay a figure out and close it: a notebook shows what a cell returns."""
-    figure.tight_layout()
+    drawn.tight_layout()
+    figure: Figure = drawn if isinstance(drawn, Figure) else drawn.figure
     plt.close(figure)
     return figure

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullLocator
 
@@ -22,11 +25,15 @@ from study.figures.style import (
     dots,
     finish,
     legend_outside,
+    measures,
+    panels,
     shades,
+    smoothed,
     split_label,
 )
 
 TWINS = ("measured", "ours", "authors")
+REGIMES = ("light", "near saturation", "starved", "client collapsed")
 
 
 def service(swept: pd.DataFrame) -> Figure:
@@ -37,26 +44,27 @@ def service(swept: pd.DataFrame) -> Figure:
     swept : pandas.DataFrame
         As `study.ch01_to_06.sweep`.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    labels = {"total_throughput": LABELS["total_throughput"], "p99_ttft_ms": "p99 TTFT (s)"}
+    grid = measures(
+        swept[swept["feasible_start"]].assign(p99_ttft_ms=swept["p99_ttft_ms"] / 1e3), labels,
+        kind="line", x="served_adapters", hue="adapter_slots", marker="o", ms=5, height=3.8,
+        palette=shades(swept["adapter_slots"], "adapter slots"), title="adapter slots",
+    )  # fmt: skip
+    left, right = grid.axes.flat
     offered = swept.groupby("served_adapters")["offered_tokens_per_s"].first()
     left.plot(offered, color=GREY, ls="--", lw=1)
     left.fill_between(
         offered.index, STARVATION_THRESHOLD * offered, 0, color="0.5", alpha=0.12, lw=0
     )
     left.text(0.97, 0.06, "starved", transform=left.transAxes, ha="right", color=GREY)
-    colors = shades(swept["adapter_slots"], "adapter slots")
-    for slots, line in swept[swept["feasible_start"]].groupby("adapter_slots"):
-        style = {"color": colors[int(str(slots))], "marker": "o", "ms": 4, "label": f"{slots}"}
-        left.plot(line["served_adapters"], line["total_throughput"], **style)
-        right.plot(line["served_adapters"], line["p99_ttft_ms"] / 1e3, **style)
     left.annotate(
         "offered", (offered.index[-1], offered.iloc[-1]), (-8, 0), textcoords="offset points",
         ha="right", va="center", color=GREY,
     )  # fmt: skip
-    left.set(xlabel="served adapters", ylabel=LABELS["total_throughput"], ylim=(0, None))
-    right.set(xlabel="served adapters", ylabel="p99 TTFT (s)", yscale="log")
-    right.legend(title="adapter slots", frameon=False)
-    return finish(figure)
+    left.set_ylim(0, None)
+    right.set_yscale("log")
+    grid.set(xlabel="served adapters")
+    return finish(grid)
 
 
 def timeline(run: Simulation) -> Figure:
@@ -92,11 +100,11 @@ def step_durations(run: Simulation) -> Figure:
     figure, axes = plt.subplots(figsize=(6, 3.4))
     duration_ms = 1e3 * (run.steps["end_s"] - step_starts_s(run))
     loads = run.steps["loads"] > 0
-    for chosen, label, color in (
-        (~loads, "no load", BLUE),
-        (loads, "with adapter loads", COLORS["alarm"]),
-    ):
-        axes.plot(run.steps["tokens"][chosen], duration_ms[chosen], ".", color=color, label=label)
+    sns.scatterplot(
+        x=run.steps["tokens"], y=duration_ms, s=12, linewidth=0,
+        hue=np.where(loads, "with adapter loads", "no load"),
+        palette={"no load": BLUE, "with adapter loads": COLORS["alarm"]}, ax=axes,
+    )  # fmt: skip
     axes.set(xlabel="tokens in the batch", ylabel="step (ms)", xscale="log", ylim=(0, None))
     axes.legend(frameon=False)
     return finish(figure)
@@ -105,10 +113,10 @@ def step_durations(run: Simulation) -> Figure:
 def long_tail(tail: pd.DataFrame) -> Figure:
     """Draw mean TTFT by popularity of the adapter, a line per slot count."""
     figure, axes = plt.subplots(figsize=(6, 3.4))
-    colors = shades(tail["adapter_slots"], "adapter slots")
-    for slots, line in tail.groupby("adapter_slots"):
-        smooth = line["mean_ttft_ms"].rolling(5, center=True, min_periods=1).median()
-        axes.plot(line["adapter"] + 1, smooth, color=colors[int(str(slots))], label=f"{slots}")
+    sns.lineplot(
+        x=tail["adapter"] + 1, y=smoothed(tail, ["adapter_slots"], "mean_ttft_ms", 5),
+        hue=tail["adapter_slots"], palette=shades(tail["adapter_slots"], "adapter slots"), ax=axes,
+    )  # fmt: skip
     axes.set(xlabel="adapter, most popular first", ylabel="mean TTFT (ms)", yscale="log")
     axes.legend(title="adapter slots", frameon=False)
     return finish(figure)
@@ -116,52 +124,57 @@ def long_tail(tail: pd.DataFrame) -> Figure:
 
 def memory(law: pd.DataFrame, measured: pd.DataFrame | None) -> Figure:
     """Draw KV-cache tokens over slots by rank, one panel per model, and measured starts if any."""
-    models = sorted(law["model"].unique())
-    figure, panels = plt.subplots(1, len(models), figsize=(9.5, 3.6), squeeze=False)
     colors = shades(law["max_lora_rank"], "rank")
-    for model, axes in zip(models, panels[0], strict=True):
-        for rank, line in law[law["model"] == model].groupby("max_lora_rank"):
-            color = colors[int(str(rank))]
-            axes.plot(line["adapter_slots"], line["kv_cache_tokens"], color=color, label=f"{rank}")
-            if measured is not None:
-                points = measured[
-                    (measured["model"] == model) & (measured["max_lora_rank"] == rank)
-                ]
-                axes.plot(
-                    points["adapter_slots"], points["kv_cache_tokens"], "o", color=color, ms=4
-                )
-        axes.set(title=model, xlabel="adapter slots", ylabel="KV-cache tokens", ylim=(0, None))
+    drawn: dict[str, Any] = {
+        "x": "adapter_slots",
+        "y": "kv_cache_tokens",
+        "hue": "max_lora_rank",
+        "palette": colors,
+    }
+    grid = panels(
+        law, kind="line", col="model", col_order=sorted(law["model"].unique()), share=False,
+        height=3.6, title="max. rank", **drawn,
+    )  # fmt: skip
+    for model, axes in grid.axes_dict.items():
+        if measured is not None:
+            own = measured[(measured["model"] == model) & measured["max_lora_rank"].isin(colors)]
+            sns.scatterplot(own, **drawn, s=20, linewidth=0, legend=False, ax=axes)
         axes.yaxis.set_major_formatter("{x:,.0f}")
-    legend_outside(panels[0, -1], title="max. rank")
-    return finish(figure)
+    grid.set(ylim=(0, None)).set_axis_labels("adapter slots", "KV-cache tokens")
+    return finish(grid)
 
 
 def bands(
     table: pd.DataFrame, x: str, by: str, panel: str | None, *, xlabel: str, ylabel: str,
     log: str = "xy", title: str = "",
 ) -> Figure:  # fmt: skip
-    """Draw medians with their quartiles over `x`, a line per `by`, a panel per `panel`.
+    """Draw medians with their quartiles over a column, a line per value of another.
 
-    Where `title` is a key of `study.figures.style.SCALES`, lines have the colours of that scale.
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        ``low``, ``median`` and ``high`` of each row, and the columns named here.
+    x, by : str
+    panel : str, optional
+        The column that has a panel for each of its values.
+    xlabel, ylabel : str
+    log : str
+        The axes that are logarithmic.
+    title : str
+        Title of the legend. Where it is a key of `study.figures.style.SCALES`, lines have the
+        colours of that scale.
     """
-    panels = sorted(table[panel].unique()) if panel else [""]
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.75 * max(len(panels), 1.3), 3.6), squeeze=False, sharey=True
-    )
     levels = sorted(table[by].unique())
-    colors = shades(levels, title) if title in SCALES else dict(zip(levels, SERIES, strict=False))
-    for name, ax in zip(panels, axes[0], strict=True):
-        part = table[table[panel] == name] if panel else table
-        for level, color in colors.items():
-            line = part[part[by] == level]
-            ax.plot(line[x], line["median"], "o-", color=color, ms=3.5, lw=1.3, label=f"{level}")
-            ax.fill_between(line[x], line["low"], line["high"], color=color, alpha=0.15, lw=0)
-        ax.set(xlabel=xlabel, title=name)
-        ax.set_xscale("log" if "x" in log else "linear")
-        ax.set_yscale("log" if "y" in log else "linear")
-    axes[0, 0].set_ylabel(ylabel)
-    legend_outside(axes[0, -1], title=title or by)
-    return finish(figure)
+    long = table.melt([x, by, *filter(None, [panel])], ["low", "median", "high"], value_name="y")
+    facets = {"col": panel, "col_order": sorted(table[panel].unique())} if panel else {}
+    grid = panels(
+        long, kind="line", x=x, y="y", hue=by, estimator="median", errorbar=("pi", 100),
+        palette=shades(levels, title) if title in SCALES else list(SERIES[: len(levels)]),
+        marker="o", ms=4, lw=1.3, err_kws={"alpha": 0.15, "lw": 0}, height=3.6,
+        width=8.2 if panel else 5.2, title=title or by, **facets,
+    )  # fmt: skip
+    grid.set(**{f"{axis}scale": "log" for axis in log}).set_axis_labels(xlabel, ylabel)
+    return finish(grid)
 
 
 def coefficients(terms: pd.DataFrame) -> Figure:
@@ -172,21 +185,11 @@ def coefficients(terms: pd.DataFrame) -> Figure:
     terms : pandas.DataFrame
         As `study.ch01_to_06.step_costs`.
     """
-    regimes = list(dict.fromkeys(terms["regime"]))
-    names = list(dict.fromkeys(terms["term"]))[::-1]
-    figure, panels = plt.subplots(
-        1, len(regimes), figsize=(9.5, 0.28 * len(names) + 1.2), sharey=True, squeeze=False
-    )
-    for regime, axes in zip(regimes, panels[0], strict=True):
-        part = terms[terms["regime"] == regime]
-        places = [names.index(term) for term in part["term"]]
-        axes.hlines(places, part["low"], part["high"], color=GREY)
-        axes.plot(part["cost"], places, "o", ms=4, color=BLUE)
-        axes.axvline(0, color=INK, lw=0.8)
-        axes.set(xlabel="ms per step", yticks=range(len(names)))
-        axes.set_title(regime, fontsize="small")
-        axes.set_yticklabels(names)
-    return finish(figure)
+    terms = terms.rename(columns={"cost": "value"})
+    grid = dots(terms, "term", terms["term"].unique(), "regime", row_height=0.28)
+    grid.refline(x=0, color=INK, lw=0.8, ls="-").set_axis_labels("ms per step")
+    grid.set_titles("{col_name}", size="small")
+    return finish(grid)
 
 
 def errors(table: pd.DataFrame, figures: list[str]) -> Figure:
@@ -197,16 +200,15 @@ def errors(table: pd.DataFrame, figures: list[str]) -> Figure:
     table : pandas.DataFrame
         Rows of `adapter_twin.service.validate.Validation.errors` of one measure, by regime.
     """
-    regimes = [r for r in ("light", "near saturation", "starved", "client collapsed")
-               if r in set(table["regime"])]  # fmt: skip
-    figure, panels = plt.subplots(1, len(figures), figsize=(9.5, 3.4), squeeze=False, sharey=True)
-    colors = {twin: COLORS[twin] for twin in ("ours", "authors")}
-    for name, axes in zip(figures, panels[0], strict=True):
-        dots(axes, table[table["figure"] == name], "regime", regimes, "twin", colors)
-        axes.set(title=split_label(name)[0], xlabel="MAPE (%)", xscale="log")
-    panels[0, 0].invert_yaxis()
-    legend_outside(panels[0, -1])
-    return finish(figure)
+    regimes = [name for name in REGIMES if name in set(table["regime"])]
+    shown = table[table["figure"].isin(figures)].replace({"twin": LABELS})
+    shown = shown.sort_values("figure", key=lambda names: names.map(figures.index))
+    colors = {LABELS[twin]: COLORS[twin] for twin in ("ours", "authors")}
+    grid = dots(shown, "regime", regimes, "figure", by="twin", colors=colors, row_height=0.55)
+    grid.set(xlabel="MAPE (%)", xscale="log")
+    for name, axes in grid.axes_dict.items():
+        axes.set_title(split_label(name)[0])
+    return finish(grid)
 
 
 def curves(table: pd.DataFrame, figures: list[str]) -> Figure:
@@ -217,30 +219,23 @@ def curves(table: pd.DataFrame, figures: list[str]) -> Figure:
     table : pandas.DataFrame
         One row per run and ``twin`` (`TWINS`), of one model and workload.
     """
-    slots = sorted(table["adapter_slots"].unique())
-    figure, panels = plt.subplots(
-        len(figures), len(slots), figsize=(2.5 * len(slots), 2.4 * len(figures) + 0.3),
-        sharex=True, sharey="row", squeeze=False,
+    long = table.melt(["twin", "adapter_slots", "served_adapters"], figures, "figure", "drawn")
+    long = long.replace({"twin": LABELS}).dropna(subset="drawn")
+    twins = {LABELS[twin]: COLORS[twin] for twin in TWINS}
+    grid = panels(
+        long, kind="line", x="served_adapters", y="drawn", row="figure", col="adapter_slots",
+        hue="twin", hue_order=twins, palette=twins, style="twin", style_order=twins,
+        markers=dict(zip(twins, "o..", strict=True)), dashes=False, lw=1.2, share="row", height=2.4,
+        width=2.2 * table["adapter_slots"].nunique(), title="",
     )  # fmt: skip
-    for name, row in zip(figures, panels, strict=True):
-        for count, axes in zip(slots, row, strict=True):
-            for twin in TWINS:
-                line = table[(table["twin"] == twin) & (table["adapter_slots"] == count)]
-                line = line.sort_values("served_adapters").dropna(subset=[name])
-                if len(line):
-                    marker = "o" if twin == "measured" else "."
-                    axes.plot(
-                        line["served_adapters"], line[name], marker, ls="-", lw=1.2, ms=5,
-                        color=COLORS[twin], label=LABELS[twin],
-                    )  # fmt: skip
+    grid.set_titles("").set_xlabels("served adapters")
+    for name, row in zip(figures, grid.axes, strict=True):
         row[0].set_ylabel(LABELS.get(name, name))
         if "ttft" in name:
             row[0].set_yscale("log")  # shared along the row
-    for count, top, bottom in zip(slots, panels[0], panels[-1], strict=True):
-        top.set_title(f"{count} slots")
-        bottom.set_xlabel("served adapters")
-    panels[0, 0].legend(frameon=False)
-    return finish(figure)
+    for slots, axes in zip(grid.col_names, grid.axes[0], strict=True):
+        axes.set_title(f"{slots} slots")
+    return finish(grid)
 
 
 def against_measured(table: pd.DataFrame, by: str) -> Figure:
@@ -252,23 +247,22 @@ def against_measured(table: pd.DataFrame, by: str) -> Figure:
         Columns ``figure``, ``measured``, ``predicted`` and `by`, which gives the colours.
     by : str
     """
-    figures = list(dict.fromkeys(table["figure"]))
-    width = min(3.2 * len(figures) + 1.4, 10.5)
-    figure, panels = plt.subplots(1, len(figures), figsize=(width, 3.4), squeeze=False)
-    for name, axes in zip(figures, panels[0], strict=True):
-        part = table[table["figure"] == name]
-        for label, points in part.groupby(by, sort=False):
-            axes.plot(points["measured"], points["predicted"], "o", ms=4, alpha=0.7, label=label)
-        ends = part[["measured", "predicted"]].stack().agg(["min", "max"])
-        axes.plot(ends, ends, color=INK, lw=0.8)
-        axes.set(xscale="log", yscale="log", title=LABELS.get(name, name), xlabel="measured")
+    grid = panels(
+        table.astype({by: str}), kind="scatter", x="measured", y="predicted", col="figure",
+        hue=by, sharex=False, share=False, s=18, alpha=0.7, linewidth=0,
+        width=min(3.2 * table["figure"].nunique(), 9), title=by.replace("_", " "),
+    )  # fmt: skip
+    grid.set(xscale="log", yscale="log")
+    for name, axes in grid.axes_dict.items():
+        own = table.loc[table["figure"] == name, ["measured", "predicted"]]
+        low, high = own.min().min(), own.max().max()
+        axes.plot((low, high), (low, high), color=INK, lw=0.8)
+        axes.set_title(LABELS.get(name, name))
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(_few_ticks(ends["max"] / ends["min"]))
+            axis.set_major_locator(_few_ticks(high / low))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_locator(NullLocator())
-    panels[0, 0].set_ylabel("predicted")
-    legend_outside(panels[0, -1], title=by.replace("_", " "))
-    return finish(figure)
+    return finish(grid)
 
 
 def _few_ticks(ratio: float) -> Locator:
