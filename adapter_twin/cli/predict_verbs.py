@@ -15,6 +15,7 @@ from adapter_twin.cli.report import (
     print_mapping,
     print_table,
 )
+from adapter_twin.errors import require
 
 verbs = typer.Typer()
 
@@ -123,6 +124,7 @@ def simulate(
     """Simulate one configuration and summarise the service it gives."""
     from dataclasses import replace
 
+    from adapter_twin.fleet.equal_replicas import simulate_fleet
     from adapter_twin.service.perfetto import write_trace
     from adapter_twin.service.predict import predict_scenario
     from adapter_twin.tables import datasets
@@ -134,13 +136,19 @@ def simulate(
     scenario = load_scenario(config)
     if policy is not None:
         scenario = replace(scenario, policy=parse_named(policy))
-    run, content = predict_scenario(scenario)
-    if records is not None:
+    if scenario.fleet is not None:
+        require(trace is None, "trace: a trace shows one engine; leave out --trace, or fleet")
+        fleet_run, content = simulate_fleet(scenario)
+        frame = fleet_run.records.to_frame().assign(replica=fleet_run.replica)
+    else:
+        run, content = predict_scenario(scenario)
         frame = run.records.to_frame()
-        frame.attrs.update(run.provenance)
+        if trace is not None:
+            write_trace(run, trace)
+    if records is not None:
+        told = ("config_hash", "seed", "version", "calibration", "policy")
+        frame.attrs.update({name: content[name] for name in told if name in content})
         datasets.write_table(frame, records)
-    if trace is not None:
-        write_trace(run, trace)
     if as_json:
         print_json(content)
     else:

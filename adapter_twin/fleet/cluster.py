@@ -25,7 +25,7 @@ from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.records import Gaps, Records, make_gaps, make_records
 from adapter_twin.twin.session import check_lengths
 from adapter_twin.twin.simulate import draw_requests
-from adapter_twin.workload.scenario import EngineConfig, Workload
+from adapter_twin.workload.scenario import Adapter, EngineConfig, Slo, Workload
 from adapter_twin.workload.strict import require
 from adapter_twin.workload.trace import Trace, generators
 
@@ -99,9 +99,10 @@ class ClusterRun:
     engines: tuple[EngineConfig, ...]
     duration_s: float
 
-    def service(self) -> Service:
+    def service(self, *, slo: Slo | None = None, adapters: Sequence[Adapter] = ()) -> Service:
         """Return `adapter_twin.service.metrics.service` of the whole cluster."""
-        return service(self.records, _joined(self.gaps), self.duration_s)
+        gaps = _joined(self.gaps)
+        return service(self.records, gaps, self.duration_s, slo=slo, adapters=adapters)
 
     def summary(self) -> dict[str, float]:
         """Return the service in four figures.

@@ -19,6 +19,7 @@ Replicas = Sequence[Replica]
 Tolerance = Annotated[float, Field(ge=1)]
 
 
+@dataclass()
 class Router:
     """A rule for the requests of a cluster."""
 
@@ -35,6 +36,7 @@ def least_loaded(replicas: Replicas) -> Replica:
     return min(replicas, key=lambda replica: replica.outstanding)
 
 
+@dataclass()
 class Random(Router):
     """Pure chance: what every other rule has to beat."""
 
@@ -43,6 +45,7 @@ class Random(Router):
         return candidates[int(rng.integers(len(candidates)))]
 
 
+@dataclass()
 class RoundRobin(Router):
     """One after the other, whatever they have to do: the default of most load balancers."""
 
@@ -58,6 +61,7 @@ class RoundRobin(Router):
         return chosen
 
 
+@dataclass()
 class LeastOutstanding(Router):
     """The replica with the fewest requests that are not complete (join the shortest queue).
 
@@ -118,6 +122,7 @@ class RankAware(Router):
         return _unless_busy(narrow, fitting, self.tolerance)
 
 
+@dataclass()
 class Placed(Router):
     """Where the placement says, by the shares of an adapter that is on several replicas.
 

@@ -143,6 +143,7 @@ def predict_scenario(scenario: Scenario) -> tuple[Simulation, dict[str, Any]]:
     AdapterTwinError
         No calibration, or a start that the GPU refuses.
     """
+    require(scenario.fleet is None, "fleet: this is one engine; leave it out")
     engine, workload = scenario.engine, scenario.workload
     calibration = load_calibration(scenario.calibration, engine.model)
     policy = make_policy(scenario.policy, "engine.policy")

@@ -65,4 +65,6 @@ def _import(name: str, base: type[T], path: str) -> type[T]:
         raise AdapterTwinError(f"{path}.name: {name}: {one_line(error)}{hint}") from None
     if not (isinstance(found, type) and issubclass(found, base)):
         raise AdapterTwinError(f"{path}.name: {name} does not inherit from {base.__name__}")
+    is_own = "__dataclass_fields__" in vars(found)
+    require(is_own, f"{path}.name: {name} is no dataclass; decorate the class with @dataclass")
     return found

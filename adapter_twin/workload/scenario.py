@@ -296,6 +296,21 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """Equal replicas of an engine.
+
+    Attributes
+    ----------
+    replicas : int
+    router : str or mapping
+        Chooses the replica of each request, see `adapter_twin.fleet.routers`.
+    """
+
+    replicas: Count
+    router: Any = "adapter_affinity"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """One configuration to simulate: the content of a ``CONFIG.yaml``.
 
@@ -311,6 +326,8 @@ class Scenario:
     slo : Slo, optional
     policy : str or mapping, optional
         ``engine.policy`` of the file, for `adapter_twin.twin.policies.make_policy`.
+    fleet : Fleet, optional
+        Left out, it is one engine.
     """
 
     engine: EngineConfig
@@ -320,6 +337,7 @@ class Scenario:
     observer: bool = False
     slo: Slo | None = None
     policy: Any = "vllm"
+    fleet: Fleet | None = None
 
     def __post_init__(self) -> None:
         check_ranks(self.engine, self.workload)
