@@ -122,7 +122,15 @@ def draw_trace(workload: Workload, seed: int) -> Trace:
 
 
 def check_trace(workload: Workload, seed: int, max_model_len: int) -> None:
-    """Raise `AdapterTwinError` if a run would send no request, or one that is too long."""
+    """Raise `AdapterTwinError` if a run would send no request, or one that is too long.
+
+    Parameters
+    ----------
+    workload : Workload
+    seed : int
+    max_model_len : int
+        In tokens.
+    """
     trace = draw_trace(workload, seed)
     require(len(trace) > 0, "rates: not one request falls into the window; raise the rates")
     longest = int((trace.prompt_tokens + trace.output_tokens).max())

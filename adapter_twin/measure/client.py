@@ -1,4 +1,4 @@
-"""An open-loop load client: it sends a trace's requests when they are due and times every token.
+"""An open-loop load client, which sends a trace's requests when they are due and times every token.
 
 Times mean what they mean in ``vllm bench serve``: a request starts when it is sent, and a token
 arrives with the chunk that carries it. Tokens that the server merges into one chunk give one gap.
@@ -26,8 +26,6 @@ from adapter_twin.workload.trace import Trace
 if TYPE_CHECKING:
     import aiohttp
     import pandas as pd
-
-Floats = NDArray[np.float64]
 
 MAX_CONNECTIONS = 20_000
 """Requests in flight at once: below the 28,000 ports that Linux lends to clients."""
@@ -60,7 +58,7 @@ class ScheduleError:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What the client saw.
+    """Requests as the client saw them.
 
     Attributes
     ----------
@@ -115,11 +113,14 @@ async def replay(
 
     now_s = asyncio.get_running_loop().time
     start_s = now_s() if start_s is None else start_s
-    end_s = start_s + duration_s
     due = int(np.searchsorted(trace.arrival_s, duration_s))
-    free = asyncio.Semaphore(_allowed_connections(max_connections))
-    window = asyncio.timeout_at(end_s)
-    client = _Client(f"{base_url}/v1/completions", due, lambda: now_s() - start_s, free, window)
+    client = _Client(
+        f"{base_url}/v1/completions",
+        due,
+        lambda: now_s() - start_s,
+        _allowed_connections(max_connections),
+        start_s + duration_s,
+    )
     bodies = _bodies(trace, model_names, vocabulary, seed)
     session = aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
@@ -127,7 +128,7 @@ async def replay(
         cookie_jar=aiohttp.DummyCookieJar(),
     )
     try:
-        async with session, window, asyncio.TaskGroup() as tasks:
+        async with session, client.window, asyncio.TaskGroup() as tasks:
             for index, body in zip(range(due), bodies, strict=False):
                 await asyncio.sleep(start_s + trace.arrival_s[index] - now_s())
                 tasks.create_task(client.request(session, index, body))
@@ -136,7 +137,9 @@ async def replay(
     ended_s = duration_s if client.failure is None else client.failed_s
     arrival_s = trace.arrival_s[:due]
     late_s = (np.fmin(client.sent_s, ended_s) - arrival_s)[arrival_s <= ended_s]
-    return Replay(client.table(trace), _schedule(1e3 * late_s), ended_s, client.failure)
+    late_ms = 1e3 * late_s if len(late_s) else np.array([np.nan])
+    schedule = ScheduleError(*np.percentile(late_ms, [50, 99, 100]).tolist())
+    return Replay(client.table(trace), schedule, ended_s, client.failure)
 
 
 @contextmanager
@@ -151,17 +154,13 @@ def settled_memory() -> Iterator[None]:
 
 
 class _Client:
-    """What happened to each request so far, and how one request is made."""
+    """The requests of one window: each is sent, and what becomes of it is kept."""
 
     def __init__(
-        self,
-        url: str,
-        requests: int,
-        now_s: Callable[[], float],
-        free: asyncio.Semaphore,
-        window: asyncio.Timeout,
+        self, url: str, requests: int, now_s: Callable[[], float], connections: int, end_s: float
     ) -> None:
-        self.url, self.now_s, self.free, self.window = url, now_s, free, window
+        self.url, self.now_s = url, now_s
+        self.free, self.window = asyncio.Semaphore(connections), asyncio.timeout_at(end_s)
         self.sent_s, self.first_token_s, self.end_s = np.full((3, requests), np.nan)
         self.reported_tokens = np.full((requests, 2), np.nan)
         self.itl_ms: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * requests
@@ -204,22 +203,21 @@ class _Client:
         import pandas as pd
 
         due = slice(0, len(self.sent_s))
-        return pd.DataFrame(
-            {
-                "request": np.arange(len(self.sent_s)),
-                "adapter": trace.adapter[due],
-                "prompt_tokens": trace.prompt_tokens[due],
-                "output_tokens": trace.output_tokens[due],
-                "reported_prompt_tokens": self.reported_tokens[:, 0],
-                "reported_output_tokens": self.reported_tokens[:, 1],
-                "scheduled_s": trace.arrival_s[due],
-                "sent_s": self.sent_s,
-                "first_token_s": self.first_token_s,
-                "end_s": self.end_s,
-                "itl_ms": pd.Series(self.itl_ms, dtype=object),
-                "error": pd.Series(self.error, dtype=object),
-            }
-        )
+        columns = {
+            "request": np.arange(len(self.sent_s)),
+            "adapter": trace.adapter[due],
+            "prompt_tokens": trace.prompt_tokens[due],
+            "output_tokens": trace.output_tokens[due],
+            "reported_prompt_tokens": self.reported_tokens[:, 0],
+            "reported_output_tokens": self.reported_tokens[:, 1],
+            "scheduled_s": trace.arrival_s[due],
+            "sent_s": self.sent_s,
+            "first_token_s": self.first_token_s,
+            "end_s": self.end_s,
+            "itl_ms": pd.Series(self.itl_ms, dtype=object),
+            "error": pd.Series(self.error, dtype=object),
+        }
+        return pd.DataFrame(columns)
 
 
 _TOKEN = b'"choices":[{'  # cannot occur in a text, whose quotes are escaped
@@ -291,9 +289,3 @@ def _allowed_connections(wanted: int) -> int:
         soft = needed if hard == unlimited else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return wanted if soft == unlimited else max(1, min(wanted, soft - _SPARE_FILES))
-
-
-def _schedule(late_ms: Floats) -> ScheduleError:
-    if len(late_ms) == 0:
-        late_ms = np.full(1, np.nan)
-    return ScheduleError(*np.percentile(late_ms, [50, 99, 100]).tolist())

@@ -39,6 +39,12 @@ class EngineFlags:
     gpu_memory_utilization : float
     cpu_kv_cache_gib : float
         Size of the KV cache on a CPU, where `gpu_memory_utilization` decides nothing.
+
+    Examples
+    --------
+    >>> flags = EngineFlags(max_loras=8, max_lora_rank=16, max_cpu_loras=32)
+    >>> flags.command_line()[:6]
+    ['--max-loras', '8', '--max-lora-rank', '16', '--max-cpu-loras', '32']
     """
 
     max_loras: Whole

@@ -23,13 +23,8 @@ from adapter_twin.measure.micro_plan import MicroPlan, check_plan
 from adapter_twin.measure.model_folder import adapter_rank, check_model
 from adapter_twin.measure.vllm_cli import kill_group, start_child
 from adapter_twin.measure.vllm_server import telling_line
+from adapter_twin.tables.campaign_schemas import CAMPAIGN_LOADS, MICRO_STEPS
 
-STEP_COLUMNS = [
-    *["adapter_slots", "max_lora_rank", "rank", "repeat", "point", "step"],
-    *["batched_tokens", "decodes", "prompts", "prefill_tokens", "context_tokens"],
-    *["distinct_adapters", "running", "waiting", "loads", "step_ms", "schedule_ms", "output_ms"],
-]
-LOAD_COLUMNS = ["rank", "max_lora_rank", "source", "index", "load_ms"]
 _MEASURED_AT_START = (
     *("kv_cache_tokens", "block_size", "weights_gib", "slots_gib", "startup_s", "capture_s"),
 )
@@ -105,9 +100,10 @@ def profile_engine(
 
 
 def run_child(command: Sequence[str], variables: dict[str, str], log: Path) -> str | None:
-    """Run a command to its end and return why it failed, if it did; see `vllm_cli.start_child`.
+    """Run a command to its end and return why it failed, if it did.
 
-    The command and what it started are gone when this returns, also after an exception.
+    The command and what it started are gone when this returns, also after an exception. The
+    parameters are those of `adapter_twin.measure.vllm_cli.start_child`.
     """
     child = start_child(command, variables, log)
     try:
@@ -131,8 +127,8 @@ def _collect(results: Path, flags: EngineFlags, failure: str | None) -> EnginePr
         **measured,
     }
     steps, loads = (
-        _read_rows(results / f"{name}.jsonl").assign(**engine).reindex(columns=columns)
-        for name, columns in (("steps", STEP_COLUMNS), ("loads", LOAD_COLUMNS))
+        _read_rows(results / f"{name}.jsonl").assign(**engine).reindex(columns=[*schema.columns])
+        for name, schema in (("steps", MICRO_STEPS), ("loads", CAMPAIGN_LOADS))
     )
     return EngineProfile(start, steps, loads)
 

@@ -158,8 +158,7 @@ def _memory_bytes(model: Any) -> tuple[int, int]:
     """Return the bytes of a model's weights and of its adapter slots."""
 
     def size(tensors: Iterable[Any]) -> int:
-        unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
-        return sum(unique.values())
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
     stacked = (
         tensor
@@ -203,7 +202,18 @@ def _capture_times() -> Iterator[list[float]]:
 
 
 def visits(points: int, repeats: int, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
-    """Yield (repeat, point): every repeat visits all points, in another random order."""
+    """Yield (repeat, point): every repeat visits all points, in another random order.
+
+    Parameters
+    ----------
+    points, repeats : int
+    rng : numpy.random.Generator
+
+    Examples
+    --------
+    >>> list(visits(3, 2, np.random.default_rng(1)))
+    [(0, 0), (0, 1), (0, 2), (1, 2), (1, 0), (1, 1)]
+    """
     for repeat in range(repeats):
         for point in rng.permutation(points).tolist():
             yield repeat, point

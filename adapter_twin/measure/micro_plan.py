@@ -1,15 +1,16 @@
-"""The designed experiment of a micro-profile: which batches the engine is made to run."""
+"""The designed experiment of a micro-profile: the batches that the engine is made to run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import product
+from typing import NamedTuple
 
 from adapter_twin.measure.engine_flags import EngineFlags
 from adapter_twin.workload.strict import Count, Many, Some, Whole, dataclass, require
 
 WARM_UP_STEPS = 2
-"""Steps that are run and thrown away once a point's batch is complete."""
+"""Once a point's batch is complete, n steps are run and thrown away."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +50,7 @@ class MicroPlan:
     loads: Whole = 3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
+class Point(NamedTuple):
     """One batch of the experiment.
 
     Attributes
@@ -102,7 +102,7 @@ def design(
     plan : MicroPlan
     flags : EngineFlags
     adapters_per_rank : mapping of int to int
-        How many adapters of each rank there are.
+        Number of adapters of each rank.
     kv_tokens, block_size : int
         Size of the engine's KV cache and of one of its blocks, in tokens.
     """
@@ -119,6 +119,12 @@ def design(
 
 def check_plan(plan: MicroPlan, flags: EngineFlags, adapters_per_rank: Mapping[int, int]) -> None:
     """Check that an engine can run some of a plan's batches, with the adapters there are.
+
+    Parameters
+    ----------
+    plan : MicroPlan
+    flags : EngineFlags
+    adapters_per_rank : mapping of int to int
 
     Raises
     ------
@@ -151,42 +157,30 @@ def _mixes(plan: MicroPlan, flags: EngineFlags) -> list[tuple[int, int]]:
 def _decodes(plan: MicroPlan, mixes: list[tuple[int, int]]) -> list[Point]:
     shortest, fewest = min(plan.context_tokens), min(mixes)
     return [
-        Point(running=running, context_tokens=context, adapters=count, rank=rank)
-        for running, context, (count, rank) in product(plan.running, plan.context_tokens, mixes)
-        if count <= running and (context == shortest or (count, rank) == fewest)
+        Point(running, context, *mix)
+        for running, context, mix in product(plan.running, plan.context_tokens, mixes)
+        if mix[0] <= running and (context == shortest or mix == fewest)
     ]
 
 
 def _prompts(plan: MicroPlan, mixes: list[tuple[int, int]]) -> list[Point]:
-    shortest = min(plan.context_tokens)
     points = []
     for running, (count, rank) in product((0, *plan.running), mixes):
-        alike = [other for other, other_rank in mixes if other_rank == rank]
         # Alone, a prompt has one adapter; beside decodes, it meets as many as they can have.
-        most = max((other for other in alike if other <= max(running, 1)), default=None)
-        if count == most:
-            points += [
-                Point(
-                    running=running,
-                    context_tokens=shortest,
-                    adapters=count,
-                    rank=rank,
-                    chunk_tokens=chunk,
-                )
-                for chunk in plan.chunk_tokens
-            ]
+        fitting = (k for k, of_rank in mixes if of_rank == rank and k <= max(running, 1))
+        if count == max(fitting, default=None):
+            decodes = Point(running, min(plan.context_tokens), count, rank)
+            points += [decodes._replace(chunk_tokens=chunk) for chunk in plan.chunk_tokens]
     return points
 
 
 def _gated(
     plan: MicroPlan, flags: EngineFlags, adapters_per_rank: Mapping[int, int]
 ) -> list[Point]:
-    slots, shortest = flags.max_loras, min(plan.context_tokens)
+    slots = flags.max_loras
     # One adapter more than slots is needed, so that a request has to wait for its slot.
     rank = next((rank for rank, have in sorted(adapters_per_rank.items()) if have > slots), None)
     if not slots or rank is None or rank > flags.max_lora_rank:
         return []
-    return [
-        Point(running=slots, context_tokens=shortest, adapters=slots, rank=rank, waiting=waiting)
-        for waiting in plan.waiting
-    ]
+    full = Point(slots, min(plan.context_tokens), slots, rank)
+    return [full._replace(waiting=waiting) for waiting in plan.waiting]

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, one_line
 from adapter_twin.tables.datasets import replacing
 from adapter_twin.workload.models import MODEL_CONFIGS
 from adapter_twin.workload.strict import require, suggestion
@@ -36,11 +36,7 @@ def write_model(shape: str, folder: Path) -> Path:
     shape : str
         A key of `adapter_twin.workload.models.MODEL_CONFIGS`.
     folder : pathlib.Path
-
-    Returns
-    -------
-    pathlib.Path
-        `folder`.
+        Returned as it is given.
 
     Raises
     ------
@@ -59,17 +55,15 @@ def write_model(shape: str, folder: Path) -> Path:
     with replacing(folder / "tokenizer.json") as temporary:
         temporary.write_text(_tokenizer(config["vocab_size"]), encoding="utf-8")
     # every one is named: what a tokenizer class adds of its own would lie beyond the vocabulary
-    special = dict.fromkeys(("eos_token", "pad_token"), "</s>")
-    special |= dict.fromkeys(("bos_token", "unk_token"), "<s>")
-    length = config["max_position_embeddings"]
-    _write_json(
-        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length, **special},
-        folder / "tokenizer_config.json",
-    )
-    _write_json(
-        {name: config[name] for name in ("bos_token_id", "eos_token_id")},
-        folder / "generation_config.json",
-    )
+    tokenizer = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config["max_position_embeddings"],
+        **dict.fromkeys(("eos_token", "pad_token"), "</s>"),
+        **dict.fromkeys(("bos_token", "unk_token"), "<s>"),
+    }
+    _write_json(tokenizer, folder / "tokenizer_config.json")
+    ends = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+    _write_json(ends, folder / "generation_config.json")
     # last: its presence says that the folder is complete
     _write_json(config, folder / "config.json")
     return folder
@@ -115,15 +109,15 @@ def write_adapters(model_folder: Path, folder: Path, ranks: Sequence[int]) -> li
     # Adapters of another model in the same folder must not be taken for this one's.
     model = hashlib.sha256(json.dumps([layers, widths]).encode()).hexdigest()[:8]
     folder.mkdir(parents=True, exist_ok=True)
-    for rank in sorted(set(ranks)):
-        weights = _shared_weights(folder, model, rank)
-        if not weights.exists():
-            with replacing(weights) as temporary:
+    weights = {rank: folder / f"{model}-rank-{rank}.safetensors" for rank in sorted(set(ranks))}
+    for rank, path in weights.items():
+        if not path.exists():
+            with replacing(path) as temporary:
                 _write_weights(layers, widths, rank, temporary)
     adapters = [folder / f"adapter-{index}" for index in range(len(ranks))]
     for adapter, rank in zip(adapters, ranks, strict=True):
         adapter.mkdir(exist_ok=True)
-        _link(_shared_weights(folder, model, rank), adapter / WEIGHTS)
+        _link(weights[rank], adapter / WEIGHTS)
         _write_json(_adapter_config(rank, model_folder.name, widths), adapter / ADAPTER_CONFIG)
     return adapters
 
@@ -137,12 +131,12 @@ def adapter_rank(folder: Path) -> int:
         The folder holds none.
     """
     config = _read_json(folder / ADAPTER_CONFIG, "a PEFT adapter")
-    rank = config.get("r")
-    if config.get("peft_type") != "LORA" or not isinstance(rank, int) or rank < 1:
-        raise AdapterTwinError(f"{folder / ADAPTER_CONFIG}: no LoRA of PEFT; give a LoRA adapter")
+    rank: Any = config.get("r")
+    is_lora = config.get("peft_type") == "LORA" and isinstance(rank, int) and rank > 0
+    require(is_lora, f"{folder / ADAPTER_CONFIG}: no LoRA of PEFT; give a LoRA adapter")
     has_weights = any((folder / name).is_file() for name in (WEIGHTS, "adapter_model.bin"))
     require(has_weights, f"{folder / WEIGHTS}: no such file; give a PEFT adapter")
-    return rank
+    return int(rank)
 
 
 def check_adapters(folders: Iterable[Path], max_lora_rank: int) -> None:
@@ -167,8 +161,7 @@ def _linear_layers(model_folder: Path) -> dict[str, tuple[int, int]]:
     config = check_model(model_folder)
     try:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        inner = config["intermediate_size"]
-        head = config.get("head_dim") or hidden // heads
+        inner, head = config["intermediate_size"], config.get("head_dim") or hidden // heads
         queries, keys = heads * head, config["num_key_value_heads"] * head
     except KeyError as missing:
         raise AdapterTwinError(
@@ -184,10 +177,6 @@ def _linear_layers(model_folder: Path) -> dict[str, tuple[int, int]]:
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
-
-
-def _shared_weights(folder: Path, model: str, rank: int) -> Path:
-    return folder / f"{model}-rank-{rank}.safetensors"
 
 
 def _write_weights(layers: int, widths: dict[str, tuple[int, int]], rank: int, path: Path) -> None:
@@ -225,11 +214,10 @@ def _adapter_config(rank: int, base_model: str, modules: Iterable[str]) -> dict[
 def _link(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`, or a copy where the disk has no hard links."""
     if target.exists():
-        if target.samefile(source):
-            return
+        there, wanted = target.stat(), source.stat()
         # A copy is what an earlier call left where links are impossible.
-        same_size = target.stat().st_size == source.stat().st_size
-        if same_size and target.stat().st_nlink == 1:
+        is_copy = there.st_size == wanted.st_size and there.st_nlink == 1
+        if is_copy or target.samefile(source):
             return
     with replacing(target) as temporary:
         try:
@@ -279,8 +267,7 @@ def _read_json(path: Path, kind: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise AdapterTwinError(f"{path}: no such file; give {kind}") from None
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise AdapterTwinError(f"{path}: cannot be read ({reason}); give {kind}") from None
-    if not isinstance(content, dict):
-        raise AdapterTwinError(f"{path}: holds no JSON object; give {kind}")
-    return content
+    require(isinstance(content, dict), f"{path}: holds no JSON object; give {kind}")
+    return dict(content)

@@ -1,4 +1,4 @@
-"""What an engine did, step by step, from its scheduler's own output.
+"""Steps and adapter loads of an engine, recorded from its scheduler's own output.
 
 The recorder puts itself around four methods of one in-process engine; it infers nothing.
 """
@@ -114,14 +114,8 @@ class Recorder:
             begin = perf_counter()
             result = add_adapter(lora_request)
             _wait_for_accelerator()
-            self.loads.append(
-                {
-                    "rank": self._ranks[adapter],
-                    "source": source,
-                    "index": len(self.loads),
-                    "load_ms": (perf_counter() - begin) * 1e3,
-                }
-            )
+            row = {"rank": self._ranks[adapter], "source": source, "index": len(self.loads)}
+            self.loads.append(row | {"load_ms": (perf_counter() - begin) * 1e3})
             return result
 
         return recorded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from adapter_twin.errors import AdapterTwinError, one_line
+from adapter_twin.errors import AdapterTwinError, one_line, require
 from adapter_twin.measure.campaign import load_campaign
 from adapter_twin.measure.engine_flags import describe_machine, require_engine
 from adapter_twin.measure.micro import profile_engine
@@ -139,7 +140,12 @@ class WorkSession:
         self.total, stopped = sum(map(len, grouped)), None
         try:
             for group in grouped:
-                self._measure_group(group)
+                complete = self.store.complete()
+                left = [piece for piece in group if piece.piece_id not in complete]
+                for piece in left:
+                    if isinstance(piece, MicroPiece):
+                        self._profile(piece)
+                self._serve([piece for piece in left if isinstance(piece, ServingPiece)])
         except BudgetSpent as reason:
             stopped = str(reason)
         finally:
@@ -147,14 +153,6 @@ class WorkSession:
         complete = self.store.complete()
         failures = {name: facts["failure"] for name, facts in complete.items() if facts["failure"]}
         return Summary(self.name, len(complete), self.total, failures, rows, stopped)
-
-    def _measure_group(self, group: Sequence[Piece]) -> None:
-        complete = self.store.complete()
-        left = [piece for piece in group if piece.piece_id not in complete]
-        for piece in left:
-            if isinstance(piece, MicroPiece):
-                self._profile(piece)
-        self._serve([piece for piece in left if isinstance(piece, ServingPiece)])
 
     def _profile(self, piece: MicroPiece) -> None:
         flags = piece.flags
@@ -298,18 +296,18 @@ class WorkSession:
             # Every list of ranks has a folder of its own: adapter i may be of another rank in each.
             name = hashlib.sha256(repr(tuple(ranks)).encode()).hexdigest()[:8]
             return write_adapters(model, self.store.out / "work" / "adapters" / name, ranks)
-        by_rank: dict[int, list[Path]] = {}
-        for folder in sorted(Path(self.adapters).iterdir()):
-            if folder.is_dir():
-                by_rank.setdefault(adapter_rank(folder), []).append(folder)
+        own = [folder for folder in sorted(Path(self.adapters).iterdir()) if folder.is_dir()]
+        of_rank = {folder: adapter_rank(folder) for folder in own}
+        for rank, needed in Counter(ranks).items():
+            require(
+                needed <= list(of_rank.values()).count(rank),
+                f"adapters: {needed} of rank {rank} are needed, and {self.adapters} has fewer; "
+                "add some or ask for fewer",
+            )
         chosen = []
         for rank in ranks:
-            if not by_rank.get(rank):
-                raise AdapterTwinError(
-                    f"adapters: {ranks.count(rank)} of rank {rank} are needed, and "
-                    f"{self.adapters} has fewer; add some or ask for fewer"
-                )
-            chosen.append(by_rank[rank].pop(0))
+            chosen.append(next(folder for folder in own if of_rank[folder] == rank))
+            own.remove(chosen[-1])
         return chosen
 
 

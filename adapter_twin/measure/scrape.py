@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
-from adapter_twin.errors import AdapterTwinError
-from adapter_twin.workload.strict import require
+from adapter_twin.errors import AdapterTwinError, require
 
 if TYPE_CHECKING:
     import aiohttp

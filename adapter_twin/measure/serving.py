@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.measure.client import Replay, ScheduleError, replay, settled_memory
 from adapter_twin.measure.scrape import record_series, wait_until_idle
 from adapter_twin.service.client_records import to_gaps, to_records
 from adapter_twin.service.metrics import summarize
 from adapter_twin.tables.run_folder import summarize_series
-from adapter_twin.workload.strict import require
 from adapter_twin.workload.trace import BASE_MODEL, Trace
 
 if TYPE_CHECKING:

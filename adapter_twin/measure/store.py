@@ -1,4 +1,4 @@
-"""What a campaign has measured so far: a folder per piece, there whole or not at all."""
+"""Folders of campaigns: a subfolder per measured piece, there whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.tables.campaign_schemas import CAMPAIGN_TABLES
 from adapter_twin.tables.datasets import replacing, write_table
 from adapter_twin.tables.schemas import validate
 from adapter_twin.workload.files import read_yaml
-from adapter_twin.workload.strict import require
 
 COPY = "campaign.yaml"
 MACHINE = "machine.json"
@@ -44,7 +43,7 @@ class Store:
         asked : str
             What is to be measured, as YAML; kept as ``campaign.yaml``.
         machine : mapping
-            See `adapter_twin.measure.machine.describe_machine`.
+            See `adapter_twin.measure.engine_flags.describe_machine`.
         file : pathlib.Path
             Where `asked` comes from, for messages.
 
@@ -70,10 +69,10 @@ class Store:
                     f"{self.out}: was measured with {part} {before.get(part)}, this is "
                     f"{machine.get(part)}; give another folder",
                 )
-        with replacing(copy) as temporary:
-            temporary.write_text(asked, encoding="utf-8")
-        with replacing(described) as temporary:
-            temporary.write_text(json.dumps(machine, indent=2) + "\n", encoding="utf-8")
+        written = {copy: asked, described: json.dumps(machine, indent=2) + "\n"}
+        for path, text in written.items():
+            with replacing(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
     def complete(self) -> dict[str, dict[str, Any]]:
         """Return the facts of each complete piece by its id."""
@@ -83,7 +82,15 @@ class Store:
     def store(
         self, piece_id: str, tables: Mapping[str, pd.DataFrame], facts: Mapping[str, Any]
     ) -> None:
-        """Keep a piece's tables and facts."""
+        """Keep a piece's tables (by name) and facts.
+
+        Parameters
+        ----------
+        piece_id : str
+        tables : mapping of str to pandas.DataFrame
+        facts : mapping
+            Plain values, kept as JSON.
+        """
         folder = self.out / "pieces" / piece_id
         partial = folder.with_name(f".{piece_id}.tmp")
         try:
@@ -110,14 +117,11 @@ class Store:
             frames = [frame for frame in map(pd.read_parquet, paths) if len(frame)]
             if frames:
                 table = validate(pd.concat(frames, ignore_index=True), schema, target)
-                others = [column for column in table if column not in schema.columns]
-                table = table[[*schema.columns, *others]]
-                write_table(table, target)
+                write_table(table[list(dict.fromkeys([*schema.columns, *table]))], target)
                 rows[name] = len(table)
         return rows
 
 
-def _measures(campaign: Any) -> str:
+def _measures(campaign: Mapping[str, Any]) -> str:
     """Return what a campaign file measures as text: all but its time budget."""
-    known = {key: value for key, value in campaign.items() if key != "budget_s"}
-    return yaml.safe_dump(known)
+    return yaml.safe_dump({key: value for key, value in campaign.items() if key != "budget_s"})

@@ -14,11 +14,10 @@ from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.measure.engine_flags import EngineFlags, environment, require_engine
 from adapter_twin.measure.model_folder import check_adapters, check_model
 from adapter_twin.measure.vllm_cli import kill_group, start_child
-from adapter_twin.workload.strict import require
 
 HOST = "127.0.0.1"
 READY_WITHIN_S = 900.0

@@ -1,4 +1,4 @@
-"""Is a recommendation right? What to measure beside it, and how each choice did on a real engine.
+"""Proofs: recommendations and their rivals, measured on a real engine and judged.
 
 `adapter_twin.prove.run_study` does the measuring.
 """

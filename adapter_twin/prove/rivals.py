@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws.memory import MemoryLaw
 from adapter_twin.plan.candidates import Candidates, candidate_slots
 from adapter_twin.plan.criterion import MARGIN, Criterion
@@ -16,17 +16,7 @@ from adapter_twin.plan.demand import Demand, load_demand
 from adapter_twin.plan.recommend import recommend
 from adapter_twin.workload.files import read_yaml
 from adapter_twin.workload.models import MODEL_CONFIGS
-from adapter_twin.workload.strict import (
-    Count,
-    Many,
-    Positive,
-    Some,
-    Text,
-    Whole,
-    dataclass,
-    read,
-    require,
-)
+from adapter_twin.workload.strict import Count, Many, Positive, Some, Text, Whole, dataclass, read
 
 TWIN, TREE = "twin", "tree"
 Method = Literal[

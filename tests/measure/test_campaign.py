@@ -25,12 +25,12 @@ from adapter_twin.measure import run_campaign as runner
 from adapter_twin.measure.campaign import draw_trace, load_campaign
 from adapter_twin.measure.client import ScheduleError
 from adapter_twin.measure.engine_flags import EngineFlags, describe_machine
-from adapter_twin.measure.micro import LOAD_COLUMNS, STEP_COLUMNS, EngineProfile
+from adapter_twin.measure.micro import EngineProfile
 from adapter_twin.measure.pieces import groups
 from adapter_twin.measure.serving import ServedRun
 from adapter_twin.service.predict import predict
 from adapter_twin.tables import datasets
-from adapter_twin.tables.campaign_schemas import CAMPAIGN_TABLES
+from adapter_twin.tables.campaign_schemas import CAMPAIGN_LOADS, CAMPAIGN_TABLES, MICRO_STEPS
 from adapter_twin.twin.simulate import simulate
 from adapter_twin.workload.scenario import EngineConfig, Workload, deal_adapters
 
@@ -101,7 +101,7 @@ class Engine:
         self.served: list[int] = []
         self.die_in: set[int] = set()
         self.interrupt_in: int | None = None
-        self.refuse = False
+        self.refuse, self.late_ms = False, 0.0
 
     def profile(self, model, adapters, flags, plan, seed) -> EngineProfile:
         self.profiled.append(flags.max_loras)
@@ -111,13 +111,13 @@ class Engine:
         start |= {"kv_cache_tokens": 1600, "block_size": 16, "server_failure": None}
         start |= {"gpu_memory_utilization": 0.9, "cpu_kv_cache_gib": 1.0}
         start |= {"max_num_batched_tokens": 512, "max_num_seqs": 32, "max_model_len": 1024}
-        row = {**dict.fromkeys(STEP_COLUMNS, 1), **dict.fromkeys(LOAD_COLUMNS, 1)}
-        row |= {"max_lora_rank": 8, "rank": 8, "source": "disk"}
+        steps, loads = list(MICRO_STEPS.columns), list(CAMPAIGN_LOADS.columns)
+        row = dict.fromkeys(steps + loads, 1) | {"max_lora_rank": 8, "rank": 8, "source": "disk"}
         frame = pd.DataFrame([row, row])
         if self.refuse:
             start |= {"server_failure": "no memory", "kv_cache_tokens": None}
             frame = frame.head(0)
-        return EngineProfile(start, frame[list(STEP_COLUMNS)], frame[list(LOAD_COLUMNS)])
+        return EngineProfile(start, frame[steps], frame[loads])
 
     def server(self, model, adapters, flags, port, log):
         """Return a context manager like `adapter_twin.measure.vllm_server.Server`."""
@@ -161,7 +161,7 @@ class Engine:
             series[name] = 1.0
         row = {"status": "failed:server_died" if died else "ok", "total_throughput": 12.0}
         failure = "server: stopped answering" if died else None
-        return ServedRun(row, requests, series, ScheduleError(0.0, 0.0, 0.0), failure)
+        return ServedRun(row, requests, series, ScheduleError(0.0, self.late_ms, 0.0), failure)
 
 
 @pytest.fixture
@@ -298,6 +298,15 @@ def test_a_campaign_leaves_tables_that_meet_their_schemas(
     machine = json.loads((out / "machine.json").read_text())
     assert machine["cores"] == os.cpu_count()
     assert sum("micro-00: measured" in line for line in caplog.messages) == 1
+
+
+def test_a_client_that_was_too_slow_is_told(
+    engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.late_ms = 60.0
+    with caplog.at_level(logging.INFO):
+        runner.run_campaign(write(tmp_path, {"micro": None}), tmp_path / "out")
+    assert any("run-001-0: the client sent 1 %" in line for line in caplog.messages)
 
 
 def test_an_interrupted_campaign_keeps_its_tables_and_repeats_nothing(
