@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import joblib
@@ -44,6 +45,31 @@ WIDENING = 1.5
 
 REACHED = 0.97
 """From this share of a limit on, it is the one that is missed, or one of both."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A placement of which every GPU serves in the twin.
+
+    Attributes
+    ----------
+    oracle : Oracle
+        That it was placed by.
+    bound : int
+        With fewer GPUs no placement is accepted by that oracle, see
+        `adapter_twin.fleet.proof.bound`.
+    placement : Placement
+    checked : pandas.DataFrame
+        See `check_placement`.
+    repaired : int
+        GPUs from which adapters were moved after the check.
+    """
+
+    oracle: Oracle
+    bound: int
+    placement: Placement
+    checked: pd.DataFrame
+    repaired: int
 
 
 class NotServed(AdapterTwinError):
@@ -177,7 +203,7 @@ def _serve(
     return row
 
 
-def hold(oracle: Oracle, groups: Groups, *, jobs: int = -1) -> tuple[Placement, pd.DataFrame, int]:
+def hold(oracle: Oracle, groups: Groups, bound: int, *, jobs: int = -1) -> Held:
     """Check a placement in the twin and repair what does not serve, until all of it does.
 
     Parameters
@@ -186,16 +212,10 @@ def hold(oracle: Oracle, groups: Groups, *, jobs: int = -1) -> tuple[Placement, 
         Its demand has to be served; it decides which sets are tried.
     groups : list of list of int
         Indices into ``oracle.parts``, one list per GPU.
+    bound : int
+        See `Held`.
     jobs : int
         Processes; -1 is one per core.
-
-    Returns
-    -------
-    placement : Placement
-    checked : pandas.DataFrame
-        See `check_placement`; every GPU serves.
-    repairs : int
-        GPUs that were changed.
 
     Raises
     ------
@@ -211,7 +231,7 @@ def hold(oracle: Oracle, groups: Groups, *, jobs: int = -1) -> tuple[Placement, 
         )
         starving = checked.index[~checked.serves].tolist()
         if not starving:
-            return placement, checked, len(changed)
+            return Held(oracle, bound, placement, checked, repaired=len(changed))
         if len(starving) > MOST_STARVING * len(groups):
             break
         changed.update(starving)

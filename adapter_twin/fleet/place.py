@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from adapter_twin import __version__
-from adapter_twin.fleet.hold import GPU_FIGURES
+from adapter_twin.fleet.hold import GPU_FIGURES, Held
 from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.placement import Placement
-from adapter_twin.fleet.strategies import Held, place_and_hold, shortest_wait
+from adapter_twin.fleet.strategies import place_and_hold, shortest_wait
 from adapter_twin.laws import load_calibration
 from adapter_twin.plan.criterion import MARGIN
 from adapter_twin.plan.demand import Demand

@@ -2,49 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import ArrayLike
 
-from adapter_twin.fleet.hold import NotServed, check_placement, hold, learn_spread
+from adapter_twin.fleet.hold import Held, NotServed, check_placement, hold, learn_spread
 from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.packing import Floats, Groups, best_greedy, improve
-from adapter_twin.fleet.placement import Placement
 from adapter_twin.fleet.proof.bound import gpus_for, prices_of
 from adapter_twin.workload.strict import require
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 ATTEMPTS = 6
 """An SLO is placed for this many times; after each miss its percentile is learned from the twin."""
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A placement of which every GPU serves in the twin.
-
-    Attributes
-    ----------
-    oracle : Oracle
-        That it was placed by.
-    bound : int
-        With fewer GPUs no placement is accepted by that oracle, see
-        `adapter_twin.fleet.proof.bound`.
-    placement : Placement
-    checked : pandas.DataFrame
-        See `adapter_twin.fleet.hold.check_placement`.
-    repaired : int
-        GPUs from which adapters were moved after the check.
-    """
-
-    oracle: Oracle
-    bound: int
-    placement: Placement
-    checked: pd.DataFrame
-    repaired: int
 
 
 def fewest(oracle: Oracle) -> tuple[Groups, Floats]:
@@ -71,7 +39,7 @@ def place_and_hold(oracle: Oracle, *, jobs: int = -1) -> Held:
     while True:
         groups, prices = fewest(oracle)
         try:
-            return Held(oracle, gpus_for(prices), *hold(oracle, groups, jobs=jobs))
+            return hold(oracle, groups, gpus_for(prices), jobs=jobs)
         except NotServed as missed:
             left -= 1
             if oracle.demand.slo is None or left == 0:

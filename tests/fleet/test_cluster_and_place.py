@@ -117,15 +117,15 @@ def test_a_gpu_that_starves_gives_adapters_away(
     # an oracle that believes that one GPU serves it all
     monkeypatch.setattr(Oracle, "place", _place_anything)
     with pytest.raises(AdapterTwinError, match="1 of 1 GPUs do not serve in the twin"):
-        hold(oracle, everything, jobs=1)
+        hold(oracle, everything, bound=1, jobs=1)
     heavy = np.argsort(-oracle.parts.rate)
     first = int(np.searchsorted(np.cumsum(oracle.parts.rate[heavy]), 48.0))
     rest = heavy[first:].tolist()
     groups = [heavy[:first].tolist(), rest[::2], rest[1::2]]
-    placement, checked, repairs = hold(oracle, groups, jobs=1)
-    assert repairs >= 1
-    assert checked.serves.all()
-    assert len(placement.replicas) >= 3
+    held = hold(oracle, groups, bound=1, jobs=1)
+    assert held.repaired >= 1
+    assert held.checked.serves.all()
+    assert len(held.placement.replicas) >= 3
 
 
 def _place_anything(oracle: Oracle, groups: list[list[int]]) -> Placement:
