@@ -138,7 +138,19 @@ def service(
 
 
 def service_of(run: Simulation, *, slo: Slo | None = None, warm_up_s: float = 0.0) -> Service:
-    """Return the `service` of a simulated run, its adapters by name."""
+    """Return the `service` of a simulated run, its adapters by name.
+
+    Parameters
+    ----------
+    run : Simulation
+    slo : Slo, optional
+    warm_up_s : float
+        Begin of the window, in s.
+
+    Examples
+    --------
+    See `adapter_twin.twin.simulate.simulate`.
+    """
     return service(
         run.records,
         run.gaps,

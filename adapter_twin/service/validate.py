@@ -17,7 +17,8 @@ from adapter_twin.service.metrics import STARVATION_THRESHOLD, half_smape, is_st
 from adapter_twin.tables.datasets import replacing, write_table
 
 Floats = NDArray[np.float64]
-Bar = tuple[str, str, str, float, float, int]  # model, figure, measure, value, bar, n_runs
+Bar = tuple[str, str, str, float, float, int]
+"""A bar is its model, figure, measure, value reached, limit, and number of runs."""
 
 FIGURES = {
     "total_throughput": "all",
@@ -29,7 +30,9 @@ FIGURES = {
 }
 """What is scored, and on which runs: in a starved run TTFT is the length of the window."""
 
-LIGHT, NEAR_SATURATION, STARVED = "light", "near saturation", "starved"
+LIGHT = "light"
+NEAR_SATURATION = "near saturation"
+STARVED = "starved"
 COLLAPSED = "client collapsed"
 """Each run is in one of these four regimes."""
 
@@ -71,7 +74,8 @@ RESAMPLES = 500
 WORST_RUNS = 5
 """Of each model and figure, the n runs with the largest errors are told."""
 
-MODEL_RUNS = ["model", "campaign", "regime", "workload", "run_id"]
+RUN_KEYS = ["model", "campaign", "regime", "workload", "run_id"]
+"""Errors are told and pooled by these columns of a run."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ def _pair(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
         counts = (runs[figure] > 0) & runs["run_id"].isin(predictions.index)
         if FIGURES[figure] == "not starved":
             counts &= ~is_starved(runs["ratio"], 1.0)
-        part = runs.loc[counts, [*MODEL_RUNS, figure]].rename(columns={figure: "measured"})
+        part = runs.loc[counts, [*RUN_KEYS, figure]].rename(columns={figure: "measured"})
         guess = predictions.loc[part["run_id"], figure].fillna(0).to_numpy()
         parts.append(part.assign(figure=figure, predicted=guess))
     pairs = pd.concat(parts, ignore_index=True)

@@ -61,7 +61,7 @@ def simulate(
 
     Examples
     --------
-    >>> from adapter_twin.laws import load_calibration
+    >>> from adapter_twin import load_calibration, service_of
     >>> from adapter_twin.workload.scenario import Lengths, deal_adapters
     >>> lengths = Lengths(mean_input_tokens=223, mean_output_tokens=198)
     >>> adapters = deal_adapters(96, [0.1, 0.05, 0.025], [8, 16])

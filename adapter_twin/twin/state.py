@@ -36,6 +36,7 @@ COUNTERS = np.dtype(
         ("out_of_slots", np.bool_),  # pinned adapters leave too few slots for the batch
     ]
 )
+"""The one record of these holds what the scheduler counts."""
 
 
 class Limits(NamedTuple):

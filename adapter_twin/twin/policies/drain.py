@@ -25,6 +25,7 @@ from adapter_twin.twin.state import Limits, Requests, State
 from adapter_twin.workload.strict import NotNegative, dataclass
 
 NOBODY = -1
+"""This number stands where there is no adapter or request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
