@@ -27,10 +27,7 @@ REGIMES = (LIGHT, NEAR_SATURATION, STARVED)
 def errors(table: pd.DataFrame) -> Figure:
     """Draw errors by ablation and regime with their intervals, a panel per figure of service.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        As `study.ch14_ablation.error_table`.
+    The table is that of `study.ch14_ablation.error_table`.
     """
     names = list(dict.fromkeys(table["ablation"]))
     grid = dots(table, "ablation", names, "figure", by="regime", colors=shades(REGIMES))
@@ -45,10 +42,7 @@ def errors(table: pd.DataFrame) -> Figure:
 def extrapolation(table: pd.DataFrame) -> Figure:
     """Draw errors over how far outside the fitted range a run is, a panel per figure of service.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        As `study.ch14_limits.extrapolation`.
+    The table is that of `study.ch14_limits.extrapolation`.
     """
     fits = {"seen": "in the fit", "left_out": "left out"}
     long = table.melt(["figure", "column", "times"], list(fits), "fit", "error")
@@ -73,10 +67,7 @@ def extrapolation(table: pd.DataFrame) -> Figure:
 def seed_spread(table: pd.DataFrame) -> Figure:
     """Draw the median TTFT of simulated hours over the load, and how far apart seeds put it.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        As `study.ch14_limits.seed_spread`.
+    The table is that of `study.ch14_limits.seed_spread`.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.2))
     load = 100 * table["utilisation"]
@@ -94,10 +85,7 @@ def seed_spread(table: pd.DataFrame) -> Figure:
 def learning_curve(table: pd.DataFrame) -> Figure:
     """Draw errors of held-out runs over the steps calibrated on, a panel per figure of service.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        As `study.ch14_limits.learning_curve`.
+    The table is that of `study.ch14_limits.learning_curve`.
     """
     figures = [name for name in LABELS if name in table]
     ways = {"batches": "fewer batches of every engine", "engines": "fewer engines"}

@@ -25,10 +25,7 @@ RULE_COLORS = {"vLLM": COLORS["ours"], "one line changed": GREY}
 def walk(table: pd.DataFrame) -> Figure:
     """Draw who is copied as steps walk over their batches.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        As `study.ch16_chain.walk`.
+    The table is that of `study.ch16_chain.walk`.
     """
     figure, axes = plt.subplots(figsize=(8.5, 4.5))
     kinds = {"touched": "0.85", "copied again": COLORS["alarm"], "joins": BLUE}
@@ -46,10 +43,7 @@ def walk(table: pd.DataFrame) -> Figure:
 def copies(beside: pd.DataFrame) -> Figure:
     """Draw simulated over measured copies by slots, for both rules.
 
-    Parameters
-    ----------
-    beside : pandas.DataFrame
-        As `study.ch16_chain.measured_copies`.
+    The table is that of `study.ch16_chain.measured_copies`.
     """
     figure, axes = plt.subplots(figsize=(8.5, 3.8))
     axes.axhspan(1 / 1.5, 1.5, color="0.93", zorder=0)
@@ -67,10 +61,7 @@ def copies(beside: pd.DataFrame) -> Figure:
 def cost(table: pd.DataFrame) -> Figure:
     """Draw what the chain costs over slots, a line per load and rule.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        As `study.ch16_chain.cost`.
+    The table is that of `study.ch16_chain.cost`.
     """
     labels = {
         "loading_share": "time spent on loading (%)",

@@ -42,10 +42,7 @@ FEATURE_COLORS = {"paper": COLORS["authors"], "traffic": COLORS["ours"]}
 def settling(table: pd.DataFrame) -> Figure:
     """Draw how TTFT and the requests in flight settle after an empty start.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        See `study.ch08_window.settling`.
+    The table is that of `study.ch08_window.settling`.
     """
     labels = {"mean_ttft_ms": LABELS["mean_ttft_ms"], "in_flight": "requests in flight"}
     grid = measures(
@@ -122,10 +119,7 @@ def _plain(found: re.Match[str]) -> str:
 def importance(table: pd.DataFrame) -> Figure:
     """Draw by how much the error grows where a feature is permuted, a panel per model.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        See `study.ch09_explain.importance`.
+    The table is that of `study.ch09_explain.importance`.
     """
     named = table.assign(feature=table.feature.str.replace("_", " "))
     features = named.feature.unique()
@@ -165,10 +159,7 @@ def dependence(table: pd.DataFrame, ylabel: str) -> Figure:
 def regret(table: pd.DataFrame) -> Figure:
     """Draw the throughput that each way of choosing loses, and how many of its picks starve.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        See `study.ch08_to_10.methods`.
+    The table is that of `study.ch08_to_10.methods`.
     """
     figure, axes = plt.subplots(figsize=(8.5, 0.24 * len(table) + 1.2))
     sns.barplot(
@@ -230,10 +221,7 @@ def _map(
 def sobol(table: pd.DataFrame) -> Figure:
     """Draw first-order and total Sobol indices with their intervals, a panel per answer.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        See `study.ch11_sensitivity.sobol_indices`.
+    The table is that of `study.ch11_sensitivity.sobol_indices`.
     """
     named = table.assign(
         answer=table.answer.str.replace("_", " "), factor=table.factor.str.replace("_", " ")

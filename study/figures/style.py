@@ -101,7 +101,7 @@ def panels(
     """
     count = table[drawn["col"]].nunique() if "col" in drawn else 1
     if drawn.get("kind") == "line":
-        drawn = {"estimator": None} | drawn
+        drawn = {"estimator": None, "mew": 0} | drawn
     grid = sns.relplot(
         table.reset_index(drop=True), height=height, aspect=width / count / height,
         facet_kws={"sharey": share, "sharex": drawn.pop("sharex", True)}, **drawn,

@@ -39,10 +39,7 @@ REGIMES = ("light", "near saturation", "starved", "client collapsed")
 def service(swept: pd.DataFrame) -> Figure:
     """Draw throughput and TTFT over the served adapters, a line per slot count.
 
-    Parameters
-    ----------
-    swept : pandas.DataFrame
-        As `study.ch01_to_06.sweep`.
+    The table is that of `study.ch01_to_06.sweep`.
     """
     labels = {"total_throughput": LABELS["total_throughput"], "p99_ttft_ms": "p99 TTFT (s)"}
     grid = measures(
@@ -180,10 +177,7 @@ def bands(
 def coefficients(terms: pd.DataFrame) -> Figure:
     """Draw the step-time law's coefficients with their intervals, a panel per regime of tokens.
 
-    Parameters
-    ----------
-    terms : pandas.DataFrame
-        As `study.ch01_to_06.step_costs`.
+    The table is that of `study.ch01_to_06.step_costs`.
     """
     terms = terms.rename(columns={"cost": "value"})
     grid = dots(terms, "term", terms["term"].unique(), "regime", row_height=0.28)

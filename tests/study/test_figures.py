@@ -12,6 +12,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from study import published_overheads
 from study.figures import ablations, chain, choices, paper, twin_runs
 
 LLAMA, QWEN = "llama-3.1-8b-instruct", "qwen-2.5-7b-instruct"
@@ -179,13 +180,13 @@ def test_what_a_chain_costs_is_a_line_for_each_load_and_rule() -> None:
 
 
 def test_the_caching_problem_is_drawn_with_a_cross_at_the_most_that_is_served() -> None:
-    grid = product(paper.VARIED, (8.0, 16.0), (10.0, 20.0, 30.0))
+    grid = product(published_overheads.VARIED, (8.0, 16.0), (10.0, 20.0, 30.0))
     table = pd.DataFrame(grid, columns=["varied", "level", "adapters"])
     table["offered_tokens_per_s"] = 10 * table.adapters
     table["total_throughput"] = table.offered_tokens_per_s.clip(upper=200)  # 30 starve
-    figure = paper.draw_caching_problem(table)
+    figure = paper.caching_problem(table)
     for name, axes, drawn in zip(
-        paper.VARIED, figure.axes, series(figure, marked=True), strict=True
+        published_overheads.VARIED, figure.axes, series(figure, marked=True), strict=True
     ):
         own = table[table.varied == name]
         crosses = [points(*line.get_data()) for line in axes.lines if line.get_marker() == "X"]
@@ -201,8 +202,8 @@ def test_the_caching_problem_is_drawn_with_a_cross_at_the_most_that_is_served() 
 @pytest.mark.parametrize(
     ("draw", "x", "second", "sizes"),
     [
-        (paper.draw_memory_overhead, "adapter_slots", "running", ("medium", "large")),
-        (paper.draw_compute_overhead, "adapters", "mean_itl_ms", ("small", "medium")),
+        (paper.memory_overhead, "adapter_slots", "running", ("medium", "large")),
+        (paper.compute_overhead, "adapters", "mean_itl_ms", ("small", "medium")),
     ],
 )
 def test_overheads_are_drawn_by_size_rank_and_model(
@@ -231,7 +232,7 @@ def test_the_impact_of_a_load_is_a_bar_for_each_rank_and_size() -> None:
     grid = product(("disk", "memory"), (8, 16), ("small", "medium", "large"))
     table = pd.DataFrame(grid, columns=["source", "rank", "requests"])
     table["impact"] = 1.0 + np.arange(12)
-    figure = paper.draw_load_impact(table)
+    figure = paper.load_impact(table)
     for source, axes in zip(("disk", "memory"), figure.axes, strict=True):
         own = table[table.source == source].set_index(["requests", "rank"]).impact
         for size, bars in zip(("small", "medium", "large"), axes.containers, strict=True):
