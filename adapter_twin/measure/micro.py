@@ -23,7 +23,7 @@ from adapter_twin.measure.micro_plan import MicroPlan, check_plan
 from adapter_twin.measure.model_folder import adapter_rank, check_model
 from adapter_twin.measure.vllm_cli import kill_group, start_child
 from adapter_twin.measure.vllm_server import telling_line
-from adapter_twin.tables.campaign_schemas import CAMPAIGN_LOADS, MICRO_STEPS
+from adapter_twin.tables.campaign_schemas import CAMPAIGN_TABLES
 
 _MEASURED_AT_START = (
     *("kv_cache_tokens", "block_size", "weights_gib", "slots_gib", "startup_s", "capture_s"),
@@ -127,8 +127,10 @@ def _collect(results: Path, flags: EngineFlags, failure: str | None) -> EnginePr
         **measured,
     }
     steps, loads = (
-        _read_rows(results / f"{name}.jsonl").assign(**engine).reindex(columns=[*schema.columns])
-        for name, schema in (("steps", MICRO_STEPS), ("loads", CAMPAIGN_LOADS))
+        _read_rows(results / f"{name}.jsonl")
+        .assign(**engine)
+        .reindex(columns=[*CAMPAIGN_TABLES[table].columns])
+        for name, table in (("steps", "micro_steps"), ("loads", "adapter_loads"))
     )
     return EngineProfile(start, steps, loads)
 
