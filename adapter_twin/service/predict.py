@@ -192,10 +192,9 @@ def predict_starts(starts: pd.DataFrame, calibration: str = "auto") -> pd.DataFr
         `starts` with the columns ``predicted_kv_cache_tokens`` and ``predicted_start``.
     """
     calibrations = load_calibrations(calibration, starts["model"])
-    asked: Any = starts[["model", "adapter_slots", "max_lora_rank"]]
     predicted = [
-        _start(calibrations[model], int(slots), int(rank))
-        for model, slots, rank in asked.itertuples(index=False)
+        _start(calibrations[row["model"]], int(row["adapter_slots"]), int(row["max_lora_rank"]))
+        for row in starts.to_dict("records")
     ]
     columns = ["predicted_kv_cache_tokens", "predicted_start"]
     return pd.concat([starts, pd.DataFrame(predicted, starts.index, columns)], axis="columns")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from adapter_twin.laws import Calibration
@@ -114,7 +116,8 @@ def _make_room(session: Session) -> None:
     """Double the places for requests."""
     n = len(session.requests.arrival_s)
     fresh = new_requests(_nothing(n, 1), session.limits.base_model)
-    session.requests = Requests(*map(np.concatenate, zip(session.requests, fresh, strict=True)))
+    doubled: Any = map(np.concatenate, zip(session.requests, fresh, strict=True))
+    session.requests = Requests(*doubled)
     state = session.state._asdict()
     for name, column in state_of_requests(n).items():
         state[name] = np.concatenate((state[name], column))
