@@ -15,7 +15,10 @@ from study.ch11_sensitivity import FACTORS
 from study.placement_scenarios import MODEL
 from study.results import read_expected
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is an extrapolation")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*is an extrapolation"),
+]
 
 
 def assert_recorded(made: pd.DataFrame, name: str, by: list[str]) -> None:
