@@ -61,7 +61,8 @@ def test_the_option_takes_the_place_of_the_configurations_policy(
     run: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     config = str(written(tmp_path / "config.yaml", policy={"name": "drain", "max_wait_s": 5}))
-    assert "Drain(max_wait_s=5.0, tolerance=1.2)" in run("simulate", config, "--json")[1]
+    status, out, error = run("simulate", config, "--json")
+    assert (status, "Drain(max_wait_s=5.0, tolerance=1.2)" in out) == (0, True), error
     status, out, _ = run("simulate", config, "--json", "--policy", "drain max_wait_s=7 tolerance=0")
     assert (status, "Drain(max_wait_s=7.0, tolerance=0.0)" in out) == (0, True)
     assert '"policy"' not in run("simulate", config, "--json", "--policy", "vllm")[1]
