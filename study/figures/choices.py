@@ -14,29 +14,14 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from adapter_twin.service.metrics import STARVATION_THRESHOLD
-from study.figures.style import (
-    BLUE,
-    COLORS,
-    GREY,
-    INK,
-    LABELS,
-    ORANGE,
-    SERIES,
-    dots,
-    finish,
-    legend_outside,
-    measures,
-    panels,
-    shades,
-    ticks,
-)
+from study.figures import style
 
 TARGET_LABELS = {
     "served_adapters": "served adapters N*",
     "adapter_slots": "adapter slots G*",
     "total_throughput": "throughput",
 }
-FEATURE_COLORS = {"paper": COLORS["authors"], "traffic": COLORS["ours"]}
+FEATURE_COLORS = {"paper": style.COLORS["authors"], "traffic": style.COLORS["ours"]}
 
 
 def settling(table: pd.DataFrame) -> Figure:
@@ -44,14 +29,14 @@ def settling(table: pd.DataFrame) -> Figure:
 
     The table is that of `study.ch08_window.settling`.
     """
-    labels = {"mean_ttft_ms": LABELS["mean_ttft_ms"], "in_flight": "requests in flight"}
-    grid = measures(
+    labels = {"mean_ttft_ms": style.LABELS["mean_ttft_ms"], "in_flight": "requests in flight"}
+    grid = style.measures(
         table.assign(in_flight=table.in_flight.clip(lower=0.5)), labels, kind="line", x="minute",
-        hue="run_id", palette=list(SERIES[: table.run_id.nunique()]), title="",
+        hue="run_id", title="",
     )  # fmt: skip
     grid.set(xlabel="minute of arrival", yscale="log")
     grid.axes_dict[labels["in_flight"]].set_xlabel("minute")
-    return finish(grid)
+    return style.finish(grid)
 
 
 def optima(labels: pd.DataFrame) -> Figure:
@@ -62,16 +47,16 @@ def optima(labels: pd.DataFrame) -> Figure:
     labels : pandas.DataFrame
         See `adapter_twin.learn.sweep.label`, with ``adapter_load`` in tokens/s.
     """
-    grid = panels(
+    grid = style.panels(
         labels, kind="scatter", x="adapter_load", y="served_adapters", col="model",
         col_order=sorted(labels["model"].unique()), hue="adapter_slots",
-        palette=shades(labels["adapter_slots"], "adapter slots"), alpha=0.7, s=16, linewidth=0,
-        title="adapter slots G*",
+        palette=style.shades(labels["adapter_slots"], "adapter slots"), title="adapter slots G*",
+        alpha=0.7, s=16, linewidth=0,
     )  # fmt: skip
     grid.set(xscale="log", yscale="log")
     grid.set_axis_labels("load of an adapter (tokens/s)", TARGET_LABELS["served_adapters"])
-    ticks(grid.axes[0, 0].yaxis, labels["served_adapters"])
-    return finish(grid)
+    style.ticks(grid.axes[0, 0].yaxis, labels["served_adapters"])
+    return style.finish(grid)
 
 
 def model_errors(comparison: pd.DataFrame, measure: str = "test_half_smape") -> Figure:
@@ -85,7 +70,7 @@ def model_errors(comparison: pd.DataFrame, measure: str = "test_half_smape") -> 
         A column of it.
     """
     named = comparison.assign(features=comparison.features + " features")
-    grid = panels(
+    grid = style.panels(
         named, kind="scatter", x=measure, y="model", col="target", hue="features", s=25,
         linewidth=0, palette={f"{name} features": color for name, color in FEATURE_COLORS.items()},
         height=0.27 * comparison.model.nunique() + 1.3, title="", sharex=False,
@@ -94,7 +79,7 @@ def model_errors(comparison: pd.DataFrame, measure: str = "test_half_smape") -> 
     for target, axes in grid.axes_dict.items():
         axes.set_title(TARGET_LABELS[target])
     grid.axes[0, 0].invert_yaxis()
-    return finish(grid)
+    return style.finish(grid)
 
 
 def small_tree(tree: Any, names: list[str]) -> Figure:
@@ -109,7 +94,7 @@ def small_tree(tree: Any, names: list[str]) -> Figure:
     for node in nodes:
         text = node.get_text().replace("samples =", "workloads:")
         node.set_text(re.sub(r"value = (\S+)", _plain, text))
-    return finish(figure)
+    return style.finish(figure)
 
 
 def _plain(found: re.Match[str]) -> str:
@@ -125,13 +110,13 @@ def importance(table: pd.DataFrame) -> Figure:
     features = named.feature.unique()
     height = 0.27 * len(features) + 1.3
     grid = sns.catplot(
-        named, kind="bar", x="increase", y="feature", order=features, col="model", color=BLUE,
+        named, kind="bar", x="increase", y="feature", order=features, col="model", color=style.BLUE,
         width=0.6, saturation=1, height=height, aspect=9.5 / table.model.nunique() / height,
         sharex=False,
     )  # fmt: skip
-    grid.map(plt.hlines, "feature", "low", "high", color=INK, lw=1.5)
+    grid.map(plt.hlines, "feature", "low", "high", color=style.INK, lw=1.5)
     grid.set_titles("{col_name}").set_axis_labels("points of halved SMAPE", "")
-    return finish(grid)
+    return style.finish(grid)
 
 
 def dependence(table: pd.DataFrame, ylabel: str) -> Figure:
@@ -143,9 +128,9 @@ def dependence(table: pd.DataFrame, ylabel: str) -> Figure:
         See `study.ch09_explain.dependence`.
     ylabel : str
     """
-    grid = panels(
+    grid = style.panels(
         table, kind="line", x="value", y="predicted", col="feature", hue="model",
-        palette=list(SERIES[: table.model.nunique()]), sharex=False, title="",
+        sharex=False, title="",
     )  # fmt: skip
     grid.set(yscale="log", ylabel=ylabel).set_titles("").set_ylabels(clear_inner=True)
     for feature, axes in grid.axes_dict.items():
@@ -153,7 +138,7 @@ def dependence(table: pd.DataFrame, ylabel: str) -> Figure:
         low, high = table.loc[table.feature == feature, "value"].agg(["min", "max"])
         if low > 0 and high > 20 * low:
             axes.set_xscale("log")
-    return finish(grid)
+    return style.finish(grid)
 
 
 def regret(table: pd.DataFrame) -> Figure:
@@ -164,16 +149,16 @@ def regret(table: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(figsize=(8.5, 0.24 * len(table) + 1.2))
     sns.barplot(
         table.assign(regret=table.regret.clip(lower=0.1)), x="regret", y="method", hue="kind",
-        palette=list(SERIES[: table.kind.nunique()]), dodge=False, width=0.7, saturation=1,
+        palette=list(style.SERIES[: table.kind.nunique()]), dodge=False, width=0.7, saturation=1,
         ax=axes,
     )  # fmt: skip
     for place, (lost, starving) in enumerate(zip(table.regret, table.starving_picks, strict=True)):
         note = f" {lost:.2g}" + (f", {starving} starve" if starving else "")
-        axes.text(max(float(lost), 0.1), place, note, va="center", fontsize=8, color=INK)
+        axes.text(max(float(lost), 0.1), place, note, va="center", fontsize=8, color=style.INK)
     axes.set(xlabel="mean regret (% of the best measured throughput)", xscale="log", ylabel="")
     axes.set_xlim(0.1, 300)
-    legend_outside(axes)
-    return finish(figure)
+    style.legend_outside(axes)
+    return style.finish(figure)
 
 
 def service_map(runs: pd.DataFrame, picked: tuple[int, int] | None = None) -> Figure:
@@ -199,7 +184,7 @@ def service_map(runs: pd.DataFrame, picked: tuple[int, int] | None = None) -> Fi
             np.arange(starved.shape[1]) + 0.5, np.arange(starved.shape[0]) + 0.5, starved,
             levels=[100 * STARVATION_THRESHOLD], colors="k", linewidths=1.2,
         )  # fmt: skip
-    return finish(figure)
+    return style.finish(figure)
 
 
 def _map(
@@ -212,7 +197,7 @@ def _map(
     sns.heatmap(table, ax=axes, cmap=cmap, cbar_kws={"label": label}, **scale)
     axes.invert_yaxis()
     axes.grid(False)
-    axes.set(xlabel=LABELS["served_adapters"], ylabel=LABELS["adapter_slots"])
+    axes.set(xlabel=style.LABELS["served_adapters"], ylabel=style.LABELS["adapter_slots"])
     if picked is not None:
         x, y = table.columns.get_loc(picked[0]), table.index.get_loc(picked[1])
         axes.plot(int(str(x)) + 0.5, int(str(y)) + 0.5, "*", color="w", mec="k", ms=14)
@@ -223,16 +208,17 @@ def sobol(table: pd.DataFrame) -> Figure:
 
     The table is that of `study.ch11_sensitivity.sobol_indices`.
     """
-    named = table.assign(
-        answer=table.answer.str.replace("_", " "), factor=table.factor.str.replace("_", " ")
-    )
+    named = table.replace("_", " ", regex=True)
+    colors = {"alone": style.BLUE, "with interactions": style.ORANGE}
     parts = []
-    for column, kind in (("first", "alone"), ("total", "with interactions")):
+    for column, kind in zip(("first", "total"), colors, strict=True):
         index, half = table[column], table[f"{column}_conf"]
         parts.append(named.assign(value=index, low=index - half, high=index + half, index=kind))
-    grid = dots(
-        pd.concat(parts, ignore_index=True), "factor", named.factor.unique(), "answer",
-        by="index", colors={"alone": BLUE, "with interactions": ORANGE}, row_height=0.33,
-    )  # fmt: skip
-    grid.refline(x=0, color=GREY, lw=0.8, ls="-").set_axis_labels("Sobol index")
-    return finish(grid)
+    indices, factors = pd.concat(parts, ignore_index=True), named.factor.unique()
+    grid = style.dots(
+        indices, "factor", factors, "answer", by="index", colors=colors, row_height=0.33
+    )
+    for axes in grid.axes.flat:
+        axes.axvline(0, color=style.GREY, lw=0.8)
+    grid.set_xlabels("Sobol index")
+    return style.finish(grid)

@@ -9,18 +9,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from adapter_twin.prove.rivals import TWIN
-from study.figures.style import (
-    BLUE,
-    COLORS,
-    GREY,
-    INK,
-    LABELS,
-    finish,
-    panels,
-    shades,
-    smoothed,
-    ticks,
-)
+from study.figures import style
 
 COLUMNS = 4
 """Panels stand at most four in a row."""
@@ -49,23 +38,23 @@ def slots(runs: pd.DataFrame, picks: pd.DataFrame) -> Figure:
         shown, col="workload", col_wrap=min(count, COLUMNS), sharex=False, height=2.5, aspect=0.92
     )
     grid.map_dataframe(
-        sns.lineplot, x="adapter_slots", y="predicted", errorbar=None, color=COLORS["ours"],
+        sns.lineplot, x="adapter_slots", y="predicted", errorbar=None, color=style.COLORS["ours"],
         lw=1.3, label="predicted", legend=False,
     )  # fmt: skip
-    for column, color in (("measured", COLORS["measured"]), ("measured, does not serve", "none")):
+    ink = style.COLORS["measured"]
+    for column, fill in (("measured", ink), ("measured, does not serve", "none")):
         grid.map_dataframe(
-            sns.scatterplot, x="adapter_slots", y=column, s=20, ec=COLORS["measured"], fc=color,
-            label=column, legend=False,
+            sns.scatterplot, x="adapter_slots", y=column, s=20, ec=ink, fc=fill, label=column,
+            legend=False,
         )  # fmt: skip
-    grid.set(xscale="log", yscale="log")
-    grid.set_titles("{col_name}").set_axis_labels(LABELS["adapter_slots"], LABELS["mean_ttft_ms"])
+    grid.set(xscale="log", yscale="log").set_titles("{col_name}").add_legend()
+    grid.set_axis_labels(style.LABELS["adapter_slots"], style.LABELS["mean_ttft_ms"])
     for name, axes in grid.axes_dict.items():
-        if pd.notna(chosen[name]):
-            axes.axvspan(chosen[name] / 1.12, chosen[name] * 1.12, color=BLUE, alpha=0.15, lw=0)
+        if pd.notna(slots := chosen[name]):
+            axes.axvspan(slots / 1.12, slots * 1.12, color=style.BLUE, alpha=0.15, lw=0)
         started = runs[(runs.workload == name) & runs.starts]
-        ticks(axes.xaxis, started.adapter_slots, fontsize="x-small")
-    grid.add_legend()
-    return finish(grid)
+        style.ticks(axes.xaxis, started.adapter_slots, fontsize="x-small")
+    return style.finish(grid)
 
 
 def regrets(chosen: pd.DataFrame, methods: pd.DataFrame) -> Figure:
@@ -78,23 +67,22 @@ def regrets(chosen: pd.DataFrame, methods: pd.DataFrame) -> Figure:
     """
     names = list(methods.method)[::-1]
     places = {name: place for place, name in enumerate(names)}
-    figure, panels = plt.subplots(1, 2, figsize=(9.5, 0.36 * len(names) + 1.3), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 0.36 * len(names) + 1.3), sharey=True)
     at, rows = methods.method.map(places), chosen.method.map(places)
     # equal ones would hide each other
     rows = rows + np.random.default_rng(0).uniform(-0.15, 0.15, len(rows))
-    for column, axes in zip(("regret", "ttft_ratio"), panels, strict=True):
-        axes.plot(chosen[column], rows, "o", ms=4, color=GREY, alpha=0.7, mew=0)
-        axes.plot(methods[column], at, "o", ms=6, color=COLORS["ours"])
-    left, right = panels
-    left.hlines(at, methods.low, methods.high, color=COLORS["ours"], lw=2, alpha=0.6)
+    for column, axes in (("regret", left), ("ttft_ratio", right)):
+        axes.plot(chosen[column], rows, "o", ms=4, color=style.GREY, alpha=0.7, mew=0)
+        axes.plot(methods[column], at, "o", ms=6, color=style.COLORS["ours"])
+    left.hlines(at, methods.low, methods.high, color=style.COLORS["ours"], lw=2, alpha=0.6)
     left.set_xscale("symlog", linthresh=1)
-    ticks(left.xaxis, (0, 1, 10, 100))
+    style.ticks(left.xaxis, (0, 1, 10, 100))
     left.set_xlabel("throughput lost against the best (%)")
     left.set_yticks(range(len(names)), names)
-    right.axvline(1, color=INK, lw=0.8)
+    right.axvline(1, color=style.INK, lw=0.8)
     right.set(xscale="log", xlabel="mean TTFT by the lowest one that serves")
     right.xaxis.set_major_formatter("{x:g}")
-    return finish(figure)
+    return style.finish(figure)
 
 
 def fairness(adapters: pd.DataFrame) -> Figure:
@@ -110,9 +98,9 @@ def fairness(adapters: pd.DataFrame) -> Figure:
     """
     adapters = adapters.sort_values("place", ignore_index=True)
     groups = ["workload", "adapter_slots"]
-    adapters["smooth"] = smoothed(adapters, groups, "predicted_p99_ttft_ms", 9)
-    colors = shades(adapters.adapter_slots, "adapter slots")
-    grid = panels(
+    adapters["smooth"] = style.smoothed(adapters, groups, "predicted_p99_ttft_ms", 9)
+    colors = style.shades(adapters.adapter_slots, "adapter slots")
+    grid = style.panels(
         adapters, kind="scatter", x="place", y="p99_ttft_ms", col="workload",
         col_order=sorted(adapters.workload.unique()), hue="adapter_slots", palette=colors,
         s=9, alpha=0.6, linewidth=0, height=3.6, title="adapter slots",
@@ -122,5 +110,5 @@ def fairness(adapters: pd.DataFrame) -> Figure:
         estimator=None, legend=False,
     )  # fmt: skip
     grid.set(xscale="log", yscale="log")
-    grid.set_axis_labels("adapter, most popular first", LABELS["p99_ttft_ms"])
-    return finish(grid)
+    grid.set_axis_labels("adapter, most popular first", style.LABELS["p99_ttft_ms"])
+    return style.finish(grid)

@@ -100,6 +100,8 @@ def panels(
         Arguments of `seaborn.relplot` and of what it draws. A line has all of its rows as points.
     """
     count = table[drawn["col"]].nunique() if "col" in drawn else 1
+    if "hue" in drawn:
+        drawn = {"palette": list(SERIES[: table[drawn["hue"]].nunique()])} | drawn
     if drawn.get("kind") == "line":
         drawn = {"estimator": None, "mew": 0} | drawn
     grid = sns.relplot(

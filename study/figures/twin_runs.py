@@ -14,23 +14,7 @@ from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullLocator
 from adapter_twin.service.metrics import STARVATION_THRESHOLD
 from adapter_twin.service.perfetto import step_starts_s
 from adapter_twin.twin.records import Simulation
-from study.figures.style import (
-    BLUE,
-    COLORS,
-    GREY,
-    INK,
-    LABELS,
-    SCALES,
-    SERIES,
-    dots,
-    finish,
-    legend_outside,
-    measures,
-    panels,
-    shades,
-    smoothed,
-    split_label,
-)
+from study.figures import style
 
 TWINS = ("measured", "ours", "authors")
 REGIMES = ("light", "near saturation", "starved", "client collapsed")
@@ -41,34 +25,34 @@ def service(swept: pd.DataFrame) -> Figure:
 
     The table is that of `study.ch01_to_06.sweep`.
     """
-    labels = {"total_throughput": LABELS["total_throughput"], "p99_ttft_ms": "p99 TTFT (s)"}
-    grid = measures(
+    labels = {"total_throughput": style.LABELS["total_throughput"], "p99_ttft_ms": "p99 TTFT (s)"}
+    grid = style.measures(
         swept[swept["feasible_start"]].assign(p99_ttft_ms=swept["p99_ttft_ms"] / 1e3), labels,
         kind="line", x="served_adapters", hue="adapter_slots", marker="o", ms=5, height=3.8,
-        palette=shades(swept["adapter_slots"], "adapter slots"), title="adapter slots",
+        palette=style.shades(swept["adapter_slots"], "adapter slots"), title="adapter slots",
     )  # fmt: skip
     left, right = grid.axes.flat
     offered = swept.groupby("served_adapters")["offered_tokens_per_s"].first()
-    left.plot(offered, color=GREY, ls="--", lw=1)
+    left.plot(offered, color=style.GREY, ls="--", lw=1)
     left.fill_between(
         offered.index, STARVATION_THRESHOLD * offered, 0, color="0.5", alpha=0.12, lw=0
     )
-    left.text(0.97, 0.06, "starved", transform=left.transAxes, ha="right", color=GREY)
+    left.text(0.97, 0.06, "starved", transform=left.transAxes, ha="right", color=style.GREY)
     left.annotate(
         "offered", (offered.index[-1], offered.iloc[-1]), (-8, 0), textcoords="offset points",
-        ha="right", va="center", color=GREY,
+        ha="right", va="center", color=style.GREY,
     )  # fmt: skip
     left.set_ylim(0, None)
     right.set_yscale("log")
     grid.set(xlabel="served adapters")
-    return finish(grid)
+    return style.finish(grid)
 
 
 def timeline(run: Simulation) -> Figure:
     """Draw each request as it waits and is served, and the adapters of every step's batch."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 5), sharex=True, height_ratios=(3, 1))
     records = run.records
-    colors = SERIES[: int(records.adapter.max()) + 1]
+    colors = style.SERIES[: int(records.adapter.max()) + 1]
     rows = np.arange(len(records))
     until_s = np.nan_to_num(records.scheduled_s, nan=run.duration_s)
     end_s = np.nan_to_num(records.end_s, nan=run.duration_s)
@@ -81,15 +65,15 @@ def timeline(run: Simulation) -> Figure:
     top.grid(axis="y", visible=False)
     for adapter, color in enumerate(colors):
         top.plot([], [], color=color, lw=5, label=f"{adapter}")
-    legend_outside(top, title="adapter")
-    bottom.step(run.steps["end_s"], run.steps["adapters"], where="pre", color=INK, lw=1)
-    bottom.plot(run.steps["end_s"], run.steps["waiting"], color=COLORS["alarm"], lw=1)
+    style.legend_outside(top, title="adapter")
+    bottom.step(run.steps["end_s"], run.steps["adapters"], where="pre", color=style.INK, lw=1)
+    bottom.plot(run.steps["end_s"], run.steps["waiting"], color=style.COLORS["alarm"], lw=1)
     bottom.set(xlabel="time (s)", ylabel="count", xlim=(0, run.duration_s))
     bottom.legend(
         ["adapters in the batch", "requests waiting"], frameon=False, ncols=2,
         loc="lower center", bbox_to_anchor=(0.5, 1),
     )  # fmt: skip
-    return finish(figure)
+    return style.finish(figure)
 
 
 def step_durations(run: Simulation) -> Figure:
@@ -100,35 +84,36 @@ def step_durations(run: Simulation) -> Figure:
     sns.scatterplot(
         x=run.steps["tokens"], y=duration_ms, s=12, linewidth=0,
         hue=np.where(loads, "with adapter loads", "no load"),
-        palette={"no load": BLUE, "with adapter loads": COLORS["alarm"]}, ax=axes,
+        palette={"no load": style.BLUE, "with adapter loads": style.COLORS["alarm"]}, ax=axes,
     )  # fmt: skip
     axes.set(xlabel="tokens in the batch", ylabel="step (ms)", xscale="log", ylim=(0, None))
     axes.legend(frameon=False)
-    return finish(figure)
+    return style.finish(figure)
 
 
 def long_tail(tail: pd.DataFrame) -> Figure:
     """Draw mean TTFT by popularity of the adapter, a line per slot count."""
     figure, axes = plt.subplots(figsize=(6, 3.4))
     sns.lineplot(
-        x=tail["adapter"] + 1, y=smoothed(tail, ["adapter_slots"], "mean_ttft_ms", 5),
-        hue=tail["adapter_slots"], palette=shades(tail["adapter_slots"], "adapter slots"), ax=axes,
+        x=tail["adapter"] + 1, y=style.smoothed(tail, ["adapter_slots"], "mean_ttft_ms", 5),
+        hue=tail["adapter_slots"], palette=style.shades(tail["adapter_slots"], "adapter slots"),
+        ax=axes,
     )  # fmt: skip
     axes.set(xlabel="adapter, most popular first", ylabel="mean TTFT (ms)", yscale="log")
     axes.legend(title="adapter slots", frameon=False)
-    return finish(figure)
+    return style.finish(figure)
 
 
 def memory(law: pd.DataFrame, measured: pd.DataFrame | None) -> Figure:
     """Draw KV-cache tokens over slots by rank, one panel per model, and measured starts if any."""
-    colors = shades(law["max_lora_rank"], "rank")
+    colors = style.shades(law["max_lora_rank"], "rank")
     drawn: dict[str, Any] = {
         "x": "adapter_slots",
         "y": "kv_cache_tokens",
         "hue": "max_lora_rank",
         "palette": colors,
     }
-    grid = panels(
+    grid = style.panels(
         law, kind="line", col="model", col_order=sorted(law["model"].unique()), share=False,
         height=3.6, title="max. rank", **drawn,
     )  # fmt: skip
@@ -138,7 +123,7 @@ def memory(law: pd.DataFrame, measured: pd.DataFrame | None) -> Figure:
             sns.scatterplot(own, **drawn, s=20, linewidth=0, legend=False, ax=axes)
         axes.yaxis.set_major_formatter("{x:,.0f}")
     grid.set(ylim=(0, None)).set_axis_labels("adapter slots", "KV-cache tokens")
-    return finish(grid)
+    return style.finish(grid)
 
 
 def bands(
@@ -164,14 +149,14 @@ def bands(
     levels = sorted(table[by].unique())
     long = table.melt([x, by, *filter(None, [panel])], ["low", "median", "high"], value_name="y")
     facets = {"col": panel, "col_order": sorted(table[panel].unique())} if panel else {}
-    grid = panels(
+    colors = style.shades(levels, title) if title in style.SCALES else style.SERIES[: len(levels)]
+    grid = style.panels(
         long, kind="line", x=x, y="y", hue=by, estimator="median", errorbar=("pi", 100),
-        palette=shades(levels, title) if title in SCALES else list(SERIES[: len(levels)]),
-        marker="o", ms=4, lw=1.3, err_kws={"alpha": 0.15, "lw": 0}, height=3.6,
+        palette=colors, marker="o", ms=4, lw=1.3, err_kws={"alpha": 0.15, "lw": 0}, height=3.6,
         width=8.2 if panel else 5.2, title=title or by, **facets,
     )  # fmt: skip
     grid.set(**{f"{axis}scale": "log" for axis in log}).set_axis_labels(xlabel, ylabel)
-    return finish(grid)
+    return style.finish(grid)
 
 
 def coefficients(terms: pd.DataFrame) -> Figure:
@@ -180,10 +165,12 @@ def coefficients(terms: pd.DataFrame) -> Figure:
     The table is that of `study.ch01_to_06.step_costs`.
     """
     terms = terms.rename(columns={"cost": "value"})
-    grid = dots(terms, "term", terms["term"].unique(), "regime", row_height=0.28)
-    grid.refline(x=0, color=INK, lw=0.8, ls="-").set_axis_labels("ms per step")
+    grid = style.dots(terms, "term", terms["term"].unique(), "regime", row_height=0.28)
+    for axes in grid.axes.flat:
+        axes.axvline(0, color=style.INK, lw=0.8)
+    grid.set_xlabels("ms per step")
     grid.set_titles("{col_name}", size="small")
-    return finish(grid)
+    return style.finish(grid)
 
 
 def errors(table: pd.DataFrame, figures: list[str]) -> Figure:
@@ -195,14 +182,14 @@ def errors(table: pd.DataFrame, figures: list[str]) -> Figure:
         Rows of `adapter_twin.service.validate.Validation.errors` of one measure, by regime.
     """
     regimes = [name for name in REGIMES if name in set(table["regime"])]
-    shown = table[table["figure"].isin(figures)].replace({"twin": LABELS})
+    shown = table[table["figure"].isin(figures)].replace({"twin": style.LABELS})
     shown = shown.sort_values("figure", key=lambda names: names.map(figures.index))
-    colors = {LABELS[twin]: COLORS[twin] for twin in ("ours", "authors")}
-    grid = dots(shown, "regime", regimes, "figure", by="twin", colors=colors, row_height=0.55)
+    colors = {style.LABELS[twin]: style.COLORS[twin] for twin in ("ours", "authors")}
+    grid = style.dots(shown, "regime", regimes, "figure", by="twin", colors=colors, row_height=0.55)
     grid.set(xlabel="MAPE (%)", xscale="log")
     for name, axes in grid.axes_dict.items():
-        axes.set_title(split_label(name)[0])
-    return finish(grid)
+        axes.set_title(style.split_label(name)[0])
+    return style.finish(grid)
 
 
 def curves(table: pd.DataFrame, figures: list[str]) -> Figure:
@@ -214,9 +201,9 @@ def curves(table: pd.DataFrame, figures: list[str]) -> Figure:
         One row per run and ``twin`` (`TWINS`), of one model and workload.
     """
     long = table.melt(["twin", "adapter_slots", "served_adapters"], figures, "figure", "drawn")
-    long = long.replace({"twin": LABELS}).dropna(subset="drawn")
-    twins = {LABELS[twin]: COLORS[twin] for twin in TWINS}
-    grid = panels(
+    long = long.replace({"twin": style.LABELS}).dropna(subset="drawn")
+    twins = {style.LABELS[twin]: style.COLORS[twin] for twin in TWINS}
+    grid = style.panels(
         long, kind="line", x="served_adapters", y="drawn", row="figure", col="adapter_slots",
         hue="twin", hue_order=twins, palette=twins, style="twin", style_order=twins,
         markers=dict(zip(twins, "o..", strict=True)), dashes=False, lw=1.2, share="row", height=2.4,
@@ -224,12 +211,12 @@ def curves(table: pd.DataFrame, figures: list[str]) -> Figure:
     )  # fmt: skip
     grid.set_titles("").set_xlabels("served adapters")
     for name, row in zip(figures, grid.axes, strict=True):
-        row[0].set_ylabel(LABELS.get(name, name))
+        row[0].set_ylabel(style.LABELS.get(name, name))
         if "ttft" in name:
             row[0].set_yscale("log")  # shared along the row
     for slots, axes in zip(grid.col_names, grid.axes[0], strict=True):
         axes.set_title(f"{slots} slots")
-    return finish(grid)
+    return style.finish(grid)
 
 
 def against_measured(table: pd.DataFrame, by: str) -> Figure:
@@ -241,22 +228,22 @@ def against_measured(table: pd.DataFrame, by: str) -> Figure:
         Columns ``figure``, ``measured``, ``predicted`` and `by`, which gives the colours.
     by : str
     """
-    grid = panels(
+    grid = style.panels(
         table.astype({by: str}), kind="scatter", x="measured", y="predicted", col="figure",
-        hue=by, sharex=False, share=False, s=18, alpha=0.7, linewidth=0,
+        hue=by, palette="colorblind", sharex=False, share=False, s=18, alpha=0.7, linewidth=0,
         width=min(3.2 * table["figure"].nunique(), 9), title=by.replace("_", " "),
     )  # fmt: skip
     grid.set(xscale="log", yscale="log")
     for name, axes in grid.axes_dict.items():
         own = table.loc[table["figure"] == name, ["measured", "predicted"]]
         low, high = own.min().min(), own.max().max()
-        axes.plot((low, high), (low, high), color=INK, lw=0.8)
-        axes.set_title(LABELS.get(name, name))
+        axes.plot((low, high), (low, high), color=style.INK, lw=0.8)
+        axes.set_title(style.LABELS.get(name, name))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(_few_ticks(high / low))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_locator(NullLocator())
-    return finish(grid)
+    return style.finish(grid)
 
 
 def _few_ticks(ratio: float) -> Locator:

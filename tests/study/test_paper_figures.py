@@ -35,7 +35,10 @@ def test_every_line_of_the_caching_problem_is_drawn_from_measured_runs():
 
 def test_more_slots_leave_fewer_running_requests_and_more_adapters_less_throughput():
     runs = datasets.load("overhead_runs_vllm050")
-    memory, compute = published_overheads.memory_overhead(runs), published_overheads.compute_overhead(runs)
+    memory, compute = (
+        published_overheads.memory_overhead(runs),
+        published_overheads.compute_overhead(runs),
+    )
     for _, own in memory.groupby(["model", "requests", "max_lora_rank"]):
         running = own["running"].dropna()  # a server of one start was not sampled
         assert running.iloc[-1] < running.iloc[0]
