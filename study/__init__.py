@@ -1,1 +1,1 @@
-"""What only the study and its book need: a module a chapter, figures and recorded results."""
+"""Tables, figures and recorded results of the study and its book; no part of the package."""

@@ -1,4 +1,4 @@
-"""What placements are compared with: dealing adapters out without a look at rank or load."""
+"""Baselines for placements: adapters are dealt out without a look at rank or load."""
 
 from __future__ import annotations
 

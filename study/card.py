@@ -17,11 +17,11 @@ from adapter_twin.tables import datasets
 DATA_SUFFIXES = (".parquet", ".csv", ".json", ".yaml")
 
 SHOWN_DIGITS = 12
-"""Of a SHA-256."""
+"""A SHA-256 is shown by its first characters."""
 
 
 _opened_s: dict[Path, float] = {}
-"""When this process last opened a data file, by `time.perf_counter`."""
+"""Data files were last opened at these times of `time.perf_counter`."""
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What the study's chapters tabulate: sweeps of the twin, and aggregates of the measured tables."""
+"""Tables of chapters 1 to 6: sweeps of the twin, and aggregates of the measured tables."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from adapter_twin.workload.trace import generators
 from study.plain_engine import PlainEngine, PlainRequest, serve
 
 MEAN_INPUT_TOKENS, MEAN_OUTPUT_TOKENS = 223.0, 200.0
-"""Of the traffic in the study's examples: as in the reference measurements."""
+"""The traffic of the study's examples has the mean lengths of the reference measurements."""
 
 BENCHMARKS = (
     (16, 16, "3.2-1.6-0.8", "8"),
@@ -38,14 +38,14 @@ BENCHMARKS = (
     (128, 128, "0.4-0.1-0.05", "8-16-32"),
     (128, 32, "1.6-0.8-0.4", "8-16"),
 )
-"""Workloads that the twin's speed is quoted on: served adapters, slots, rates, ranks."""
+"""The twin's speed is quoted on these: served adapters, slots, rates and ranks."""
 
 TAIL: Any = {"adapters": 64, "requests_per_s": 10.0, "exponent": 1.0}
-"""Zipf-distributed traffic of the chapter on how vLLM serves."""
+"""The chapter on how vLLM serves has this Zipf-distributed traffic."""
 
 CURVE_RATES = "0.1-0.05-0.025"
 CURVES = {"llama-3.1-8b-instruct": "8-16", "qwen-2.5-7b-instruct": "8-16-32"}
-"""Ranks of the workloads, by model, that were measured over the whole range of served adapters."""
+"""The workloads of these ranks were measured over the whole range of served adapters."""
 
 
 def configurations(

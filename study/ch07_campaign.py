@@ -1,4 +1,4 @@
-"""What the chapter on a campaign tabulates: laws, predictions and repeats against measurements."""
+"""Tables of the chapter on a campaign: laws, predictions and repeats against measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the chapters on planning tabulate: the data set, the models, the picks."""
+"""Tables of the chapters on planning: the data set, the models, the picks."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ MIX = {
     "mean_input_tokens": MEAN_INPUT_TOKENS,
     "mean_requested_output_tokens": MEAN_OUTPUT_TOKENS,
 }
-"""The workload that chapters show in full."""
+"""The chapters show this workload in full."""
 
 SLO = Slo(ttft_ms=2000, itl_ms=100, percentile=99)
-"""The objective that they ask of it, and that the designs ask of theirs."""
+"""The chapters ask this objective of it, and the designs of theirs."""
 
 LEFT_OUT = "twin, workload left out"
-"""The method whose laws have not seen the workload: figures are means over seeds."""
+"""The laws of this method have not seen the workload; its figures are means over seeds."""
 
 QUICK_MODELS = ("linear", "small tree, depth 2", "small tree, depth 6", "decision tree")
 QUICK_CLASSIFIERS = ("logistic regression", "small tree, depth 6", "decision tree")
@@ -143,10 +143,10 @@ def judged_by_twin(picks: pd.DataFrame, sweep: pd.DataFrame) -> dict[str, float]
         serves[serves.serves].groupby(measured_grids.WORKLOAD).total_throughput.max().rename("best")
     )
     found = picks[by].merge(serves, on=by).merge(best.reset_index(), on=measured_grids.WORKLOAD)
-    worth = found.total_throughput.where(found.serves, 0.0)
+    reached = found.total_throughput.where(found.serves, 0.0)
     return {
         "starving": 100 * float((~found.serves).mean()),
-        "regret": 100 * float((1 - worth / found.best).mean()),
+        "regret": 100 * float((1 - reached / found.best).mean()),
     }
 
 

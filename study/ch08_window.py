@@ -1,4 +1,4 @@
-"""How long a run of a sweep must be: its start-up transient, its length, its replications."""
+"""The window of a sweep's runs: start-up transient, length and replications."""
 
 from __future__ import annotations
 
@@ -126,15 +126,15 @@ def judge(runs: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
     truth = longest.groupby([WORKLOAD, *CONFIGURATION], as_index=False).mean(numeric_only=True)
     truth["feasible_start"] = truth.feasible_start > 0
     best = Criterion().ranked(truth, within=[WORKLOAD]).drop_duplicates(WORKLOAD)
-    truth["worth"] = truth.total_throughput.where(Criterion().feasible(truth), 0.0)
+    truth["reached"] = truth.total_throughput.where(Criterion().feasible(truth), 0.0)
     judged = picks[[*by, *CONFIGURATION, "total_throughput"]].merge(
-        truth[[WORKLOAD, *CONFIGURATION, "worth"]], on=[WORKLOAD, *CONFIGURATION]
+        truth[[WORKLOAD, *CONFIGURATION, "reached"]], on=[WORKLOAD, *CONFIGURATION]
     )
     top = judged[[WORKLOAD]].merge(best, on=WORKLOAD)
     judged["same_served"] = judged.served_adapters == top.served_adapters
-    judged["regret"] = 100 * (1 - judged.worth / top.total_throughput)
-    judged["starves"] = judged.worth == 0
-    return judged.drop(columns="worth")
+    judged["regret"] = 100 * (1 - judged.reached / top.total_throughput)
+    judged["starves"] = judged.reached == 0
+    return judged.drop(columns="reached")
 
 
 def by_window(picks: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""What decides the twin's answers: Sobol indices over its laws and over the traffic.
+"""Sobol indices of the twin's answers over its laws and over the traffic.
 
 A factor's first-order index is the share of an answer's variance that it explains alone, its total
 index what it explains with others, too. Points that differ in laws or lengths meet the very same
@@ -52,13 +52,13 @@ FACTORS: dict[str, tuple[float, float]] = {
     "zipf_exponent": (0.0, 1.0),
     "arrival_cv": (1.0, 3.0),
 }
-"""Bounds between which each varies evenly: multipliers of laws, then the traffic's."""
+"""Each factor varies evenly between its bounds: multipliers of laws, then the traffic's."""
 
 DEALS: list[int] = [0, *np.unique(np.geomspace(1, 1024, 100).round().astype(int)).tolist()]
-"""Served adapters to search for the capacity, in rounds of dealing out rates and ranks."""
+"""The capacity is searched for among these rounds of dealing out rates and ranks."""
 
 SLOTS: list[int] = (4 * 2 ** (np.arange(28) / 4)).round().astype(int).tolist()
-"""Adapter slots of which the capacity takes the best."""
+"""The capacity takes the best of these numbers of slots."""
 
 
 def perturbed(calibration: Calibration, factors: Point) -> Calibration:

@@ -1,4 +1,4 @@
-"""What else the chapter on the published twin tabulates: its labels, its TTFT, and speed."""
+"""Tables of the chapter on the published twin: its labels, its TTFT, and speed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from study import measured_grids
 from study.ch08_to_10 import judged_by_twin
 
 TREES = ("small tree, depth 2", "small tree, depth 4", "small tree, depth 6", "decision tree")
-"""Models of the optimum that the labels are learnt by."""
+"""The labels are learnt by these models of the optimum."""
 
 
 def as_published(sweep: pd.DataFrame) -> pd.DataFrame:
@@ -175,7 +175,7 @@ def speed(
     authors : pandas.DataFrame
         Table ``authors_twin``.
     simpy_runs : int
-        So many of the runs are simulated under SimPy, too.
+        Number of the runs that are simulated under SimPy, too.
     repeats : int
         The fastest counts.
 

@@ -31,14 +31,14 @@ from adapter_twin.workload.files import records, run_to_workload
 from adapter_twin.workload.trace import Trace, generators
 
 PROFILED_SLOTS, PROFILED_RANK = 300, 8
-"""Of the engine on which the reference study measured the overhead of adapters (``steps``)."""
+"""The reference study measured the overhead of adapters (``steps``) on an engine of these."""
 
 MEASURES = {
     "total_throughput": "mape",
     "mean_itl_ms": "mape",
     "median_ttft_ms": "median_error",
 }
-"""What the ablations are judged by; a relative error in TTFT has no mean near saturation."""
+"""Ablations are judged by these; a relative error in TTFT has no mean near saturation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,7 @@ class OneSlotCount(StepTimeLaw):
 
 @helper
 def _batch_seconds(law: StepLaw, step: Any, tokens: int, decodes: int) -> float:
-    """Return what the model takes for a step's batch, were it of so many tokens and decodes."""
+    """Return what the model takes for a step's batch, were it of these tokens and decodes."""
     batch = Batch(tokens, decodes, step.context_tokens, step.adapters, 0, 0.0, 0, False)
     return step_seconds(law, batch, step.running, step.waiting)[0]
 

@@ -28,7 +28,7 @@ from study.ch01_to_06 import configurations
 from study.ch07_campaign import FIGURES as SERVICE
 
 Cut = tuple[str, int]
-"""A column of the configuration, and the highest value of it that a fit is given."""
+"""A fit is given these columns of the configuration up to these values."""
 
 CUTS: tuple[Cut, ...] = (("adapter_slots", 32), ("adapter_slots", 96), ("max_lora_rank", 16))
 

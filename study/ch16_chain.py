@@ -22,17 +22,17 @@ from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, deal
 from study.ch01_to_06 import CURVE_RATES, MEAN_INPUT_TOKENS, MEAN_OUTPUT_TOKENS
 
 ONE_LINE = CostAware(frequency=0.0, recency=1.0, cost=0.0)
-"""vLLM with one line changed: least recently used among the adapters that a step does not need."""
+"""The changed line evicts the least recently used of the adapters that a step does not need."""
 
 RULES: dict[str, Policy] = {"vLLM": Policy(), "one line changed": ONE_LINE}
 
 SERVICE = ("total_throughput", "mean_itl_ms", "p99_ttft_ms")
 
 SERVED = 128
-"""Adapters of the workload that shows what the chain costs."""
+"""The workload that shows what the chain costs has this number of adapters."""
 
 TABLE_LENGTHS = Lengths(distribution="fixed", mean_input_tokens=251, mean_output_tokens=231)
-"""Those of every request in the table ``scheduler_runs``."""
+"""Every request in the table ``scheduler_runs`` has these lengths."""
 
 TABLE_DURATION_S = 600.0
 

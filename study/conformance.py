@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 FOLDER = datasets.REPOSITORY / "data" / "conformance"
 KINDS = ("slots", "kv", "budget", "seqs", "mixed", "loose")
 RESERVES_PROMPTS = {"0.8.5": False, "0.32.0": True}
-"""Whether a recorded version admits a prompt only when KV blocks for all of it are free."""
+"""True: a recorded version admits a prompt only when KV blocks for all of it are free."""
 
 NULL_BLOCK = 1  # that vLLM keeps to itself
 ONE_SECOND = StepLaw(np.empty(0), np.eye(1, 9), 128, 0.0, np.zeros(3))

@@ -1,4 +1,4 @@
-"""Traffic that does not stay as it is, and a cluster that is placed anew every so often."""
+"""Traffic that does not stay as it is, and a cluster that is placed anew at intervals."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Exact:
 
     @property
     def optimal(self) -> bool:
-        """Whether there are as few GPUs as there can be."""
+        """True where no placement has fewer GPUs."""
         return len(self.groups) == self.bound
 
 

@@ -56,7 +56,7 @@ EXPLORER = table(
 """The capacity explorer reads, besides its shares, a row per run, as in a sweep."""
 
 DURATION_S, SEED = 3600.0, 0
-"""Of every run, as in `adapter_twin.plan.optimum.optimum`."""
+"""Every run has these, as in `adapter_twin.plan.optimum.optimum`."""
 
 RATES = (
     "0.003125",
@@ -71,11 +71,11 @@ RATES = (
 )
 RANKS = ("8", "16", "32", "8-16-32")
 LENGTHS = ((64.0, 50.0), (223.0, 200.0), (1024.0, 400.0))
-"""Mean prompt and output tokens: the reference study's, and the ends of a wide range."""
+"""Mean prompt and output tokens are the reference study's, and the ends of a wide range."""
 
 TTFT_LIMITS_MS = (None, 200.0, 500.0, 2000.0, 10000.0)
 ITL_LIMITS_MS = (None, 30.0, 50.0, 100.0)
-"""Limits of the SLOs, None for no limit."""
+"""SLOs have these limits; None is no limit."""
 
 START = {
     "model": MODELS[0],
@@ -86,7 +86,7 @@ START = {
     "itl_ms": 100.0,
     "percentile": 99.0,
 }
-"""The setting with which the page opens."""
+"""The page opens with this setting."""
 
 FIGURES = ("total_throughput", "mean_ttft_ms", "p99_ttft_ms", "mean_itl_ms")
 COLOURS = 64
@@ -96,7 +96,7 @@ OPTIMUM = (
     "  --rates {rates_per_adapter} --ranks {ranks} \\\n"
     "  --mean-input-tokens {mean_input_tokens} --mean-output-tokens {mean_output_tokens}"
 )
-"""The command that simulates a setting of the page afresh; an SLO adds the next line's file."""
+"""This command simulates a setting of the page afresh; an SLO adds the next line's file."""
 WITH_SLO = "echo '{slo}' > slo.yaml\n{optimum} \\\n  --slo slo.yaml"
 
 

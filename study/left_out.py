@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 WORKLOAD = ["rates_per_adapter", "ranks"]
 
 SEEDS = 4
-"""Predictions of each run: of other lengths, and another order in which adapters are touched."""
+"""Each run is predicted with these: other lengths, and another order of adapters."""
 
 
 def leave_one_workload_out(

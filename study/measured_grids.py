@@ -43,7 +43,7 @@ THUMBS: Mapping[str, Any] = {
     "G = N/4": lambda n, grid: max((g for g in grid if g <= n / 4), default=grid[0]),
     "fewest slots": lambda n, grid: grid[0],
 }
-"""Rules of thumb for the slots, given the twin's number of adapters."""
+"""Rules of thumb give the slots for the twin's number of adapters."""
 
 
 def measured_grids(runs: pd.DataFrame) -> pd.DataFrame:

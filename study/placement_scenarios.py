@@ -20,25 +20,25 @@ RANK_MIXES: dict[str, dict[int, float]] = {
     "even": {8: 0.25, 16: 0.25, 32: 0.25, 64: 0.25},
     "skewed": {8: 0.75, 16: 0.2, 64: 0.05},
 }
-"""Ranks and how likely they are; `skewed` has few that make the slots of their GPU wide."""
+"""Mixes give ranks and their shares; `skewed` has few that make the slots of a GPU wide."""
 
 EXPONENTS = (0.0, 0.5, 0.9, 1.2, 1.5)
-"""Of Zipf's law of popularity."""
+"""Zipf's law of popularity has these exponents."""
 
 COUNTS = (50, 2000)
 GPUS = (2.0, 60.0)
-"""Ranges of adapters, and of the GPUs that the load would fill if its adapters cost nothing."""
+"""Demands have adapters, and GPUs that the load would fill at no cost of adapters, within these."""
 
 GPU_TOKENS_PER_S = 17_000.0
-"""What one GPU serves of few adapters of that model, roughly."""
+"""One GPU serves roughly this of a small number of adapters."""
 
 LENGTHS = ((250, 231), (120, 350), (600, 150))
-"""Mean tokens of prompts and outputs."""
+"""Prompts and outputs have these means, in tokens."""
 
 SLOS = (None, None, Slo(ttft_ms=2000.0), Slo(ttft_ms=5000.0, itl_ms=60.0))
 
 SKEWED = 0.9
-"""From that exponent on, popularity is called skewed."""
+"""Popularity is called skewed from this exponent on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class PlacementScenario:
 
     @property
     def skewed(self) -> bool:
-        """Whether few adapters have most requests, or few have wide ranks."""
+        """True where few adapters have most requests, or few have wide ranks."""
         return self.zipf_exponent >= SKEWED or self.ranks == "skewed"
 
 
@@ -98,7 +98,7 @@ def draw_demand(
     lengths: Lengths,
     slo: Slo | None = None,
 ) -> Demand:
-    """Return a demand whose load would fill so many GPUs.
+    """Return a demand whose load would fill n GPUs.
 
     Parameters
     ----------

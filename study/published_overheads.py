@@ -14,7 +14,7 @@ from adapter_twin.service.metrics import is_starved, summarize
 from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, deal_adapters
 
 PUBLISHED = {"throughput_error": 5.1, "configuration_error": 7.2, "sweep_hours": 767}
-"""The paper's text tells these: halved SMAPE of the twin's throughput and of the configuration, in
+"""The paper's text has these: halved SMAPE of the twin's throughput and of the configuration, in
 percent (abstract), and the time that its twin took for the training grid."""
 
 REQUEST_TOKENS = {"small": (23, 27), "medium": (250, 231), "large": (423, 358)}

@@ -1,4 +1,4 @@
-"""Figures of the chapters on planning: each draws one table and returns a closed figure."""
+"""Figures of the chapters on planning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of the chapter on what was recommended: each draws one table and returns it closed."""
+"""Figures of the chapter on what was recommended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of the study: each function draws one table and returns a closed figure."""
+"""Figures of simulated runs, and of the measurements beside them."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -21,12 +22,14 @@ Key = tuple[str, Any, Any]
 
 
 def look(line: Line2D, *, marked: bool) -> Key:
-    return (to_hex(line.get_color()), line.get_marker() if marked else "", line.get_linestyle())
+    dots = line.get_linestyle() == "None"
+    color = line.get_markerfacecolor() if dots else line.get_color()
+    return (to_hex(color), line.get_marker() if marked else "", line.get_linestyle())
 
 
 def legend(figure: Figure, *, marked: bool = False) -> dict[Key, str]:
     """Return what the legends of a figure call lines of a colour, a style and, maybe, a marker."""
-    told = (axes.get_legend() for axes in figure.axes)
+    told = [*(axes.get_legend() for axes in figure.axes), *figure.legends]
     entries = [zip(one.legend_handles, one.get_texts(), strict=True) for one in told if one]
     return {
         look(handle, marked=marked): text.get_text()
@@ -52,6 +55,13 @@ def series(figure: Figure, *, marked: bool = False) -> list[dict[str, Points]]:
                 drawn[names.get(key, f"not in the legend: {key}")] += points(
                     line.get_xdata(), line.get_ydata()
                 )
+        for dots in axes.collections:
+            if isinstance(dots, PathCollection):
+                x, y = dots.get_offsets().T
+                colors = np.resize(dots.get_facecolors(), (len(x), 4))
+                for color, point in zip(colors, points(x, y), strict=True):
+                    key = (to_hex(color), "", "None")
+                    drawn[names.get(key, f"not in the legend: {key}")].append(point)
         panels.append(dict(drawn))
     return panels
 
@@ -107,14 +117,16 @@ def test_errors_outside_the_fitted_range_are_drawn_by_what_was_left_out() -> Non
     table = table.assign(seen=1.0 + np.arange(8), left_out=10.0 + np.arange(8))
     figure = ablations.extrapolation(table)
     names = ("total_throughput", "mean_itl_ms")
-    for name, drawn in zip(names, series(figure, marked=True), strict=True):
+    told = [text.get_text() for text in figure.legends[0].get_texts()]
+    columns, fits = ("adapter slots", "rank"), ("in the fit", "left out")
+    assert told == [f"{column}, {fit}" for column, fit in product(columns, fits)]
+    handles = figure.legends[0].legend_handles
+    assert [handle.get_marker() for handle in handles] == ["o", "o", "s", "s"]
+    for name, drawn in zip(names, series(figure), strict=True):
         own = table[table.figure == name]
-        labels = {"adapter_slots": "adapter slots", "max_lora_rank": "rank"}
-        assert drawn == {
-            f"{labels[str(column)]}, {label}": points(part.times, part[fit])
-            for column, part in own.groupby("column")
-            for fit, label in (("seen", "in the fit"), ("left_out", "left out"))
-        }
+        assert [sorted(line) for line in drawn.values()] == [
+            sorted(points(own.times, own[fit])) for fit in ("seen", "left_out")
+        ]
     assert titles(figure) == ["total throughput", "mean ITL"]
 
 
@@ -175,7 +187,7 @@ def test_what_a_chain_costs_is_a_line_for_each_load_and_rule() -> None:
         by_line = table.groupby(["load", "rule"])
         expected = [points(own.adapter_slots, scale * own[column]) for _, own in by_line]
         np.testing.assert_allclose(sorted(lines), sorted(expected))
-    told = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
+    told = [text.get_text() for text in figure.legends[0].get_texts()]
     assert {"1.0", "2.0", "vLLM", "one line changed"} <= set(told)
 
 
@@ -223,9 +235,10 @@ def test_overheads_are_drawn_by_size_rank_and_model(
         by_line = own.groupby(["model", "max_lora_rank"])
         assert sorted(lines) == sorted(points(line[x], line[column]) for _, line in by_line)
         assert axes.get_title() == f"{size} requests"
-    told = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
-    assert told[:2] == ["8", "32"]
-    assert set(told[2:]) == ({LLAMA, QWEN} if x == "adapter_slots" else set())
+    told = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert told - {"max. rank", "model"} == {"8", "32"} | (
+        {LLAMA, QWEN} if x == "adapter_slots" else set()
+    )
 
 
 def test_the_impact_of_a_load_is_a_bar_for_each_rank_and_size() -> None:
@@ -236,7 +249,6 @@ def test_the_impact_of_a_load_is_a_bar_for_each_rank_and_size() -> None:
     for source, axes in zip(("disk", "memory"), figure.axes, strict=True):
         own = table[table.source == source].set_index(["requests", "rank"]).impact
         for size, bars in zip(("small", "medium", "large"), axes.containers, strict=True):
-            assert bars.get_label() == f"{size} requests"
             assert [bar.get_height() for bar in bars] == own[size].to_list()
 
 

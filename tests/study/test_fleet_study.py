@@ -10,7 +10,7 @@ from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.parallel import workers
 from adapter_twin.plan.steady_state import warmed_up
 from adapter_twin.workload.scenario import Lengths
-from study import ch12_fleets, ch12_traffic
+from study import ch12_fleets
 from study.placement_scenarios import MODEL, PlacementScenario, draw_demand
 from study.results import read_expected
 
@@ -70,16 +70,16 @@ def test_gaps_are_means_over_scenarios_with_an_interval(placements: pd.DataFrame
 
 
 def test_placing_anew_is_tabulated_by_traffic_and_interval(laws: Calibration) -> None:
-    kinds = {name: ch12_traffic.KINDS[name] for name in ("steady", "bursty adapters")}
-    table = ch12_traffic.how_often(laws, kinds, [None, 60.0], [0], rate=20.0, duration_s=120.0)
+    kinds = {name: ch12_fleets.KINDS[name] for name in ("steady", "bursty adapters")}
+    table = ch12_fleets.how_often(laws, kinds, [None, 60.0], [0], rate=20.0, duration_s=120.0)
     assert table.traffic.tolist() == ["steady", "steady", "bursty adapters", "bursty adapters"]
     assert table.moved[table.every_s.isna()].eq(0).all()
     assert (table.low == table.high).all()
 
 
 def test_every_policy_serves_the_same_requests(laws: Calibration) -> None:
-    table = ch12_traffic.compare_policies(laws, [0], 120.0, adapters=40)
-    assert table.policy.tolist() == list(ch12_traffic.POLICIES)
+    table = ch12_fleets.compare_policies(laws, [0], 120.0, adapters=40)
+    assert table.policy.tolist() == list(ch12_fleets.POLICIES)
     assert table.served.between(50, 100).all()
     by_policy = table.set_index("policy")
     pooled, own = by_policy.loads["shared pool (S-LoRA)"], by_policy.loads["vLLM"]

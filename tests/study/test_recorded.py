@@ -10,7 +10,7 @@ from adapter_twin.plan.criterion import MARGIN, Criterion
 from adapter_twin.plan.steady_state import warmed_up
 from adapter_twin.service.predict import predict
 from adapter_twin.tables import datasets
-from study import ch08_to_10, ch08_window, ch12_fleets, ch12_traffic, ch14_limits
+from study import ch08_to_10, ch08_window, ch12_fleets, ch14_limits
 from study.ch11_sensitivity import FACTORS
 from study.placement_scenarios import MODEL
 from study.results import read_expected
@@ -32,15 +32,15 @@ def assert_recorded(made: pd.DataFrame, name: str, by: list[str]) -> None:
 @pytest.mark.parametrize(("name", "fail"), [("routers", False), ("routers_failure", True)])
 def test_routers(name: str, fail: bool) -> None:
     made = ch12_fleets.compare_routers(
-        ch12_traffic.GPUS, 75.0, range(3), 1200.0, fail=fail, routers=["placed"]
+        ch12_fleets.GPUS, 75.0, range(3), 1200.0, fail=fail, routers=["placed"]
     )
     assert_recorded(made, name, ["router"])
 
 
 def test_homes_chosen_anew() -> None:
-    kinds = {"steady": ch12_traffic.KINDS["steady"]}
+    kinds = {"steady": ch12_fleets.KINDS["steady"]}
     laws = warmed_up(load_calibration("auto", MODEL))
-    made = ch12_traffic.how_often(laws, kinds, [None], range(3))
+    made = ch12_fleets.how_often(laws, kinds, [None], range(3))
     assert_recorded(made, "drift", ["traffic", "every_s"])
 
 

@@ -2,9 +2,8 @@
 
 import re
 
-import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
+import pytest
 
 from adapter_twin.tables import datasets
 from study.figures import style
@@ -28,14 +27,17 @@ def test_rows_are_drawn_from_top_to_bottom_with_their_intervals():
     table = pd.DataFrame(
         {"what": ["a", "a", "b"], "twin": ["ours", "authors", "ours"], "value": [1.0, 2, 3]}
     ).assign(low=lambda rows: rows.value - 1, high=lambda rows: rows.value + 1)
-    axes = plt.figure().subplots()
-    style.dots(axes, table, "what", ["b", "a"], "twin", {"ours": "k", "authors": "r"})
+    table = table.assign(figure="mean ITL")
+    grid = style.dots(
+        table, "what", ["b", "a"], "figure", by="twin", colors={"ours": "k", "authors": "r"}
+    )
+    axes = grid.axes_dict["mean ITL"]
     ours, authors = axes.lines
-    assert ours.get_label() == "this twin"
-    assert ours.get_xdata().tolist() == [3, 1]
-    assert np.isnan(authors.get_xdata()[0])
-    assert (authors.get_ydata() - ours.get_ydata() > 0.2).all()
-    assert axes.collections[0].get_segments()[0][:, 0].tolist() == [2, 4]
+    assert [text.get_text() for text in grid.legend.get_texts()] == ["ours", "authors"]
+    assert sorted(zip(*ours.get_data(), strict=True)) == [(1, 0.88), (3, -0.12)]
+    assert authors.get_data() == (2, pytest.approx(1.12))
+    assert axes.collections[0].get_segments()[0][:, 0].tolist() == [0, 2]
+    assert axes.get_ylim() == (1.5, -0.5)
 
 
 def test_no_other_module_names_a_colour():
