@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from adapter_twin.twin.compiled import helper
 from adapter_twin.twin.policy import Policy
 from adapter_twin.twin.state import (
@@ -30,7 +32,12 @@ def enqueue(limits: Limits, requests: Requests, state: State, policy: Policy, re
     adapter = requests.adapter[request]
     behind = sentinel = len(requests.adapter) + adapter
     before = state.previous[behind]
-    while before != sentinel and _goes_before(requests, state, policy, request, before):
+    priority = policy.priority(requests, state, request)
+    while (
+        before != sentinel
+        and state.order[before] > 0  # not preempted
+        and priority < policy.priority(requests, state, before)
+    ):
         behind, before = before, state.previous[before]
     append(state.next, state.previous, request, behind)
     count_waiting(limits, state, adapter, 1)
@@ -57,25 +64,16 @@ def count_waiting(limits: Limits, state: State, adapter: int, change: int) -> No
 
 @helper
 def _goes_before(
-    requests: Requests, state: State, policy: Policy, request: int, other: int
+    requests: Requests, state: State, policy: Policy, request: int, best: int, best_order: int
 ) -> bool:
-    """Return whether a waiting request goes before another: those preempted last go first."""
-    order, others = state.order[request], state.order[other]
-    if order > 0 and others > 0:  # neither was preempted
+    """Return whether a waiting request goes before the best one: those preempted last go first."""
+    order = state.order[request]
+    if order > 0 and best >= 0 and best_order > 0:  # neither was preempted
         priority = policy.priority(requests, state, request)
-        highest = policy.priority(requests, state, other)
-        if priority != highest:
-            return bool(priority < highest)
-    return bool(order < others)
-
-
-@helper
-def _first_of(requests: Requests, state: State, policy: Policy, best: int, adapter: int) -> int:
-    """Return what an adapter would admit if it goes before `best`, which it else returns."""
-    request = policy.candidate(requests, state, adapter)
-    if request >= 0 and (best < 0 or _goes_before(requests, state, policy, request, best)):
-        return request
-    return best
+        lowest = policy.priority(requests, state, best)
+        if priority != lowest:
+            return bool(priority < lowest)
+    return bool(order < best_order)
 
 
 @helper
@@ -89,15 +87,19 @@ def next_waiting(limits: Limits, requests: Requests, state: State, policy: Polic
     candidates, n = state.active_list, count.active
     if slot_left or count.waiting_adapters < n:
         candidates, n = state.waiting_list, count.waiting_adapters
-    best = -1
+    best, best_order = -1, np.iinfo(np.int64).max
     for i in range(n):
         adapter = candidates[i]
         if state.waiting_by_adapter[adapter] > 0 and (
             slot_left or state.running_by_adapter[adapter] > 0
         ):
-            best = _first_of(requests, state, policy, best, adapter)
+            request = policy.candidate(requests, state, adapter)
+            if request >= 0 and _goes_before(requests, state, policy, request, best, best_order):
+                best, best_order = request, state.order[request]
     if state.waiting_by_adapter[limits.base_model] > 0:
-        best = _first_of(requests, state, policy, best, limits.base_model)
+        request = policy.candidate(requests, state, limits.base_model)
+        if request >= 0 and _goes_before(requests, state, policy, request, best, best_order):
+            best = request
     return best
 
 
