@@ -214,7 +214,7 @@ def sobol(table: pd.DataFrame) -> Figure:
     for column, kind in zip(("first", "total"), colors, strict=True):
         index, half = table[column], table[f"{column}_conf"]
         parts.append(named.assign(value=index, low=index - half, high=index + half, index=kind))
-    indices, factors = pd.concat(parts, ignore_index=True), named.factor.unique()
+    indices, factors = pd.concat(parts, ignore_index=True), list(named.factor.unique())
     grid = style.dots(
         indices, "factor", factors, "answer", by="index", colors=colors, row_height=0.33
     )

@@ -148,7 +148,9 @@ def bands(
     """
     levels = sorted(table[by].unique())
     long = table.melt([x, by, *filter(None, [panel])], ["low", "median", "high"], value_name="y")
-    facets = {"col": panel, "col_order": sorted(table[panel].unique())} if panel else {}
+    facets: dict[str, Any] = (
+        {"col": panel, "col_order": sorted(table[panel].unique())} if panel else {}
+    )
     colors = style.shades(levels, title) if title in style.SCALES else style.SERIES[: len(levels)]
     grid = style.panels(
         long, kind="line", x=x, y="y", hue=by, estimator="median", errorbar=("pi", 100),
@@ -165,7 +167,7 @@ def coefficients(terms: pd.DataFrame) -> Figure:
     The table is that of `study.ch01_to_06.step_costs`.
     """
     terms = terms.rename(columns={"cost": "value"})
-    grid = style.dots(terms, "term", terms["term"].unique(), "regime", row_height=0.28)
+    grid = style.dots(terms, "term", list(terms["term"].unique()), "regime", row_height=0.28)
     for axes in grid.axes.flat:
         axes.axvline(0, color=style.INK, lw=0.8)
     grid.set_xlabels("ms per step")
