@@ -36,9 +36,9 @@ from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.laws.front_end import FrontEndLaw
 from adapter_twin.measure.engine_flags import cpu_model
 from adapter_twin.tables.datasets import write_table
+from adapter_twin.twin.clock import step_seconds
 from adapter_twin.twin.simulate import draw_requests, simulate
 from adapter_twin.twin.state import Batch
-from adapter_twin.twin.step_law import step_seconds
 from adapter_twin.twin.wiring import step_law
 from adapter_twin.workload.scenario import Adapter, EngineConfig, Lengths, Workload
 from adapter_twin.workload.trace import Trace

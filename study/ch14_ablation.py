@@ -19,13 +19,12 @@ from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.laws.step_time import StepTimeLaw
 from adapter_twin.service.metrics import summarize
 from adapter_twin.service.validate import error_measures, pair_runs
-from adapter_twin.twin.clock import Run, turn
+from adapter_twin.twin.clock import Run, StepLaw, step_seconds, turn
 from adapter_twin.twin.compiled import entry, helper
 from adapter_twin.twin.policy import Policy
 from adapter_twin.twin.records import make_gaps, make_records
 from adapter_twin.twin.simulate import draw_requests
 from adapter_twin.twin.state import Batch
-from adapter_twin.twin.step_law import StepLaw, step_seconds
 from adapter_twin.twin.wiring import begin
 from adapter_twin.workload.files import records, run_to_workload
 from adapter_twin.workload.trace import Trace, generators

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from adapter_twin.tables import datasets
-from adapter_twin.twin.clock import FrontEnd
+from adapter_twin.twin.clock import FrontEnd, StepLaw
 from adapter_twin.twin.session import Session, new_session
-from adapter_twin.twin.step_law import StepLaw
 from adapter_twin.workload.scenario import EngineConfig
 from adapter_twin.workload.trace import Trace
 from study.ch16_chain import AdapterCaches

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adapter_twin.twin.step_law import StepLaw
+from adapter_twin.twin.clock import StepLaw
 from adapter_twin.workload.scenario import EngineConfig
 from adapter_twin.workload.trace import BASE_MODEL
 

@@ -29,7 +29,7 @@ FEATURES = (
     "adapted",  # one if the batch holds an adapter
     "adapted_tokens",  # all its tokens then
 )
-"""A step does these, in the order of the compiled law (`adapter_twin.twin.step_law.StepLaw`)."""
+"""A step does these, in the order of the compiled law (`adapter_twin.twin.clock.StepLaw`)."""
 
 TILE = 32
 """A tile of vLLM's adapter kernels has this many tokens."""

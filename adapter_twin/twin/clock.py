@@ -1,4 +1,4 @@
-"""The engine loop: one turn of it, and the compiled loop over turns.
+"""The engine loop: how long a step takes, one turn of the loop, and the compiled loop over turns.
 
 `turn` is the only way in which time passes in the twin: the compiled loop `run_to_end` calls it
 back to back, the SimPy processes (`adapter_twin.twin.simulate`, the servers of a cluster) wait in
@@ -16,8 +16,7 @@ from adapter_twin.twin.compiled import entry, helper
 from adapter_twin.twin.policy import Policy
 from adapter_twin.twin.queues import enqueue
 from adapter_twin.twin.scheduler import complete_step, schedule
-from adapter_twin.twin.state import Limits, Requests, State
-from adapter_twin.twin.step_law import StepLaw, step_seconds
+from adapter_twin.twin.state import Batch, Limits, Requests, State
 
 STEPS = np.dtype(
     [
@@ -64,6 +63,18 @@ CLOCK = np.dtype(
 """The one record of a clock holds the time and what is counted besides the scheduler."""
 
 
+class StepLaw(NamedTuple):
+    """Step and scheduling time of one engine configuration, in seconds."""
+
+    token_breaks: NDArray[np.float64]  # the regime changes past these batch sizes
+    # regimes x (1, tokens, decodes, context tokens, adapters, adapters x tiles, tiles; with
+    # adapters in the batch: 1, tokens); where a policy merges, the regimes again without adapters
+    coefficients: NDArray[np.float64]
+    tile: int  # tokens per tile of the adapter kernels
+    per_waiting: float  # what each waiting request costs the engine's process besides scheduling
+    scheduling: NDArray[np.float64]  # (1, running, waiting requests scanned)
+
+
 class FrontEnd(NamedTuple):
     """The window, the load generator and the server's front end."""
 
@@ -89,6 +100,41 @@ class Run(NamedTuple):
     pauses: Any  # recarray of PAUSES
     seen: NDArray[np.uint64]  # hash table of label sets, empty where nobody reads the metrics
     used: NDArray[np.bool_]  # adapters that the front end knows, the base model last
+
+
+@helper
+def step_seconds(law: StepLaw, batch: Batch, running: int, waiting: int) -> tuple[float, float]:
+    """Return the durations (model, scheduling) of a step in seconds.
+
+    Parameters
+    ----------
+    law : StepLaw
+    batch : Batch
+    running, waiting : int
+        Requests, once the batch is chosen.
+    """
+    regime = 0
+    while regime < len(law.token_breaks) and batch.tokens > law.token_breaks[regime]:
+        regime += 1
+    adapters = batch.adapters
+    if batch.merged:
+        adapters = 0
+        regime += len(law.token_breaks) + 1
+    c = law.coefficients[regime]
+    tiles = (batch.tokens + law.tile - 1) // law.tile
+    model = (
+        c[0]
+        + c[1] * batch.tokens
+        + c[2] * batch.decodes
+        + c[3] * batch.context_tokens
+        + (c[4] + c[5] * tiles) * adapters
+        + c[6] * tiles
+        + law.per_waiting * waiting
+    )
+    if adapters > 0:
+        model += c[7] + c[8] * batch.tokens
+    s = law.scheduling
+    return model, s[0] + s[1] * running + s[2] * batch.scanned
 
 
 @helper

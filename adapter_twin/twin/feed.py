@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from adapter_twin.laws import Calibration
@@ -115,9 +113,10 @@ def _nothing(room: int, output_tokens: int) -> Trace:
 def _make_room(session: Session) -> None:
     """Double the places for requests."""
     n = len(session.requests.arrival_s)
-    fresh = new_requests(_nothing(n, 1), session.limits.base_model)
-    doubled: Any = map(np.concatenate, zip(session.requests, fresh, strict=True))
-    session.requests = Requests(*doubled)
+    had = session.requests._asdict()
+    fresh = new_requests(_nothing(n, 1), session.limits.base_model)._asdict()
+    doubled = {name: np.concatenate((had[name], fresh[name])) for name in had}
+    session.requests = Requests(**doubled)
     state = session.state._asdict()
     for name, column in state_of_requests(n).items():
         state[name] = np.concatenate((state[name], column))

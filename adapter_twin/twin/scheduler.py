@@ -5,7 +5,7 @@ It follows vLLM's V1 scheduler with LoRA, step by step:
 1. `schedule` first serves the running requests (a decode each, and the rest of at most one chunked
    prompt), preempting the last ones while KV blocks lack; then it admits waiting requests in order,
    skipping those whose adapter would need one slot too many.
-2. The caller decides how long the step takes (see `adapter_twin.twin.step_law`).
+2. The caller decides how long the step takes (see `adapter_twin.twin.clock`).
 3. `complete_step` emits the tokens: first tokens, and the requests that end with this step.
 
 No loop runs over the decoding requests. A request that decodes gets one token in every step, so the

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.twin import clock as engine_clock
-from adapter_twin.twin.clock import CLOCK, PAUSES, STEPS, FrontEnd, Run
+from adapter_twin.twin.clock import CLOCK, PAUSES, STEPS, FrontEnd, Run, StepLaw
 from adapter_twin.twin.compiled import for_arguments
 from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.state import COUNTERS, NOT_RUNNING, Limits, Requests, State
-from adapter_twin.twin.step_law import StepLaw
 from adapter_twin.workload.scenario import EngineConfig
 from adapter_twin.workload.strict import require
 from adapter_twin.workload.trace import Trace
