@@ -43,6 +43,7 @@ def extrapolation(table: pd.DataFrame) -> Figure:
         col_order=[name for name in style.LABELS if name in set(table["figure"])],
         hue="run", hue_order=runs, palette=colors, style="run", style_order=runs, s=18, alpha=0.8,
         markers={name: "s" if "rank" in name else "o" for name in runs}, linewidth=0, title="",
+        clip_on=False,
     )  # fmt: skip
     grid.set(xscale="log", yscale="symlog", ylim=(0, None))
     grid.set_axis_labels("times the highest value fitted", "median error (%)")

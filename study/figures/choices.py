@@ -132,7 +132,7 @@ def dependence(table: pd.DataFrame, ylabel: str) -> Figure:
         table, kind="line", x="value", y="predicted", col="feature", hue="model",
         sharex=False, title="",
     )  # fmt: skip
-    grid.set(yscale="log", ylabel=ylabel).set_titles("").set_ylabels(clear_inner=True)
+    grid.set(yscale="log").set_titles("").set_axis_labels("", ylabel)
     for feature, axes in grid.axes_dict.items():
         axes.set_xlabel(feature.replace("_", " "))
         low, high = table.loc[table.feature == feature, "value"].agg(["min", "max"])

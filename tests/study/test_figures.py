@@ -231,7 +231,7 @@ def test_overheads_are_drawn_by_size_rank_and_model(
     shown = [(sizes[0], "total_throughput"), (sizes[1], "total_throughput"), (sizes[0], second)]
     for (size, column), axes in zip(shown, figure.axes, strict=True):
         own = table[table.requests == size]
-        lines = [points(*line.get_data()) for line in axes.lines]
+        lines = [points(*line.get_data()) for line in axes.lines if len(line.get_xdata())]
         by_line = own.groupby(["model", "max_lora_rank"])
         assert sorted(lines) == sorted(points(line[x], line[column]) for _, line in by_line)
         assert axes.get_title() == f"{size} requests"
