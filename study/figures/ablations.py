@@ -22,7 +22,7 @@ def errors(table: pd.DataFrame) -> Figure:
     measures = table.groupby("figure")["measure"].first()
     for name, axes in grid.axes_dict.items():
         kind = "MAPE" if measures[name] == "mape" else "median error"
-        axes.set(title=style.split_label(name)[0], xlabel=f"{kind} (%)", xscale="log")
+        axes.set(xlabel=f"{kind} (%)", xscale="log")
         style.plain_numbers(axes.xaxis)
     return style.finish(grid)
 
@@ -47,8 +47,7 @@ def extrapolation(table: pd.DataFrame) -> Figure:
     )  # fmt: skip
     grid.set(xscale="log", yscale="symlog", ylim=(0, None))
     grid.set_axis_labels("times the highest value fitted", "median error (%)")
-    for name, axes in grid.axes_dict.items():
-        axes.set_title(style.split_label(name)[0])
+    for axes in grid.axes.flat:
         style.ticks(axes.xaxis, (1, 2, 4, 8))
         axes.yaxis.set_major_formatter("{x:g}")
     return style.finish(grid)
@@ -91,7 +90,6 @@ def learning_curve(table: pd.DataFrame) -> Figure:
     grid.set(xscale="log", yscale="log")
     grid.set_axis_labels("steps calibrated on", "MAPE of held-out runs (%)")
     for name, axes in grid.axes_dict.items():
-        axes.set_title(style.split_label(name)[0])
         axes.axhline(table.loc[table["share"] == 1, name].iloc[0], color=style.GREY, lw=1, ls="--")
         style.plain_numbers(axes.xaxis)
         style.plain_numbers(axes.yaxis)

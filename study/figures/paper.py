@@ -62,11 +62,11 @@ def _panels(
     ]
     table = pd.concat(parts).rename(columns={"max_lora_rank": "max. rank"})
     dashes = dict(zip(sorted(table["model"].unique(), reverse=True), ("", (1, 1)), strict=False))
-    by_model: dict[str, Any] = {"style": "model", "dashes": dashes} if len(dashes) > 1 else {}
+    looks: dict[str, Any] = {"style": "model", "dashes": dashes} if len(dashes) > 1 else {}
     grid = style.panels(
         table.astype({"max. rank": int}), kind="line", x=x, y="drawn", col="panel", marker=".",
         hue="max. rank", palette=style.shades(table["max. rank"], "rank"), lw=1.3, share=False,
-        height=3.2, **by_model,
+        height=3.2, **looks,
     )  # fmt: skip
     grid.set(xlabel=xlabel, ylim=(0, None))
     for (requests, _, label), axes in zip(shown, grid.axes.flat, strict=True):

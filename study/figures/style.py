@@ -110,7 +110,14 @@ def panels(
     )  # fmt: skip
     if title is not None:
         grid.legend.set_title(title)
-    return grid.set_titles("{col_name}")
+    return _titled(grid)
+
+
+def _titled(grid: sns.FacetGrid) -> sns.FacetGrid:
+    """Title each panel by its value, a figure of service by its name without the unit."""
+    for value, axes in grid.axes_dict.items():
+        axes.set_title(split_label(str(value))[0])
+    return grid
 
 
 def measures(table: pd.DataFrame, labels: dict[str, str], **drawn: Any) -> sns.FacetGrid:
@@ -133,7 +140,7 @@ def measures(table: pd.DataFrame, labels: dict[str, str], **drawn: Any) -> sns.F
 
 
 def dots(
-    table: pd.DataFrame, row: str, rows: Sequence[str], panel: str, *, by: str | None = None,
+    table: pd.DataFrame, row: str, rows: Iterable[str], panel: str, *, by: str | None = None,
     colors: dict[str, Any] | None = None, row_height: float = 0.5,
 ) -> sns.FacetGrid:  # fmt: skip
     """Draw values with their intervals in rows, a panel per value of one more column.
@@ -143,7 +150,7 @@ def dots(
     table : pandas.DataFrame
         ``value``, ``low``, ``high`` and the columns `row`, `panel` and `by`.
     row : str
-    rows : sequence of str
+    rows : iterable of str
         From top to bottom.
     panel : str
     by : str, optional
@@ -153,7 +160,8 @@ def dots(
     row_height : float
         Inches.
     """
-    count, height = table[panel].nunique(), row_height * len(rows) + 1.2
+    rows, count = list(rows), table[panel].nunique()
+    height = row_height * len(rows) + 1.2
     shifts = 0.24 * (np.arange(len(colors)) - (len(colors) - 1) / 2) if colors else [0.0]
     grid = sns.FacetGrid(
         table, col=panel, hue=by, hue_order=colors, palette=colors, hue_kws={"shift": shifts},
@@ -161,7 +169,7 @@ def dots(
     )  # fmt: skip
 
     def draw(data: pd.DataFrame, color: Any, shift: float = 0.0, label: str | None = None) -> None:
-        at = data[row].map(list(rows).index) + shift
+        at = data[row].map(rows.index) + shift
         plt.hlines(at, data["low"], data["high"], color=color, lw=2, alpha=0.5)
         plt.plot(data["value"], at, "o", ms=5, color=color, label=label)
 
@@ -169,7 +177,7 @@ def dots(
     if by:
         grid.add_legend(title="")
     grid.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5), ylabel="")
-    return grid.set_titles("{col_name}")
+    return _titled(grid)
 
 
 def smoothed(table: pd.DataFrame, by: Sequence[str], column: str, rows: int) -> pd.Series[float]:

@@ -189,8 +189,6 @@ def errors(table: pd.DataFrame, figures: list[str]) -> Figure:
     colors = {style.LABELS[twin]: style.COLORS[twin] for twin in ("ours", "authors")}
     grid = style.dots(shown, "regime", regimes, "figure", by="twin", colors=colors, row_height=0.55)
     grid.set(xlabel="MAPE (%)", xscale="log")
-    for name, axes in grid.axes_dict.items():
-        axes.set_title(style.split_label(name)[0])
     return style.finish(grid)
 
 
