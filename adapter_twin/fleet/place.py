@@ -1,4 +1,4 @@
-"""Which adapters on which GPU: the answer to a demand, on the fewest GPUs or on a given number."""
+"""Placement of a demand: which adapters go to which GPU, of the fewest or of a given number."""
 
 from __future__ import annotations
 

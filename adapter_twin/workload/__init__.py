@@ -1,1 +1,1 @@
-"""What is asked: adapters, traffic, engine and SLO, and the trace of requests drawn from them."""
+"""Adapters, traffic, engine and SLO as asked, and the trace of requests drawn from them."""

@@ -1,4 +1,4 @@
-"""What the twin is asked: engine, adapters and traffic, under vLLM's own names.
+"""Engine, adapters and traffic as asked, under vLLM's own names.
 
 Every class checks itself when constructed and raises `AdapterTwinError`, ``field: remedy``;
 `adapter_twin.workload.files` reads the same classes from strict YAML and from rows of a runs table.
