@@ -175,8 +175,8 @@ def read_runs(runs: pd.DataFrame) -> list[tuple[EngineConfig, Traffic]]:
     traffic, pairs = lru_cache(maxsize=None)(_dealt), []
     for place, (shape, text, exponent) in enumerate(zip(shapes, rates, exponents, strict=True)):
         try:
-            engine, workload = without_adapters(shape)
-            dealt = traffic(str(text), exponent, engine.max_cpu_loras, workload)
+            engine, *rest = without_adapters(shape)
+            dealt = traffic(str(text), exponent, engine.max_cpu_loras, *rest)
         except (AdapterTwinError, TypeError):
             engine, workload = run_to_workload(records(runs.iloc[[place]])[0])
             dealt = Traffic.of(workload)
@@ -186,15 +186,17 @@ def read_runs(runs: pd.DataFrame) -> list[tuple[EngineConfig, Traffic]]:
 
 def _without_adapters(
     names: Sequence[str], cells: tuple[Any, ...]
-) -> tuple[EngineConfig, Workload]:
+) -> tuple[EngineConfig, Lengths, float]:
     row = dict(zip(names, cells, strict=True))
     engine, workload = run_to_workload(row, adapters=())
     dealt = parse_ranks(row.get("ranks"))[: engine.max_cpu_loras]
     require(min(dealt) > 0 and max(dealt) <= engine.max_lora_rank, "ranks do not fit")
-    return engine, workload
+    return engine, workload.lengths, workload.duration_s
 
 
-def _dealt(rates: str, zipf_exponent: float, served: int, workload: Workload) -> Traffic:
+def _dealt(
+    rates: str, zipf_exponent: float, served: int, lengths: Lengths, duration_s: float
+) -> Traffic:
     """Deal rates as `deal_adapters` or `zipf_adapters` do."""
     values, is_even = parse_rates(rates), math.isnan(zipf_exponent) or zipf_exponent == 0
     require(min(values) >= 0 and (is_even or 0 < zipf_exponent < math.inf), "out of range")
@@ -208,7 +210,7 @@ def _dealt(rates: str, zipf_exponent: float, served: int, workload: Workload) ->
         for place, rate in enumerate(values):
             adapters[rate] += everyone + (place < more)
         groups = group_rates(list(adapters), list(adapters.values()))
-    return Traffic(*groups, 0.0, workload.lengths, workload.duration_s)
+    return Traffic(*groups, 0.0, lengths, duration_s)
 
 
 @dataclass(frozen=True, slots=True)
