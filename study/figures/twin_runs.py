@@ -80,11 +80,11 @@ def step_durations(run: Simulation) -> Figure:
     """Draw each step's duration over its batched tokens; steps that loaded an adapter stand out."""
     figure, axes = plt.subplots(figsize=(6, 3.4))
     duration_ms = 1e3 * (run.steps["end_s"] - step_starts_s(run))
-    loads = run.steps["loads"] > 0
+    colors = {"no load": style.BLUE, "with adapter loads": style.COLORS["alarm"]}
+    kinds = np.where(run.steps["loads"] > 0, "with adapter loads", "no load")
     sns.scatterplot(
-        x=run.steps["tokens"], y=duration_ms, s=12, linewidth=0,
-        hue=np.where(loads, "with adapter loads", "no load"),
-        palette={"no load": style.BLUE, "with adapter loads": style.COLORS["alarm"]}, ax=axes,
+        x=run.steps["tokens"], y=duration_ms, hue=kinds, hue_order=colors, palette=colors, s=12,
+        linewidth=0, ax=axes,
     )  # fmt: skip
     axes.set(xlabel="tokens in the batch", ylabel="step (ms)", xscale="log", ylim=(0, None))
     axes.legend(frameon=False)
@@ -148,9 +148,9 @@ def bands(
     """
     levels = sorted(table[by].unique())
     long = table.melt([x, by, *filter(None, [panel])], ["low", "median", "high"], value_name="y")
-    facets: dict[str, Any] = (
-        {"col": panel, "col_order": sorted(table[panel].unique())} if panel else {}
-    )
+    facets: dict[str, Any] = {}
+    if panel:
+        facets = {"col": panel, "col_order": sorted(table[panel].unique())}
     colors = style.shades(levels, title) if title in style.SCALES else style.SERIES[: len(levels)]
     grid = style.panels(
         long, kind="line", x=x, y="y", hue=by, estimator="median", errorbar=("pi", 100),
@@ -189,6 +189,8 @@ def errors(table: pd.DataFrame, figures: list[str]) -> Figure:
     colors = {style.LABELS[twin]: style.COLORS[twin] for twin in ("ours", "authors")}
     grid = style.dots(shown, "regime", regimes, "figure", by="twin", colors=colors, row_height=0.55)
     grid.set(xlabel="MAPE (%)", xscale="log")
+    for axes in grid.axes.flat:
+        style.plain_numbers(axes.xaxis)
     return style.finish(grid)
 
 
