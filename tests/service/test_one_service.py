@@ -57,7 +57,7 @@ def test_the_command_simulate_tells_it(told: Service) -> None:
 
 def test_a_cluster_and_its_replicas_tell_it(laws: Calibration, told: Service) -> None:
     placement = Placement((ReplicaPlan(ENGINE, tuple(range(24)), (1.0,) * 24),))
-    router = Placed(placement)
+    router = Placed()
     run = simulate_cluster(ASKED.workload(DURATION_S), placement, laws, router, seed=SEED)
     same = {k: v for k, v in told.items() if k not in ("worst_adapter", "slo_attainment")}
     for found in (run.service(), run.by_replica().loc[0]):
