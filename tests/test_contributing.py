@@ -55,7 +55,8 @@ from adapter_twin.twin import clock
 scenario = load_scenario("crowded.yaml")
 scenario = replace(scenario, workload=replace(scenario.workload, duration_s=20.0))
 run, _ = predict_scenario(scenario)
-print(sum(clock.run.stats.cache_misses.values()) if hasattr(clock.run, "stats") else "plain")
+loop = clock.run_to_end
+print(sum(loop.stats.cache_misses.values()) if hasattr(loop, "stats") else "plain")
 print(run.records)
 """
 

@@ -30,7 +30,7 @@ from adapter_twin.measure.pieces import groups
 from adapter_twin.measure.serving import ServedRun
 from adapter_twin.service.predict import predict
 from adapter_twin.tables import datasets
-from adapter_twin.tables.campaign_schemas import CAMPAIGN_LOADS, CAMPAIGN_TABLES, MICRO_STEPS
+from adapter_twin.tables.campaign_schemas import CAMPAIGN_TABLES
 from adapter_twin.twin.simulate import simulate
 from adapter_twin.workload.scenario import EngineConfig, Workload, deal_adapters
 
@@ -111,7 +111,9 @@ class Engine:
         start |= {"kv_cache_tokens": 1600, "block_size": 16, "server_failure": None}
         start |= {"gpu_memory_utilization": 0.9, "cpu_kv_cache_gib": 1.0}
         start |= {"max_num_batched_tokens": 512, "max_num_seqs": 32, "max_model_len": 1024}
-        steps, loads = list(MICRO_STEPS.columns), list(CAMPAIGN_LOADS.columns)
+        steps, loads = (
+            list(CAMPAIGN_TABLES[table].columns) for table in ("micro_steps", "adapter_loads")
+        )
         row = dict.fromkeys(steps + loads, 1) | {"max_lora_rank": 8, "rank": 8, "source": "disk"}
         frame = pd.DataFrame([row, row])
         if self.refuse:

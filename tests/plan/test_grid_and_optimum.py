@@ -318,7 +318,10 @@ def test_a_scheduler_that_does_not_answer_is_named(
         ({"adapter_slots": [64]}, "adapter_slots: all are above served_adapters"),
         ({"served_adapters": [16, 16]}, "served_adapters: a number is there twice"),
         ({"factorial": DESIGN["factorial"] | {"rates_per_workload": 4}}, "rates_per_workload"),
-        ({"factorial": DESIGN["factorial"] | {"ranks": ["8-x"]}}, "ranks: expected numbers"),
+        (
+            {"factorial": DESIGN["factorial"] | {"ranks": ["8-x"]}},
+            "factorial.ranks: expected whole numbers",
+        ),
     ],
 )
 def test_a_wrong_design_names_the_key(

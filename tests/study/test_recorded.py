@@ -1,5 +1,7 @@
 """Recorded tables that take long to make are what the code makes, by a row each."""
 
+from itertools import islice
+
 import pandas as pd
 import pytest
 
@@ -12,7 +14,7 @@ from adapter_twin.service.predict import predict
 from adapter_twin.tables import datasets
 from study import ch08_to_10, ch08_window, ch12_fleets, ch14_limits
 from study.ch11_sensitivity import FACTORS
-from study.placement_scenarios import MODEL
+from study.placement_scenarios import MODEL, scenarios
 from study.results import read_expected
 
 pytestmark = [
@@ -35,6 +37,11 @@ def test_routers(name: str, fail: bool) -> None:
         ch12_fleets.GPUS, 75.0, range(3), 1200.0, fail=fail, routers=["placed"]
     )
     assert_recorded(made, name, ["router"])
+
+
+def test_placements() -> None:
+    made = ch12_fleets.compare_placements(islice(scenarios(), 2, 3))
+    assert_recorded(made, "placements", ["name"])
 
 
 def test_homes_chosen_anew() -> None:
