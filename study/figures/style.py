@@ -151,7 +151,7 @@ def dots(
         ``value``, ``low``, ``high`` and the columns `row`, `panel` and `by`.
     row : str
     rows : iterable of str
-        From top to bottom.
+        From top to bottom; no other is drawn.
     panel : str
     by : str, optional
         What stands beside each other within a row.
@@ -161,6 +161,7 @@ def dots(
         Inches.
     """
     rows, count = list(rows), table[panel].nunique()
+    table = table[table[row].isin(rows)]
     height = row_height * len(rows) + 1.2
     shifts = 0.24 * (np.arange(len(colors)) - (len(colors) - 1) / 2) if colors else [0.0]
     grid = sns.FacetGrid(
