@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
-from IPython.display import display
 
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.tables import datasets
@@ -103,6 +102,8 @@ class Results:
         if self.quick or self.full:
             return self.table(name, table)
         steps = read_expected("timings/full")
+        from IPython.display import display
+
         display(  # type: ignore[no-untyped-call]
             Note(
                 f"> **Recorded** on {steps['day'].iloc[0]}. `{COMMANDS['full']}` "
