@@ -25,7 +25,7 @@ def write_manifests(
 
     Parameters
     ----------
-    folder : Path
+    folder : pathlib.Path
         Made where it is missing.
     demand : Demand
     placement : Placement
