@@ -67,6 +67,7 @@ def serve(folder: Path, **environment: str) -> tuple[str, str]:
     return compiled, records
 
 
+@pytest.mark.slow
 def test_a_policy_of_ones_own_is_compiled_once_and_anew_when_its_file_changes(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

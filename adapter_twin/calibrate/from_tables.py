@@ -46,8 +46,9 @@ def calibrate_tables(
 
     Examples
     --------
-    >>> calibrate_tables(Path("data/campaigns/cpu-small")).name  # doctest: +SKIP
-    'small@cpu-vllm0.32.0'
+    The calibration of the CPU in the book is made in some ten seconds by::
+
+        calibrate_tables(Path("data/campaigns/cpu-small"))
     """
     if (folder / "micro_steps.parquet").is_file():
         measured = datasets.read_campaign(folder)
