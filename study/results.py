@@ -122,13 +122,13 @@ class Results:
         """Return the chapter's reproduction card, see `study.card.card`."""
         return Note(card(self._watch, {"quick": self.quick} | parameters, seeds, self._tables))
 
-    def notice(self) -> Note:
+    def notice(self) -> Note | None:
         """Warn a chapter's reader if it is the small version."""
         small = (
             ":::{admonition} Small version\n:class: warning\nFewer runs, shorter simulations "
             "(`QUICK=1`): the numbers of this page are not those of the study.\n:::"
         )
-        return Note(small if self.quick else "")
+        return Note(small) if self.quick else None
 
 
 def rounded(table: pd.DataFrame) -> pd.DataFrame:
