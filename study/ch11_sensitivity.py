@@ -19,6 +19,7 @@ import joblib
 import numpy as np
 
 from adapter_twin.capacity.analytic import analyse
+from adapter_twin.errors import require
 from adapter_twin.laws import Calibration
 from adapter_twin.laws.estimator import Estimator
 from adapter_twin.plan.criterion import MARGIN
@@ -27,7 +28,7 @@ from adapter_twin.service.metrics import STARVATION_THRESHOLD, summarize
 from adapter_twin.twin.simulate import simulate
 from adapter_twin.workload.files import parse_ranks, parse_rates, records, run_to_workload
 from adapter_twin.workload.scenario import EngineConfig, Workload
-from adapter_twin.workload.strict import require, suggestion
+from adapter_twin.workload.strict import suggestion
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
+from adapter_twin.errors import require
 from adapter_twin.fleet.cluster import Move, simulate_cluster
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
 from adapter_twin.fleet.routers import Placed
@@ -17,7 +18,7 @@ from adapter_twin.plan.candidates import HOUR_S
 from adapter_twin.plan.demand import Demand
 from adapter_twin.workload.lengths import draw_lengths
 from adapter_twin.workload.scenario import EngineConfig
-from adapter_twin.workload.strict import NotNegative, Positive, dataclass, require
+from adapter_twin.workload.strict import NotNegative, Positive, dataclass
 from adapter_twin.workload.trace import Trace
 
 Floats = NDArray[np.float64]

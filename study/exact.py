@@ -17,10 +17,10 @@ from itertools import islice
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from adapter_twin.errors import require
 from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.packing import Groups, best_greedy
 from adapter_twin.fleet.proof.bound import gpus_for, lower_bound
-from adapter_twin.workload.strict import require
 
 Counts = tuple[int, ...]
 

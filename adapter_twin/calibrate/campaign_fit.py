@@ -13,6 +13,7 @@ import pandas as pd
 
 from adapter_twin.calibrate.client_side import fit_overhead, observe
 from adapter_twin.calibrate.published_fit import assemble
+from adapter_twin.errors import require
 from adapter_twin.laws.calibration import Calibration
 from adapter_twin.laws.emitted_lengths import EarlyStopLaw, LengthLaw
 from adapter_twin.laws.front_end import UNLIMITED, FrontEndLaw, MeasurementLaw
@@ -20,7 +21,6 @@ from adapter_twin.laws.loading import LoadingLaw
 from adapter_twin.laws.memory import MemoryLaw
 from adapter_twin.laws.scheduling import SchedulingLaw
 from adapter_twin.laws.step_time import StepObservations, StepTimeLaw, batch_features
-from adapter_twin.workload.strict import require
 
 TABLES = ("runs", "micro_steps", "adapter_loads", "engine_starts")
 """A calibration is fitted to these tables."""

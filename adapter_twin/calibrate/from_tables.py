@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 
 from adapter_twin.calibrate import campaign_fit, published_fit
+from adapter_twin.errors import require
 from adapter_twin.laws.calibration import Calibration
 from adapter_twin.tables import datasets
 from adapter_twin.tables.importer import COMMIT, REPOSITORY_URL
-from adapter_twin.workload.strict import require
 
 
 def calibrate_tables(

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws import Calibration
 from adapter_twin.laws.emitted_lengths import EarlyStopLaw
 from adapter_twin.workload.files import parse_ranks, parse_rates, records, run_to_workload
 from adapter_twin.workload.lengths import LengthMarginals, draw_lengths
 from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload
-from adapter_twin.workload.strict import require
 
 if TYPE_CHECKING:
     import pandas as pd

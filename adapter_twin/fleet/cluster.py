@@ -15,6 +15,7 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
+from adapter_twin.errors import require
 from adapter_twin.fleet.cluster_replica import Life, Replica
 from adapter_twin.fleet.placement import Placement
 from adapter_twin.fleet.routers import Router
@@ -26,7 +27,6 @@ from adapter_twin.twin.records import Gaps, Records, make_gaps, make_records
 from adapter_twin.twin.session import check_lengths
 from adapter_twin.twin.simulate import draw_requests
 from adapter_twin.workload.scenario import Adapter, EngineConfig, Slo, Workload
-from adapter_twin.workload.strict import require
 from adapter_twin.workload.trace import Trace, generators
 
 if TYPE_CHECKING:

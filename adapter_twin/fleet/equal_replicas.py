@@ -12,6 +12,7 @@ from adapter_twin.fleet.routers import ROUTERS, Router
 from adapter_twin.laws import load_calibration
 from adapter_twin.service.predict import SCHEMA_VERSION
 from adapter_twin.twin.policies import make_policy
+from adapter_twin.twin.policy import VLLM
 from adapter_twin.workload.named import make_named
 from adapter_twin.workload.scenario import Scenario, config_hash
 
@@ -23,7 +24,8 @@ def simulate_fleet(scenario: Scenario) -> tuple[ClusterRun, dict[str, Any]]:
     -------
     run : ClusterRun
     service : dict
-        ``replicas``; the figures of `adapter_twin.service.metrics.service` over all requests;
+        ``replicas`` and ``router``; the figures of `adapter_twin.service.metrics.service` over all
+        requests;
         ``adapter_loads``; provenance.
 
     Raises
@@ -37,6 +39,7 @@ def simulate_fleet(scenario: Scenario) -> tuple[ClusterRun, dict[str, Any]]:
     require(not scenario.observer, "observer: the measurement was of one engine; leave it out")
     calibration = load_calibration(scenario.calibration, engine.model)
     router = make_named(fleet.router, ROUTERS, Router, "fleet.router")
+    policy = make_policy(scenario.policy, "engine.policy")
     count = len(workload.adapters)
     plan = ReplicaPlan(engine, tuple(range(count)), (1 / fleet.replicas,) * count)
     run = simulate_cluster(
@@ -45,15 +48,17 @@ def simulate_fleet(scenario: Scenario) -> tuple[ClusterRun, dict[str, Any]]:
         calibration,
         router,
         seed=scenario.seed,
-        policy=make_policy(scenario.policy, "engine.policy"),
+        policy=policy,
     )
     return run, {
         "schema_version": SCHEMA_VERSION,
         "replicas": fleet.replicas,
+        "router": repr(router),
         **run.service(slo=scenario.slo, adapters=workload.adapters),
         "adapter_loads": sum(run.adapter_loads),
         "config_hash": config_hash(scenario),
         "seed": scenario.seed,
         "version": __version__,
         "calibration": calibration.name,
+        **({} if policy == VLLM else {"policy": repr(policy)}),
     }

@@ -31,7 +31,7 @@ from scipy.stats import norm
 
 from adapter_twin.capacity.analytic import analyse_each
 from adapter_twin.capacity.traffic_mix import Traffic, group_rates
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.fleet.placement import Engines, Parts, Placement, ReplicaPlan
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.plan.candidates import HOUR_S
@@ -41,7 +41,6 @@ from adapter_twin.plan.grid import slot_rank
 from adapter_twin.plan.steady_state import warmed_up
 from adapter_twin.service.metrics import STARVATION_THRESHOLD
 from adapter_twin.workload.scenario import EngineConfig
-from adapter_twin.workload.strict import require
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from adapter_twin.errors import require
 from adapter_twin.laws import Calibration
 from adapter_twin.plan.candidates import HOUR_S
 from adapter_twin.plan.demand import Demand
 from adapter_twin.workload.scenario import Adapter, EngineConfig, Workload
-from adapter_twin.workload.strict import Some, Whole, dataclass, require
+from adapter_twin.workload.strict import Some, Whole, dataclass
 
 TOLERANCE = 1e-6
 """The sum of an adapter's shares may be off by this: they are fractions such as a third."""

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws.emitted_lengths import EarlyStopLaw, LengthLaw
 from adapter_twin.laws.estimator import Estimator
 from adapter_twin.laws.front_end import FrontEndLaw, MeasurementLaw
@@ -20,7 +20,7 @@ from adapter_twin.laws.step_time import StepTimeLaw
 from adapter_twin.tables import datasets
 from adapter_twin.workload.models import model_shape
 from adapter_twin.workload.scenario import EngineConfig, Workload
-from adapter_twin.workload.strict import dataclass, read, require
+from adapter_twin.workload.strict import dataclass, read
 
 FOLDER = datasets.SHIPPED / "calibrations"
 """The calibrations that come with the package lie in this folder."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from adapter_twin.errors import require
 from adapter_twin.laws.estimator import Estimator
-from adapter_twin.workload.strict import require
 
 if TYPE_CHECKING:
     import pandas as pd

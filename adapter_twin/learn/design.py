@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import Strict
 
+from adapter_twin.errors import require
 from adapter_twin.plan.grid import GRID, MAX_NUM_SEQS, Grid, slot_rank
 from adapter_twin.workload.files import (
     DEFAULT_BATCHED_TOKENS,
@@ -24,16 +25,7 @@ from adapter_twin.workload.files import (
 )
 from adapter_twin.workload.models import model_shape
 from adapter_twin.workload.scenario import LengthDistribution, MeanTokens, Slo
-from adapter_twin.workload.strict import (
-    Count,
-    NotNegative,
-    Positive,
-    Some,
-    Whole,
-    dataclass,
-    read,
-    require,
-)
+from adapter_twin.workload.strict import Count, NotNegative, Positive, Some, Whole, dataclass, read
 
 if TYPE_CHECKING:
     import pandas as pd

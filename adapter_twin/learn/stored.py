@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_twin import __version__
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.learn.surrogates import feature_array
 from adapter_twin.tables.datasets import replacing
-from adapter_twin.workload.strict import dataclass, read, require
+from adapter_twin.workload.strict import dataclass, read
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import joblib
 
 from adapter_twin import __version__
+from adapter_twin.errors import require
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.learn.design import Design, load_design
 from adapter_twin.parallel import track, workers
@@ -16,7 +17,6 @@ from adapter_twin.plan.grid import FIGURES, evaluate, grid_runs
 from adapter_twin.tables.datasets import read_table, replacing, write_table
 from adapter_twin.workload.files import records
 from adapter_twin.workload.scenario import config_hash
-from adapter_twin.workload.strict import require
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,6 +10,7 @@ import numpy as np
 from sklearn.model_selection import GroupKFold
 
 from adapter_twin import __version__
+from adapter_twin.errors import require
 from adapter_twin.learn.stored import About, Trained, store, store_estimator, write_text
 from adapter_twin.learn.surrogates import (
     FEATURES,
@@ -30,7 +31,6 @@ from adapter_twin.learn.surrogates import (
 from adapter_twin.learn.sweep import label
 from adapter_twin.plan.criterion import Criterion
 from adapter_twin.tables.datasets import write_table
-from adapter_twin.workload.strict import require
 
 if TYPE_CHECKING:
     import pandas as pd

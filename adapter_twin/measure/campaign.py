@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws.memory import slots_bytes
 from adapter_twin.measure.engine_flags import GIB, EngineFlags
 from adapter_twin.measure.micro_plan import MicroPlan
@@ -24,7 +24,6 @@ from adapter_twin.workload.strict import (
     Whole,
     dataclass,
     read,
-    require,
     suggestion,
 )
 from adapter_twin.workload.trace import Trace, generate, generators

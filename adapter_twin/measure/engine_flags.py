@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from adapter_twin import __version__
+from adapter_twin.errors import require
 from adapter_twin.workload.scenario import LoraRank, Share
-from adapter_twin.workload.strict import Count, Positive, Whole, dataclass, require
+from adapter_twin.workload.strict import Count, Positive, Whole, dataclass
 
 GIB = 2**30
 LORA_FLAGS = ("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras")

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from itertools import product
 from typing import NamedTuple
 
+from adapter_twin.errors import require
 from adapter_twin.measure.engine_flags import EngineFlags
-from adapter_twin.workload.strict import Count, Many, Some, Whole, dataclass, require
+from adapter_twin.workload.strict import Count, Many, Some, Whole, dataclass
 
 WARM_UP_STEPS = 2
 """Once a point's batch is complete, n steps are run and thrown away."""

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from adapter_twin.errors import AdapterTwinError, one_line
+from adapter_twin.errors import AdapterTwinError, one_line, require
 from adapter_twin.tables.datasets import replacing
 from adapter_twin.workload.models import MODEL_CONFIGS
-from adapter_twin.workload.strict import require, suggestion
+from adapter_twin.workload.strict import suggestion
 
 WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"

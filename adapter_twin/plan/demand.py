@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.plan.grid import MAX_NUM_SEQS, Grid, slot_rank
 from adapter_twin.tables.datasets import read_frame
 from adapter_twin.workload.files import (
@@ -26,15 +26,7 @@ from adapter_twin.workload.scenario import (
     Slo,
     Workload,
 )
-from adapter_twin.workload.strict import (
-    Count,
-    NotNegative,
-    Whole,
-    dataclass,
-    read,
-    require,
-    suggestion,
-)
+from adapter_twin.workload.strict import Count, NotNegative, Whole, dataclass, read, suggestion
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,13 +11,14 @@ import joblib
 from pydantic import AfterValidator
 
 from adapter_twin.capacity.analytic import predict_analytic
+from adapter_twin.errors import require
 from adapter_twin.laws import Calibration
 from adapter_twin.service.metrics import service_of, slo_attainment
 from adapter_twin.twin.records import Simulation
 from adapter_twin.twin.simulate import draw_requests, simulate
 from adapter_twin.workload.files import parse_ranks, records, run_to_workload
 from adapter_twin.workload.scenario import LORA_RANKS, EngineConfig, Slo, Workload
-from adapter_twin.workload.strict import Count, Some, function, require
+from adapter_twin.workload.strict import Count, Some, function
 from adapter_twin.workload.trace import Trace
 
 if TYPE_CHECKING:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws import load_calibration
 from adapter_twin.plan.criterion import MARGIN, Criterion
 from adapter_twin.plan.grid import GRID, check_grids, evaluate, grid_runs
 from adapter_twin.workload.files import parse_rates, records, run_to_workload
-from adapter_twin.workload.strict import require
 
 CONFIGURATION = ("served_adapters", "adapter_slots")
 SERVICE = ("total_throughput", "mean_ttft_ms", "p99_ttft_ms")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adapter_twin.errors import require
 from adapter_twin.laws import load_calibration
 from adapter_twin.laws.calibration import Calibration
 from adapter_twin.plan.demand import Demand
@@ -20,7 +21,7 @@ from adapter_twin.service.client_records import to_records
 from adapter_twin.tables import datasets
 from adapter_twin.twin.records import Records
 from adapter_twin.workload.scenario import Slo
-from adapter_twin.workload.strict import read, require
+from adapter_twin.workload.strict import read
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,6 +14,7 @@ import yaml
 from joblib.externals.loky import get_reusable_executor
 
 from adapter_twin.calibrate.from_tables import calibrate_tables
+from adapter_twin.errors import require
 from adapter_twin.laws import load_calibration
 from adapter_twin.laws.calibration import Calibration
 from adapter_twin.learn.slots_tree import learn_slots
@@ -39,7 +40,6 @@ from adapter_twin.prove.rivals import (
     plain,
     plan,
 )
-from adapter_twin.workload.strict import require
 
 log = logging.getLogger(__name__)
 

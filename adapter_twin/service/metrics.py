@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adapter_twin.workload.strict import require
+from adapter_twin.errors import require
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,7 @@ import joblib
 import pandas as pd
 
 from adapter_twin import __version__
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.parallel import track, workers
 from adapter_twin.service.metrics import (
@@ -28,7 +28,6 @@ from adapter_twin.twin.records import Simulation
 from adapter_twin.twin.simulate import simulate, simulate_run
 from adapter_twin.workload.files import run_to_workload
 from adapter_twin.workload.scenario import Scenario
-from adapter_twin.workload.strict import require
 
 SCHEMA_VERSION = 2
 """Version of what `predict_scenario` tells: figures of TTFT count every arrival since 2."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from adapter_twin.errors import require
 from adapter_twin.laws import Calibration
 from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.session import Session, new_requests, state_of_requests
 from adapter_twin.twin.state import Links, Requests, State
 from adapter_twin.twin.wiring import begin
 from adapter_twin.workload.scenario import Adapter, EngineConfig
-from adapter_twin.workload.strict import require
 from adapter_twin.workload.trace import BASE_MODEL, Trace
 
 

@@ -25,8 +25,9 @@ from numba.extending import (
     unbox,
 )
 
+from adapter_twin.errors import require
 from adapter_twin.twin.compiled import OPTIONS
-from adapter_twin.workload.strict import require, suggestion
+from adapter_twin.workload.strict import suggestion
 
 
 class Hooks:

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.twin import clock as engine_clock
 from adapter_twin.twin.clock import CLOCK, PAUSES, STEPS, FrontEnd, Run, StepLaw
 from adapter_twin.twin.compiled import for_arguments
 from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.state import COUNTERS, NOT_RUNNING, Limits, Requests, State
 from adapter_twin.workload.scenario import EngineConfig
-from adapter_twin.workload.strict import require
 from adapter_twin.workload.trace import Trace
 
 LABEL_TABLE = 1 << 19

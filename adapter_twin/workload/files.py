@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from adapter_twin.errors import AdapterTwinError, one_line
+from adapter_twin.errors import AdapterTwinError, one_line, require
 from adapter_twin.workload.scenario import (
     Adapter,
     Arrivals,
@@ -23,7 +23,7 @@ from adapter_twin.workload.scenario import (
     deal_adapters,
     zipf_adapters,
 )
-from adapter_twin.workload.strict import read, require
+from adapter_twin.workload.strict import read
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.workload.scenario import Lengths
-from adapter_twin.workload.strict import Many, NotNegative, dataclass, require
+from adapter_twin.workload.strict import Many, NotNegative, dataclass
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from adapter_twin.errors import AdapterTwinError, one_line
-from adapter_twin.workload.strict import read, require, suggestion
+from adapter_twin.errors import AdapterTwinError, one_line, require
+from adapter_twin.workload.strict import read, suggestion
 
 T = TypeVar("T")
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from adapter_twin.errors import require
 from adapter_twin.workload.strict import (
     Count,
     Many,
@@ -26,7 +27,6 @@ from adapter_twin.workload.strict import (
     Whole,
     dataclass,
     function,
-    require,
 )
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

@@ -16,7 +16,6 @@ from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, Va
 from pydantic_core import PydanticSerializationError, to_json
 
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.errors import require as require
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapter_twin.errors import AdapterTwinError, one_line
+from adapter_twin.errors import AdapterTwinError, one_line, require
 from adapter_twin.workload.lengths import LengthMarginals, draw_lengths
 from adapter_twin.workload.scenario import Workload
-from adapter_twin.workload.strict import require
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -53,6 +53,7 @@ def test_more_replicas_and_another_router_change_the_service(tmp_path: Path) -> 
     spread = told(tmp_path, {"replicas": 2, "router": {"name": "round_robin"}})
     alone = told(tmp_path, {"replicas": 1})
     assert kept["replicas"] == 2
+    assert (kept["router"], spread["router"]) == ("AdapterAffinity(tolerance=1.5)", "RoundRobin()")
     assert kept["mean_ttft_ms"] < alone["mean_ttft_ms"]
     assert kept["adapter_loads"] < spread["adapter_loads"]
 

@@ -19,10 +19,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from adapter_twin.errors import require
 from adapter_twin.twin.compiled import helper
 from adapter_twin.twin.residency import LoadsAtAdmission, become_idle
 from adapter_twin.twin.state import Limits, Links, State
-from adapter_twin.workload.strict import NotNegative, Positive, dataclass, require
+from adapter_twin.workload.strict import NotNegative, Positive, dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
