@@ -518,7 +518,7 @@ def test_doctor_names_what_is_broken_and_the_remedy(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(doctor, "requires", lambda _: wanted)
     monkeypatch.setattr(doctor, "OLDEST_PYTHON", (99, 0))
     monkeypatch.setattr(doctor, "_one_more", lambda number: number + 2)
-    monkeypatch.setenv("NUMBA_CACHE_DIR", "/nonesuch")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", f"{__file__}/below-a-file")
     checks = {check.name: check for check in doctor.examine()}
     for name in ("python", "nonesuch-package", "numba compiles", "compilation cache"):
         assert not checks[name].found
