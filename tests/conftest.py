@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,20 @@ def pytest_configure(config: pytest.Config) -> None:
             fcntl.lockf(file, fcntl.LOCK_UN, 1, place)
 
     Dispatcher.compile = compile_once
+
+
+@pytest.fixture
+def dask_scheduler() -> Iterator[str]:
+    """Start a Dask cluster of one worker on ports that nobody has, and give its address."""
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=1,
+        threads_per_worker=1,
+        dashboard_address="127.0.0.1:0",
+        protocol="tcp",
+        processes=False,
+    ) as cluster:
+        yield cluster.scheduler_address
 
 
 @pytest.fixture

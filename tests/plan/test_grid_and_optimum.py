@@ -288,14 +288,11 @@ def test_a_folder_takes_one_sweep_only(design: Path, tmp_path: Path) -> None:
         run_sweep(design, out, jobs=1)
 
 
-def test_dask_workers_give_the_same_sweep(design: Path, tmp_path: Path) -> None:
-    distributed = pytest.importorskip("distributed")
+def test_dask_workers_give_the_same_sweep(
+    design: Path, tmp_path: Path, dask_scheduler: str
+) -> None:
     run_sweep(design, tmp_path / "here", jobs=1)
-    cluster = distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, dashboard_address=None, protocol="tcp", processes=False
-    )
-    with cluster:
-        run_sweep(design, tmp_path / "there", scheduler=cluster.scheduler_address)
+    run_sweep(design, tmp_path / "there", scheduler=dask_scheduler)
     pd.testing.assert_frame_equal(read_sweep(tmp_path / "there"), read_sweep(tmp_path / "here"))
 
 

@@ -38,13 +38,8 @@ def test_the_best_method_needs_least_and_not_less_than_the_bound(placements: pd.
     assert row[ch12_fleets.BEST] <= row[list(ch12_fleets.METHODS)].min() + row.repaired
 
 
-def test_dask_workers_place_alike(placements: pd.DataFrame) -> None:
-    distributed = pytest.importorskip("distributed")
-    cluster = distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, dashboard_address=None, protocol="tcp", processes=False
-    )
-    with cluster:
-        there = ch12_fleets.compare_placements([SMALL], scheduler=cluster.scheduler_address)
+def test_dask_workers_place_alike(placements: pd.DataFrame, dask_scheduler: str) -> None:
+    there = ch12_fleets.compare_placements([SMALL], scheduler=dask_scheduler)
     pd.testing.assert_frame_equal(there, placements)
 
 
