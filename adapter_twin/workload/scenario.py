@@ -23,6 +23,7 @@ from adapter_twin.workload.strict import (
     NotNegative,
     Positive,
     Several,
+    Some,
     Text,
     Whole,
     dataclass,
@@ -124,8 +125,8 @@ class EngineConfig:
     model : str
     max_loras : int
         Adapter slots in GPU memory (G): the most distinct adapters in one batch.
-    max_cpu_loras : int
-        Adapters kept in host memory (N, the served adapters).
+    max_cpu_loras : int, optional
+        Adapters kept in host memory (N, the served adapters); left out, as many as slots.
     max_lora_rank : int
         Every slot is reserved at this rank.
     max_num_seqs, max_num_batched_tokens : int
@@ -134,6 +135,31 @@ class EngineConfig:
         Tokens per KV block.
     gpu_memory_utilization : float
         Share of the GPU's memory that vLLM may use.
+    max_model_len : int, optional
+        Longest request in tokens, prompt and output; left out, the model's own.
+    kv_cache_dtype : {"auto", "fp8"}
+        Type of keys and values; ``auto`` is the model's own.
+    kv_cache_memory_bytes : int, optional
+        Size of the KV cache, in place of what `gpu_memory_utilization` leaves for it.
+    tensor_parallel_size : int
+        GPUs that share every layer.
+    fully_sharded_loras : bool
+        Share the adapters' A matrices among those GPUs as well.
+    lora_target_modules : tuple of str, optional
+        Modules that slots are reserved for; left out, all that the engine can adapt.
+    enable_prefix_caching : bool, optional
+        Keep KV blocks for later requests that begin alike; left out, as the calibration was
+        measured.
+    enable_chunked_prefill : bool
+        Let a prompt take several steps.
+    long_prefill_token_threshold : int
+        Most tokens of one prompt in one step; 0 is no such limit.
+    scheduling_policy : {"fcfs", "priority"}
+        Who goes first: who came first, or the lowest `Adapter.priority`.
+    async_scheduling : bool, optional
+        Schedule a step while the one before runs; left out, as the calibration was measured.
+    specialize_active_lora : bool
+        Capture graphs for several numbers of active adapters.
 
     Examples
     --------
@@ -144,14 +170,28 @@ class EngineConfig:
 
     model: Text
     max_loras: Count
-    max_cpu_loras: Count
+    max_cpu_loras: Count = 0  # the dataclass itself sets what vLLM would
     max_lora_rank: LoraRank
     max_num_seqs: Count = 2048
     max_num_batched_tokens: Count = 2048
     block_size: Count = 16
     gpu_memory_utilization: Share = 0.9
+    max_model_len: Count | None = None
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    kv_cache_memory_bytes: Count | None = None
+    tensor_parallel_size: Count = 1
+    fully_sharded_loras: bool = False
+    lora_target_modules: Some[Text] | None = None
+    enable_prefix_caching: bool | None = None
+    enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: Whole = 0
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    async_scheduling: bool | None = None
+    specialize_active_lora: bool = False
 
     def __post_init__(self) -> None:
+        if self.max_cpu_loras == 0:
+            object.__setattr__(self, "max_cpu_loras", self.max_loras)
         require(
             self.max_loras <= self.max_cpu_loras,
             f"max_loras: {self.max_loras} adapter slots exceed max_cpu_loras (served adapters) "
