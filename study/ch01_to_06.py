@@ -125,12 +125,12 @@ def plain_steps(run: Simulation, calibration: Calibration) -> pd.DataFrame:
     ranks = np.array([adapter.rank for adapter in run.workload.adapters])
     plain = PlainEngine(
         config=engine,
-        kv_blocks=calibration.memory.require_start(engine) // engine.block_size - 1,
+        kv_blocks=calibration.require_start(engine) // engine.block_size - 1,
         law=step_law(calibration, engine),
         load_s=calibration.loading.load_s(ranks, engine.max_lora_rank),
         read_s=calibration.loading.read_s(ranks),
         places=generators(run.seed)[2].permutation(len(ranks)),
-        reserves_prompts=calibration.reserves_prompts,
+        reserves_prompts=calibration.version.reserves_prompts,
     )
     columns = records.arrival_s, records.adapter, records.prompt_tokens, records.output_tokens
     requests = [PlainRequest(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]

@@ -22,6 +22,7 @@ from adapter_twin.capacity.analytic import analyse
 from adapter_twin.errors import require
 from adapter_twin.laws import Calibration
 from adapter_twin.laws.estimator import Estimator
+from adapter_twin.laws.memory import MemoryLaw
 from adapter_twin.plan.criterion import MARGIN
 from adapter_twin.plan.grid import grid_runs
 from adapter_twin.service.metrics import STARVATION_THRESHOLD, summarize
@@ -79,11 +80,18 @@ def perturbed(calibration: Calibration, factors: Point) -> Calibration:
     return replace(
         calibration,
         step_time=step_time,
-        memory=_scaled(calibration.memory, "_gib_", off["kv_memory"]),
+        memory=_with_memory(calibration.memory, off["kv_memory"]),
         loading=_scaled(calibration.loading, "_ms_", off["loading"]),
         scheduling=_scaled(calibration.scheduling, "_ms_", off["scheduling"]),
         front_end=_scaled(calibration.front_end, "_ms_", off["front_end"]),
     )
+
+
+def _with_memory(law: MemoryLaw, factor: float) -> MemoryLaw:
+    """Return a copy of a law with more or less memory for slots and KV cache."""
+    engine = EngineConfig(model="any", max_loras=1)
+    less_gib = (1 - factor) * law.shared_gib(engine)
+    return type(law).from_dict(vars(law) | {"reserve_gib_": law.reserve_gib_ + less_gib})
 
 
 def _factor(term: Mapping[str, Any]) -> str:
@@ -203,7 +211,7 @@ def sobol_indices(
     power_of_two = samples >= 2 and samples & (samples - 1) == 0
     require(power_of_two, f"samples: give a power of two from 2 on, got {samples}")
     least = perturbed(calibration, {"kv_memory": FACTORS["kv_memory"][0]})
-    least.memory.require_start(_scenario(workload, *configuration, {})[0])
+    least.require_start(_scenario(workload, *configuration, {})[0])
     problem = {"num_vars": len(FACTORS), "names": [*FACTORS], "bounds": [*FACTORS.values()]}
     points = sample(problem, samples, calc_second_order=False, seed=seed).tolist()
     ask = joblib.delayed(partial(answer, workload, calibration, configuration, seed=seed))

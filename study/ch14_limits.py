@@ -61,7 +61,10 @@ def refit_below(
         name: table[table[column] <= highest] if column in table else table
         for name, table in tables.items()
     }
-    memory = MemoryLaw(calibration.model).fit(kept["memory"])
+    known = calibration.memory
+    memory = MemoryLaw(known.shape, known.version, known.total_gib).fit(
+        kept["memory"][kept["memory"].model == calibration.model]
+    )
     observed = step_observations(
         kept, calibration.model, calibration.lengths, calibration.scheduling, memory
     )
@@ -281,7 +284,12 @@ def _calibrate_on(measured: Mapping[str, pd.DataFrame], steps: pd.DataFrame) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # too few batches for some laws' intervals
         calibration = calibrate_campaign(
-            {**measured, "micro_steps": steps}, model, gpu="part", engine_version="", source={}
+            {**measured, "micro_steps": steps},
+            model,
+            gpu="part",
+            engine_version="0.32.0",
+            memory_gib=0.0,
+            source={},
         )
     runs = measured["runs"].query("status == 'ok' and held_out")
     pairs = pair_runs(runs, predict(runs, calibration, jobs=1))

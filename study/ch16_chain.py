@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, product
 from typing import Any
 
@@ -165,12 +165,22 @@ def measured_copies(runs: pd.DataFrame, calibration: Calibration) -> pd.DataFram
         ones; mean adapters of a batch, ``measured_adapters`` and the twin's ``adapters``.
     """
     gated = runs[(runs.gpu_loras < runs.cpu_loras) & (runs.avg_waiting_queue > 1)]
-    started = gated[calibration.memory.starts(gated.gpu_loras, gated["rank"])]
-    tasks = [(row, rule) for row in records(started) for rule in RULES]
+    memory = calibration.memory
+    started = [row for row in records(gated) if memory.starts(_engine(row, calibration))]
+    tasks = [(row, rule) for row in started for rule in RULES]
     rows = joblib.Parallel(-1)(
         joblib.delayed(_beside_measured)(row, rule, calibration) for row, rule in tasks
     )
     return pd.DataFrame(rows)
+
+
+def _engine(row: Mapping[str, Any], calibration: Calibration) -> EngineConfig:
+    return EngineConfig(
+        model=calibration.model,
+        max_loras=int(row["gpu_loras"]),
+        max_cpu_loras=int(row["cpu_loras"]),
+        max_lora_rank=int(row["rank"]),
+    )
 
 
 def _beside_measured(row: dict[str, Any], rule: str, calibration: Calibration) -> dict[str, Any]:
@@ -180,12 +190,7 @@ def _beside_measured(row: dict[str, Any], rule: str, calibration: Calibration) -
         duration_s=TABLE_DURATION_S,
         lengths=TABLE_LENGTHS,
     )
-    engine = EngineConfig(
-        model=calibration.model,
-        max_loras=int(row["gpu_loras"]),
-        max_cpu_loras=served,
-        max_lora_rank=int(row["rank"]),
-    )
+    engine = _engine(row, calibration)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # rank 8 is below the calibration's range
         run = simulate(workload, engine, calibration, policy=RULES[rule])

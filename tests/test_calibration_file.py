@@ -21,10 +21,10 @@ def test_a_shipped_calibration_is_written_as_it_was_read(path: Path) -> None:
 @pytest.mark.parametrize(
     ("law", "field", "value", "complaint"),
     [
-        ("memory", "available_gib_", "38", r"memory\.available_gib_: expected a number"),
+        ("memory", "reserve_gib_", "38", r"memory\.reserve_gib_: expected a number"),
         ("memory", "max_model_len_", 1.5, r"memory\.max_model_len_: expected a whole number"),
         ("memory", "slots_", "segment", r"memory\.slots_: .*did you mean 'segments'"),
-        ("memory", "available_gib_interval_", [1.0], r"memory\.available_gib_interval_\[1\]: miss"),
+        ("memory", "reserve_gib_interval_", [1.0], r"memory\.reserve_gib_interval_\[1\]: miss"),
         ("loading", "read_ms_", MISSING, r"loading\.read_ms_: missing"),
         ("lengths", "rank_corelation_", -0.3, r"lengths\.rank_corelation_: unknown key"),
         ("scheduling", "base_ms_", float("nan"), r"scheduling\.base_ms_: must be finite"),

@@ -21,6 +21,7 @@ from adapter_twin.laws.loading import LoadingLaw
 from adapter_twin.laws.memory import MemoryLaw
 from adapter_twin.laws.scheduling import SchedulingLaw
 from adapter_twin.laws.step_time import StepObservations, StepTimeLaw, batch_features
+from adapter_twin.workload.models import model_shape
 
 TABLES = ("runs", "micro_steps", "adapter_loads", "engine_starts")
 """A calibration is fitted to these tables."""
@@ -35,6 +36,7 @@ def calibrate_campaign(
     *,
     gpu: str,
     engine_version: str,
+    memory_gib: float,
     source: dict[str, Any],
     jobs: int = 1,
 ) -> Calibration:
@@ -47,6 +49,8 @@ def calibrate_campaign(
     model : str
     gpu, engine_version : str
         What the name of the calibration says.
+    memory_gib : float
+        Of the GPU; of a CPU the starts tell it.
     source : dict
         Where the tables come from, kept in the provenance.
     jobs : int
@@ -71,7 +75,7 @@ def calibrate_campaign(
     calibration = assemble(
         *(model, gpu, engine_version, source, runs),
         rows={"runs": len(fitted), "step_times": len(batches)},
-        memory=MemoryLaw(model).fit(starts),
+        memory=MemoryLaw(model_shape(model), engine_version, memory_gib).fit(starts),
         step_time=StepTimeLaw().fit(observations(batches)),
         loading=LoadingLaw(model).fit(tables["adapter_loads"]),
         scheduling=SchedulingLaw().fit(scheduling_times(batches)),

@@ -60,6 +60,7 @@ def calibrate_tables(
             _choose_model(measured["runs"], model),
             gpu=gpu or device_name(machine),
             engine_version=engine_version or str(machine["vllm"]).split("+")[0],
+            memory_gib=_memory_gib(machine),
             source={"campaign": measured["runs"].campaign.iloc[0], "machine": machine["device"]},
             jobs=jobs,
         )
@@ -93,6 +94,12 @@ def device_name(machine: dict[str, Any]) -> str:
         return "cpu"
     name = re.sub(r"^nvidia\s+", "", str(machine["device"]).lower())
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def _memory_gib(machine: dict[str, Any]) -> float:
+    """Return the memory of a machine's GPU in GiB (the driver tells MiB), 0 where it has none."""
+    gpus = machine["gpus"]
+    return float(gpus[0]["memory.total"].removesuffix(" MiB")) / 1024 if gpus else 0.0
 
 
 def _choose_model(runs: pd.DataFrame, model: str | None) -> str:

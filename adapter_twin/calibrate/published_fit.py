@@ -24,7 +24,9 @@ from adapter_twin.laws.scheduling import SchedulingLaw, of_scheduler_runs
 from adapter_twin.laws.step_time import StepTimeLaw
 from adapter_twin.service.metrics import summarize
 from adapter_twin.twin.simulate import simulate_run
+from adapter_twin.workload.gpus import gpu_memory_gib
 from adapter_twin.workload.lengths import LengthMarginals
+from adapter_twin.workload.models import model_shape
 
 TABLES = (
     *("runs", "series", "windows", "steps", "base_steps"),
@@ -88,7 +90,8 @@ def calibrate(
     busy = windows[windows.run_id.isin(unsaturated.run_id) & (windows.running > 5)]
     lengths = LengthLaw().fit(marginals, busy)
     scheduling = SchedulingLaw().fit(of_scheduler_runs(tables["scheduler_runs"]))
-    memory = MemoryLaw(model).fit(tables["memory"])
+    starts = tables["memory"][tables["memory"].model == model]
+    memory = MemoryLaw(model_shape(model), engine_version, gpu_memory_gib(gpu)).fit(starts)
     observations = step_observations(tables, model, lengths, scheduling, memory)
     series = tables["series"][tables["series"].run_id.isin(unsaturated.run_id)]
     calibration = assemble(

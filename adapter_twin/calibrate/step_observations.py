@@ -21,7 +21,7 @@ from adapter_twin.laws.memory import MemoryLaw
 from adapter_twin.laws.scheduling import SchedulingLaw
 from adapter_twin.laws.step_time import StepObservations, batch_features
 from adapter_twin.twin.simulate import simulate_run
-from adapter_twin.workload.files import run_to_workload
+from adapter_twin.workload.files import records, run_to_engine, run_to_workload
 from adapter_twin.workload.lengths import draw_lengths
 from adapter_twin.workload.scenario import Lengths
 
@@ -143,7 +143,7 @@ def whole_hours(runs: pd.DataFrame, series: pd.DataFrame, memory: MemoryLaw) -> 
     settled = series[series.t_s > SETTLED_S]
     spread = settled.groupby("run_id", observed=True).running.std()
     step_ms = 1e3 * runs.running_mean / runs.output_throughput
-    capacity = memory.kv_cache_tokens(runs.adapter_slots, runs.max_lora_rank)
+    capacity = [memory.kv_cache_tokens(run_to_engine(row)) for row in records(runs)]
     hours = runs.assign(
         running=runs.running_mean,
         running_sd=runs.run_id.map(spread).astype(float),

@@ -61,7 +61,7 @@ class Batches:
         """Evaluate a calibration's laws."""
         slots = np.array([engine.max_loras for engine in engines], float)
         ranks = np.array([engine.max_lora_rank for engine in engines], float)
-        kv_cache_tokens = calibration.memory.kv_cache_tokens(slots, ranks)
+        kv_cache_tokens = np.array(list(map(calibration.memory.kv_cache_tokens, engines)), float)
         block_rest = np.array([engine.block_size / 2 for engine in engines])
         budget = np.array([engine.max_num_batched_tokens for engine in engines], float)
         limits = np.array(

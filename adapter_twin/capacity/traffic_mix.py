@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ from adapter_twin.laws import Calibration
 from adapter_twin.laws.emitted_lengths import EarlyStopLaw
 from adapter_twin.workload.files import parse_ranks, parse_rates, records, run_to_workload
 from adapter_twin.workload.lengths import LengthMarginals, draw_lengths
-from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload
+from adapter_twin.workload.scenario import EngineConfig, Lengths, ServeFlags, Workload
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,9 +39,10 @@ MERGED_RATIO = 0.03
 throughput and ITL by less than 0.1 %, and waits for slots by less than 0.3 %."""
 
 SHAPING = (
-    *("model", "ranks", "served_adapters", "adapter_slots", "max_lora_rank", "max_num_seqs"),
-    *("max_num_batched_tokens", "block_size", "duration_s", "arrival_cv", "length_distribution"),
-    *("mean_input_tokens", "mean_requested_output_tokens", "length_cv"),
+    *("model", "ranks", "served_adapters", "adapter_slots", "max_lora_rank"),
+    *(flag.name for flag in fields(ServeFlags)),
+    *("duration_s", "arrival_cv", "length_distribution", "length_cv"),
+    *("mean_input_tokens", "mean_requested_output_tokens"),
 )
 """These columns of a runs table tell all but the adapters' rates."""
 

@@ -236,7 +236,7 @@ class Cluster:
             served = frozenset(plan.adapters)
             self._check(index, plan.engine, served)
             feed = self._feed(plan.engine, laws)
-            tokens = laws.memory.require_start(plan.engine, slots=self.policy.reserves_slots)
+            tokens = laws.require_start(plan.engine, slots=self.policy.reserves_slots)
             check_lengths(self.trace, plan.engine, tokens, feed.session.state.adapter_blocks)
             self.replicas.append(Replica(self.env, index, plan.engine, laws, served))
             self.replicas[-1].start(feed)

@@ -170,8 +170,13 @@ class Oracle:
     def _split(self) -> Parts:
         """Return the busy adapters, the big ones in the fewest equal parts."""
         busy, ranks, pieces = list[int](), list[int](), list[int]()
+        version = self.calibration.version
         for i, adapter in enumerate(self.demand.adapters):
-            name, rate, rank = adapter.name, adapter.request_rate, slot_rank([adapter.rank])
+            name, rate, rank = (
+                adapter.name,
+                adapter.request_rate,
+                slot_rank([adapter.rank], version),
+            )
             if rate == 0:
                 continue
             require(

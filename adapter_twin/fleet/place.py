@@ -119,7 +119,7 @@ def _replicas(held: Held) -> list[dict[str, Any]]:
                 "shares": list(plan.shares),
                 "adapter_slots": slots,
                 "max_lora_rank": rank,
-                "kv_cache_tokens": int(memory.kv_cache_tokens(slots, rank)),
+                "kv_cache_tokens": memory.kv_cache_tokens(plan.engine),
                 "utilisation": verdict.utilisation,
                 **{str(k): v for k, v in service.items() if k in SERVICE},
                 "vllm_args": vllm_args(plan.engine),

@@ -149,7 +149,7 @@ class Engines:
     def __init__(self, demand: Demand, calibration: Calibration) -> None:
         self._given = demand.slots
         self._memory = calibration.memory
-        self._flags = demand.engine(1)
+        self._flags = demand.engine_with(1)
         self._most: dict[int, int] = {}
         self._made: dict[tuple[int, int, int], EngineConfig] = {}
 
@@ -193,6 +193,6 @@ class Engines:
             self._most[rank] = bisect_left(
                 range(1, MOST_SLOTS + 1),
                 True,
-                key=lambda slots: not self._memory.starts(slots, rank),
+                key=lambda slots: not self._memory.starts(self.make(slots, rank, slots)),
             )
         return self._most[rank]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,22 @@ from adapter_twin.laws.loading import LoadingLaw
 from adapter_twin.laws.memory import MemoryLaw
 from adapter_twin.laws.scheduling import SchedulingLaw
 from adapter_twin.laws.step_time import StepTimeLaw
-from adapter_twin.tables import datasets
-from adapter_twin.workload.models import model_shape
-from adapter_twin.workload.scenario import EngineConfig, Workload
+from adapter_twin.workload.engine_versions import EngineVersion, engine_version
+from adapter_twin.workload.models import same_model
+from adapter_twin.workload.scenario import EngineConfig, ServeFlags, Workload
+from adapter_twin.workload.shipped import SHIPPED
 from adapter_twin.workload.strict import dataclass, read
 
-FOLDER = datasets.SHIPPED / "calibrations"
+FOLDER = SHIPPED / "calibrations"
 """The calibrations that come with the package lie in this folder."""
+
+_LEFT_OUT = ServeFlags()
+
+_EXTRAPOLATED = {
+    "kv_cache_dtype": "the KV cache's size counts, but {name} was measured with 16-bit attention",
+    "lora_target_modules": "slots and copies count, but the steps of {name} adapt all modules",
+}
+"""Flags that were not measured, and what of them is known."""
 
 RANGE_MARGIN = 1.25
 """Values up to this factor outside the measured range give no warning."""
@@ -63,16 +72,43 @@ class Calibration:
     provenance: dict[str, Any]
 
     @property
-    def reserves_prompts(self) -> bool:
-        """Whether this engine admits a prompt only when KV blocks for all of it are free.
+    def version(self) -> EngineVersion:
+        """What is known of the engine's version."""
+        return engine_version(self.engine_version)
 
-        vLLM's ``scheduler_reserve_full_isl``, which is on since 0.19.
+    def require_start(self, engine: EngineConfig, *, slots: bool = True) -> int:
+        """Return the KV-cache size in tokens of an engine whose steps these laws can tell.
+
+        Parameters
+        ----------
+        engine : EngineConfig
+        slots : bool
+            Reserve them; a unified pool does not.
+
+        Raises
+        ------
+        AdapterTwinError
+            The version has no such flag, no step was measured with one, or vLLM would not start.
         """
-        release = re.findall(r"\d+", self.engine_version)[:2]
-        return tuple(map(int, release)) >= (0, 19)
+        self.version.require_known(engine)
+        unmeasured = f"{self.name} was measured without; leave it out"
+        require(
+            engine.tensor_parallel_size == 1,
+            f"engine.tensor_parallel_size: {unmeasured}, or ask adapter-twin memory",
+        )
+        require(not engine.specialize_active_lora, f"engine.specialize_active_lora: {unmeasured}")
+        on_cpu = self.memory.slots_ != "segments"
+        require(
+            not on_cpu or engine.gpu_memory_utilization == _LEFT_OUT.gpu_memory_utilization,
+            "engine.gpu_memory_utilization: decides nothing on a CPU; give kv_cache_memory_bytes",
+        )
+        return self.memory.require_start(engine, slots=slots)
 
     def warn_outside_range(self, engine: EngineConfig, workload: Workload) -> None:
         """Warn of what lies outside the range of the measurements."""
+        for flag, told in _EXTRAPOLATED.items():
+            if getattr(engine, flag) != getattr(_LEFT_OUT, flag):
+                warnings.warn(f"engine.{flag}: {told.format(name=self.name)}", stacklevel=3)
         asked = {
             "adapter_slots": engine.max_loras,
             "served_adapters": len(workload.adapters),
@@ -115,6 +151,12 @@ def list_calibrations() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
+@cache
+def version_of(name: str, model: str) -> EngineVersion:
+    """Return the engine version of a calibration; parameters are those of `load_calibration`."""
+    return load_calibration(name, model).version
+
+
 def load_calibration(name: str, model: str) -> Calibration:
     """Load a calibration for a model.
 
@@ -134,15 +176,15 @@ def load_calibration(name: str, model: str) -> Calibration:
     >>> load_calibration("auto", "llama-3.1-8b-instruct").name
     'llama-3.1-8b-instruct@h100-64gb-vllm0.8.5'
     """
-    model_shape(model)
     names = list_calibrations()
     known = ", ".join(names)
     if name == "auto":
-        name = next((known for known in names if known.startswith(f"{model}@")), "")
-        require(bool(name), f"calibration: none for {model}; there are {known}")
+        name = next((known for known in names if same_model(known.split("@")[0], model)), "")
+        require(bool(name), f"model: {model!r} has no calibration; there are {known}")
     is_file = name.endswith(".json")
     require(is_file or name in names, f"calibration: {name!r} is unknown; use auto or {known}")
     calibration = Calibration.from_json(Path(name) if is_file else FOLDER / f"{name}.json")
     of = calibration.model
-    require(of == model, f"calibration: {calibration.name} is of {of}, not of {model}; use auto")
+    same = same_model(of, model)
+    require(same, f"calibration: {calibration.name} is of {of}, not of {model}; use auto")
     return calibration

@@ -6,6 +6,7 @@ command.
 
 from __future__ import annotations
 
+from dataclasses import asdict, is_dataclass
 from typing import Any, Self, get_type_hints
 
 from pydantic import GetCoreSchemaHandler
@@ -53,4 +54,6 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
     return value.tolist() if hasattr(value, "tolist") else value

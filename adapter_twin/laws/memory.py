@@ -1,81 +1,136 @@
-"""GPU memory: what the adapter slots take, what is left for the KV cache, and whether vLLM starts.
+"""GPU memory: what weights and slots take, what is left for the KV cache, and whether it starts.
 
-vLLM reserves every slot at ``max_lora_rank`` for every adapted layer before it measures what is
-left for the KV cache. The slots' size follows from the model's shape; what PyTorch's caching
-allocator takes for them is larger, because it hands out memory in segments: 2 MiB ones for tensors
-up to 1 MiB, 20 MiB ones up to 10 MiB, and multiples of 2 MiB above
-(``c10/cuda/CUDACachingAllocator``). Counting segments leaves one number to fit: the memory that
-slots and KV cache share. On a CPU the user says how much the KV cache takes, and slots leave it be;
-or a campaign gives it what the slots leave of a memory they share, as on a GPU but to the byte.
+``KV cache = share x memory - weights - activations - reserve - slots``. Weights follow from the
+model's shape. Activations are the larger of two: what the sampler holds of a full batch's logits,
+and what a forward pass holds of ``max_num_batched_tokens``. vLLM reserves every slot at
+``max_lora_rank`` for every adapted layer; what PyTorch's caching allocator takes for them is
+larger, because it hands out memory in segments: 2 MiB ones for tensors up to 1 MiB, 20 MiB ones up
+to 10 MiB, and multiples of 2 MiB above (``c10/cuda/CUDACachingAllocator``). That leaves one number
+to fit, the reserve, or to take from the engine's version (`adapter_twin.workload.engine_versions`).
+On a CPU the user says how much the KV cache takes, and slots leave it be; or a campaign gives it
+what the slots leave of a memory they share, as on a GPU but to the byte.
 """
 
 from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws.estimator import Estimator
-from adapter_twin.workload.models import BYTES_PER_WEIGHT, ModelShape, model_shape
+from adapter_twin.workload.engine_versions import EngineVersion, engine_version
+from adapter_twin.workload.files import records, run_to_engine
+from adapter_twin.workload.models import ModelShape
 from adapter_twin.workload.scenario import EngineConfig
+from adapter_twin.workload.strict import suggestion
 
 if TYPE_CHECKING:
     import pandas as pd
 
 GIB = 2**30
 MIB = 2**20
-EXTRA_VOCABULARY = 256
-"""Each slot may bring this many rows of new tokens (vLLM's ``lora_extra_vocab_size``)."""
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The matrices of a layer that adapters may change; vLLM has the first three, and gate and up, in
+one, ``qkv_proj`` and ``gate_up_proj``, which get slots together."""
+_PACKED = {"qkv_proj": LINEAR[:3], "o_proj": LINEAR[3:4], "gate_up_proj": LINEAR[4:6]}
+_PACKED["down_proj"] = LINEAR[6:]
+_VOCABULARY = ("embed_tokens", "lm_head")
 
 
-def _slot_tensors(shape: ModelShape, max_loras: int, max_lora_rank: int) -> list[int]:
-    """Return the sizes in bytes of the slot tensors in the order in which vLLM allocates them."""
-    h, v, extra = shape.hidden, shape.vocabulary, EXTRA_VOCABULARY * shape.hidden
-    widths = [max_lora_rank * width for width in _layer_widths(shape) * shape.layers]
-    if shape.adapts_vocabulary:
-        # embedding and output layer: A, B, and rows for the extra tokens
-        widths += [max_lora_rank * v, max_lora_rank * h, extra, extra]
-        widths += [max_lora_rank * h, max_lora_rank * v, extra]
-    return [max_loras * width * BYTES_PER_WEIGHT for width in widths]
+def adapted_modules(engine: EngineConfig, shape: ModelShape, version: EngineVersion) -> list[str]:
+    """Return the modules that an engine has slots for, as vLLM packs them.
+
+    Raises
+    ------
+    AdapterTwinError
+        A target module is unknown, or experts are to be adapted.
+    """
+    vocabulary = _VOCABULARY if shape.architecture in version.vocabulary_slots else ()
+    targets = engine.lora_target_modules
+    known = [*LINEAR, *(name for name in _PACKED if name not in LINEAR), *vocabulary]
+    for target in targets or ():
+        choices = suggestion(target, known)
+        require(target in known, f"engine.lora_target_modules: {target!r} is no module{choices}")
+    modules = [
+        *(packed for packed, parts in _PACKED.items() if _chosen(targets, packed, *parts)),
+        *(name for name in vocabulary if _chosen(targets, name)),
+    ]
+    experts = [name for name in modules if name in ("gate_up_proj", "down_proj")]
+    require(
+        not (shape.experts and experts),
+        f"engine.lora_target_modules: slots of experts are not known here; of "
+        f"{shape.architecture} give some of q_proj, k_proj, v_proj, o_proj",
+    )
+    return modules
 
 
-def _layer_widths(shape: ModelShape) -> list[int]:
-    """Return the weights per rank of the tensors that adapt one layer."""
-    h, kv, i = shape.hidden, shape.kv_width, shape.intermediate
-    qkv, out, gate_up, down = [h, h, h, h, kv, kv], [h, h], [h, h, i, i], [i, h]
-    return qkv + out + gate_up + down
+def _chosen(targets: Sequence[str] | None, *names: str) -> bool:
+    return targets is None or any(name in targets for name in names)
 
 
-def slots_bytes(shape: ModelShape, max_loras: int, max_lora_rank: int) -> int:
-    """Return the memory in bytes that the adapter slots take, without what an allocator adds.
+def _layer_widths(engine: EngineConfig, shape: ModelShape, modules: Sequence[str]) -> list[int]:
+    """Return the weights per rank of the tensors that adapt one layer, on each GPU.
+
+    The GPUs share the outputs of what makes queries, keys, values, gate and up, and the inputs of
+    the others; the sides in between are whole on all, unless LoRAs are fully sharded.
+    """
+    gpus = engine.tensor_parallel_size
+    whole = shape.hidden // (gpus if engine.fully_sharded_loras else 1)
+    q, i = shape.heads * shape.head_size // gpus, shape.intermediate // gpus
+    kv = max(shape.kv_heads // gpus, 1) * shape.head_size
+    widths = {
+        "qkv_proj": [whole, q + 2 * kv] if shape.fused else [whole, whole, whole, q, kv, kv],
+        "o_proj": [q, whole],
+        "gate_up_proj": [whole, 2 * i] if shape.fused else [whole, whole, i, i],
+        "down_proj": [i, whole],
+    }
+    return [width for module in modules for width in widths.get(module, ())]
+
+
+def slot_tensors(engine: EngineConfig, shape: ModelShape, version: EngineVersion) -> list[int]:
+    """Return the bytes of all slots' tensors on each GPU, in the order of their allocation."""
+    modules = adapted_modules(engine, shape, version)
+    rank, h, extra = engine.max_lora_rank, shape.hidden, version.extra_vocabulary
+    tensors = [rank * width for width in _layer_widths(engine, shape, modules) * shape.layers]
+    if "embed_tokens" in modules:
+        # the model's own embedding has room for the new rows of all slots as well
+        tensors += [rank * shape.vocabulary, rank * h, extra * h, extra * h]
+    if "lm_head" in modules:
+        tensors += [rank * h, rank * shape.vocabulary, extra * h]
+    return [engine.max_loras * shape.value_bytes * tensor for tensor in tensors if tensor]
+
+
+def layer_slots_bytes(engine: EngineConfig, shape: ModelShape) -> int:
+    """Return the bytes of all slots for the layers alone, without vocabulary and allocator."""
+    widths = _layer_widths(engine, shape, tuple(_PACKED))
+    per_slot = engine.max_lora_rank * sum(widths) * shape.layers * shape.value_bytes
+    return engine.max_loras * per_slot
+
+
+def slots_gib(engine: EngineConfig, shape: ModelShape, version: EngineVersion) -> float:
+    """Return the memory in GiB that PyTorch's allocator takes for all slots on each GPU.
 
     Parameters
     ----------
+    engine : EngineConfig
     shape : ModelShape
-    max_loras, max_lora_rank : int
-        As on `EngineConfig`.
+    version : EngineVersion
     """
-    return sum(_slot_tensors(shape, max_loras, max_lora_rank))
+    return _allocated_gib(tuple(slot_tensors(engine, shape, version)))
 
 
-@lru_cache(maxsize=1024)
-def slots_gib(model: str, max_loras: int, max_lora_rank: int) -> float:
-    """Return the GPU memory in GiB that PyTorch's allocator takes for the adapter slots.
-
-    Parameters
-    ----------
-    model : str
-    max_loras, max_lora_rank : int
-        As on `EngineConfig`.
-    """
+@lru_cache(maxsize=4096)
+def _allocated_gib(sizes: tuple[int, ...]) -> float:
     free: list[int] = []  # rests of segments, smallest first
     reserved = small = 0
-    for size in _slot_tensors(model_shape(model), max_loras, max_lora_rank):
+    for size in sizes:
         size = math.ceil(size / 512) * 512
         if size <= MIB:
             small += size
@@ -89,6 +144,22 @@ def slots_gib(model: str, max_loras: int, max_lora_rank: int) -> float:
         if block - size > MIB:
             bisect.insort(free, block - size)
     return (reserved + math.ceil(small / (2 * MIB)) * 2 * MIB) / GIB
+
+
+def activations_gib(engine: EngineConfig, shape: ModelShape, version: EngineVersion) -> float:
+    """Return what the engine's dry run holds on each GPU at its peak, in GiB.
+
+    Parameters
+    ----------
+    engine : EngineConfig
+    shape : ModelShape
+    version : EngineVersion
+    """
+    kept, gpus = version.memory, engine.tensor_parallel_size
+    sampler = kept.logit_bytes * shape.vocabulary * engine.max_num_seqs
+    per_token = kept.intermediate_bytes * shape.intermediate / gpus
+    per_token += kept.hidden_bytes * shape.hidden
+    return max(sampler, per_token * engine.max_num_batched_tokens) / GIB
 
 
 SlotsTake = Literal["segments", "bytes", "apart"]
@@ -105,20 +176,25 @@ def _slots_take(kv_gib: NDArray[np.float64], asked_gib: pd.Series[float] | None)
 class MemoryLaw(Estimator):
     """KV-cache size, feasible starts and start-up time of one model on one GPU.
 
-    ``kv_cache_tokens = (available_gib - slots_gib) / KV bytes per token``, in whole blocks; vLLM
-    starts when one request of ``max_model_len`` fits.
+    Parameters
+    ----------
+    shape : ModelShape
+    version : str
+        Of the engine.
+    total_gib : float
+        Memory of the GPU as the engine sees it; on a CPU what KV cache and slots share.
 
     Attributes
     ----------
-    available_gib_ : float
-        Memory that slots and KV cache share: the GPU's share less weights and activations.
-    available_gib_interval_ : tuple of float
+    reserve_gib_ : float
+        What the engine keeps beside all that is counted, with adapters.
+    reserve_gib_interval_ : tuple of float
         95 % interval of the mean.
     slots_ : str
         How slots take memory from the KV cache: in ``segments`` of a GPU's allocator, by their
-        ``bytes`` on a CPU where both share a memory, or ``apart`` from it.
+        layers' ``bytes`` on a CPU where both share a memory, or ``apart`` from it.
     max_model_len_ : int
-        Longest request in tokens; one must fit.
+        Longest request in tokens, where the flags do not tell; one must fit.
     kept_tokens_ : int
         Of the block that current engines keep to themselves and leave out of that check; 0 where
         the starts do not tell the size of blocks (vLLM 0.8.5 leaves out none).
@@ -128,107 +204,175 @@ class MemoryLaw(Estimator):
         Of the KV tokens, over the starts fitted.
     """
 
-    model: str
+    shape: ModelShape
+    version: str
+    total_gib: float
     max_model_len_: int
     kept_tokens_: int
     slots_: SlotsTake
-    available_gib_: float
-    available_gib_interval_: tuple[float, float]
+    reserve_gib_: float
+    reserve_gib_interval_: tuple[float, float]
     capture_s_: float
     capture_s_per_slot_: float
     max_relative_error_: float
 
-    def __init__(self, model: str) -> None:
-        self.model = model
+    def __init__(self, shape: ModelShape, version: str, total_gib: float) -> None:
+        self.shape, self.version, self.total_gib = shape, version, total_gib
+        # what is known before any start
+        kept = engine_version(version).memory
+        self.max_model_len_, self.kept_tokens_ = shape.max_model_len, 0
+        self.slots_ = "segments"
+        self.reserve_gib_ = kept.reserve_gib + kept.lora_reserve_gib
+        self.reserve_gib_interval_ = (self.reserve_gib_, self.reserve_gib_)
+        self.capture_s_ = self.capture_s_per_slot_ = self.max_relative_error_ = 0.0
 
     def fit(self, starts: pd.DataFrame) -> MemoryLaw:
         """Fit to measured server starts (table ``memory``: one row per start)."""
-        starts = starts[starts.model == self.model]
-        shape = model_shape(self.model)
-        told = "max_model_len" in starts
-        self.max_model_len_ = int(starts.max_model_len.max()) if told else shape.max_model_len
+        if "max_model_len" in starts:
+            self.max_model_len_ = int(starts.max_model_len.max())
         self.kept_tokens_ = int(starts.block_size.max()) if "block_size" in starts else 0
         started = starts.dropna(subset=["kv_cache_tokens"])
-        kv_gib = started.kv_cache_tokens.to_numpy(float) * shape.kv_bytes_per_token / GIB
+        engines = [run_to_engine(row) for row in records(started)]
+        tokens = started.kv_cache_tokens.to_numpy(float)
+        kv_gib = tokens * self.shape.kv_bytes_per_token() / GIB
         self.slots_ = _slots_take(kv_gib, started.get("cpu_kv_cache_gib"))
-        available_gib = kv_gib + self._slots_gib(started.adapter_slots, started.max_lora_rank)
+        on_gpu = self.slots_ == "segments"
+        if not on_gpu:
+            kv_gib = started.cpu_kv_cache_gib.to_numpy(float)  # the tokens are whole blocks of it
+        self.total_gib, self.reserve_gib_ = self.total_gib if on_gpu else 0.0, 0.0
+        left_gib = np.array([self.kv_cache_gib(engine) for engine in engines]) - kv_gib
         # Relative errors in KV tokens count: weight by the tokens left.
-        weight = kv_gib**-2
-        self.available_gib_ = float(np.average(available_gib, weights=weight))
-        half = 1.96 * available_gib.std(ddof=1) / np.sqrt(len(available_gib))
-        self.available_gib_interval_ = (self.available_gib_ - half, self.available_gib_ + half)
+        mean_gib = float(np.average(left_gib, weights=kv_gib**-2))
+        if on_gpu:
+            self.reserve_gib_ = mean_gib
+        else:
+            self.total_gib = -mean_gib
+        half = 1.96 * float(left_gib.std(ddof=1)) / np.sqrt(len(left_gib))
+        self.reserve_gib_interval_ = (self.reserve_gib_ - half, self.reserve_gib_ + half)
         captured = starts.dropna(subset=["graph_capture_s"])
-        self.capture_s_ = self.capture_s_per_slot_ = 0.0  # a CPU captures no graphs
-        if len(captured):
+        if len(captured):  # a CPU captures no graphs
             slope, intercept = np.polyfit(captured.adapter_slots, captured.graph_capture_s, 1)
             self.capture_s_, self.capture_s_per_slot_ = float(intercept), float(slope)
-        predicted = self.kv_cache_tokens(started.adapter_slots, started.max_lora_rank)
-        error = np.abs(predicted / started.kv_cache_tokens.to_numpy() - 1)
-        self.max_relative_error_ = float(error.max())
+        predicted = np.array([self.kv_cache_tokens(engine) for engine in engines])
+        self.max_relative_error_ = float(np.abs(predicted / tokens - 1).max())
         return self
 
-    def _slots_gib(self, max_loras: ArrayLike, max_lora_rank: ArrayLike) -> NDArray[np.float64]:
-        pair = np.asarray(max_loras, int), np.asarray(max_lora_rank, int)
-
-        def taken_gib(max_loras: int, max_lora_rank: int) -> float:
-            if self.slots_ == "apart":
-                return 0.0
-            if self.slots_ == "bytes":
-                return slots_bytes(model_shape(self.model), max_loras, max_lora_rank) / GIB
-            return slots_gib(self.model, max_loras, max_lora_rank)
-
-        return np.asarray(np.vectorize(taken_gib, otypes=[float])(*pair))
-
-    def kv_cache_tokens(
-        self, max_loras: ArrayLike, max_lora_rank: ArrayLike
-    ) -> NDArray[np.float64]:
-        """Return the KV-cache size in tokens; below zero when the slots alone do not fit."""
-        left_gib = self.available_gib_ - self._slots_gib(max_loras, max_lora_rank)
-        block_bytes = 16 * model_shape(self.model).kv_bytes_per_token
-        return np.asarray(16 * np.floor(left_gib * GIB / block_bytes))
-
-    def kv_gib(self, tokens: float) -> float:
-        """Return the memory in GiB that n KV-cache tokens take."""
-        return tokens * model_shape(self.model).kv_bytes_per_token / GIB
-
     @property
-    def least_kv_cache_tokens(self) -> int:
-        """KV-cache size in tokens below which vLLM does not start."""
-        return self.max_model_len_ + self.kept_tokens_
+    def _version(self) -> EngineVersion:
+        return engine_version(self.version)
 
-    def starts(self, max_loras: ArrayLike, max_lora_rank: ArrayLike) -> NDArray[np.bool_]:
-        """Return whether vLLM starts: one request of the longest length must fit."""
-        tokens = self.kv_cache_tokens(max_loras, max_lora_rank)
-        return np.asarray(tokens >= self.least_kv_cache_tokens)
+    def shared_gib(self, engine: EngineConfig) -> float:
+        """Return the memory in GiB that slots and KV cache share on each GPU."""
+        if self.slots_ != "segments":
+            return self.total_gib
+        version = self._version
+        weights_gib = self.shape.weights_bytes / GIB / engine.tensor_parallel_size
+        used_gib = weights_gib + activations_gib(engine, self.shape, version) + self.reserve_gib_
+        if engine.max_loras == 0:
+            used_gib -= version.memory.lora_reserve_gib
+        return engine.gpu_memory_utilization * self.total_gib - used_gib
 
-    def startup_s(self, max_loras: ArrayLike) -> NDArray[np.float64]:
-        """Return the CUDA-graph capture time in seconds."""
-        return np.asarray(self.capture_s_ + self.capture_s_per_slot_ * np.asarray(max_loras, float))
+    def _slots_gib(self, engine: EngineConfig) -> float:
+        """Return what the slots take of that in GiB."""
+        if self.slots_ == "apart" or engine.max_loras == 0:
+            return 0.0
+        if self.slots_ == "bytes":
+            return layer_slots_bytes(engine, self.shape) / GIB
+        return slots_gib(engine, self.shape, self._version)
 
-    def adapter_blocks(self, ranks: NDArray[np.int64], block_size: int) -> NDArray[np.int64]:
-        """Return the KV blocks that adapters fill at their own ranks, one number per rank given.
+    def kv_cache_gib(self, engine: EngineConfig, *, slots: bool = True) -> float:
+        """Return the memory of the KV cache in GiB; below zero when the rest does not fit.
 
-        Of the adapted layers only: slots also hold vocabulary that an adapter may bring.
+        Parameters
+        ----------
+        engine : EngineConfig
+        slots : bool
+            Reserve them.
         """
-        shape = model_shape(self.model)
-        bytes_per_rank = BYTES_PER_WEIGHT * sum(_layer_widths(shape)) * shape.layers
-        block_bytes = block_size * shape.kv_bytes_per_token
-        return -(-np.asarray(ranks, np.int64) * bytes_per_rank // block_bytes)
+        if engine.kv_cache_memory_bytes is not None:
+            return engine.kv_cache_memory_bytes / GIB
+        return self.shared_gib(engine) - (self._slots_gib(engine) if slots else 0.0)
 
-    def require_start(self, engine: EngineConfig, *, slots: bool = True) -> int:
-        """Return the KV-cache size in tokens, without `slots` where none are reserved.
+    def kv_cache_tokens(self, engine: EngineConfig, *, slots: bool = True) -> int:
+        """Return the KV-cache size in tokens; below zero when the rest alone does not fit.
+
+        Parameters are those of `kv_cache_gib`.
+        """
+        blocks = self.kv_cache_gib(engine, slots=slots) / self.block_gib(engine)
+        return engine.block_size * math.floor(blocks)
+
+    def block_gib(self, engine: EngineConfig) -> float:
+        """Return the memory of a KV block in GiB."""
+        dtype, gpus = engine.kv_cache_dtype, engine.tensor_parallel_size
+        return engine.block_size * self.shape.kv_bytes_per_token(dtype, gpus) / GIB
+
+    def max_model_len(self, engine: EngineConfig) -> int:
+        """Return the longest request in tokens that an engine takes.
 
         Raises
         ------
         AdapterTwinError
-            vLLM would refuse to start.
+            The model cannot, or its attention does not reach back so far.
         """
-        reserved = engine.max_loras if slots else 0
-        tokens = int(self.kv_cache_tokens(reserved, engine.max_lora_rank))
-        if tokens < self.least_kv_cache_tokens:
+        longest, most = engine.max_model_len or self.max_model_len_, self.shape.max_model_len
+        require(
+            longest <= most,
+            f"engine.max_model_len: {longest} is above {most}, the longest that the model takes",
+        )
+        window = self.shape.sliding_window or longest
+        require(
+            longest <= window,
+            f"engine.max_model_len: attention reaches back {window} tokens, and what vLLM frees "
+            f"behind them is not known here; give at most {window}",
+        )
+        return longest
+
+    def least_kv_cache_tokens(self, engine: EngineConfig) -> int:
+        """Return the KV-cache size in tokens below which vLLM does not start."""
+        return self.max_model_len(engine) + self.kept_tokens_
+
+    def starts(self, engine: EngineConfig) -> bool:
+        """Return whether vLLM starts: one request of the longest length must fit."""
+        return self.kv_cache_tokens(engine) >= self.least_kv_cache_tokens(engine)
+
+    def startup_s(self, engine: EngineConfig) -> float:
+        """Return the CUDA-graph capture time in seconds."""
+        return self.capture_s_ + self.capture_s_per_slot_ * engine.max_loras
+
+    def adapter_blocks(self, ranks: NDArray[np.int64], engine: EngineConfig) -> NDArray[np.int64]:
+        """Return the KV blocks that adapters fill at their own ranks, one number per rank given.
+
+        Of the adapted layers only: slots also hold vocabulary that an adapter may bring.
+        """
+        widths = _layer_widths(engine, self.shape, tuple(_PACKED))
+        bytes_per_rank = self.shape.value_bytes * sum(widths) * self.shape.layers
+        block_bytes = round(self.block_gib(engine) * GIB)
+        return -(-np.asarray(ranks, np.int64) * bytes_per_rank // block_bytes)
+
+    def require_start(self, engine: EngineConfig, *, slots: bool = True) -> int:
+        """Return the KV-cache size in tokens.
+
+        Parameters are those of `kv_cache_gib`.
+
+        Raises
+        ------
+        AdapterTwinError
+            vLLM would refuse to start; the message names the flags that help, as vLLM does.
+        """
+        tokens = self.kv_cache_tokens(engine, slots=slots)
+        least = self.least_kv_cache_tokens(engine)
+        if tokens >= least:
+            return tokens
+        taken = f"{engine.max_loras} slots of rank {engine.max_lora_rank}"
+        fewer = "lower max_loras or max_lora_rank"
+        if tokens < engine.block_size:
             raise AdapterTwinError(
-                f"max_loras: {reserved} slots of rank {engine.max_lora_rank} leave "
-                f"{max(tokens, 0)} KV-cache tokens and {self.model} needs "
-                f"{self.least_kv_cache_tokens} to start; lower max_loras or max_lora_rank"
+                f"engine.gpu_memory_utilization: {engine.gpu_memory_utilization:g} of "
+                f"{self.total_gib:.5g} GiB leaves {self.kv_cache_gib(engine):.1f} GiB for the KV "
+                f"cache beside the weights and {taken}; raise it, or {fewer}"
             )
-        return tokens
+        raise AdapterTwinError(
+            f"engine.max_model_len: {taken} leave {tokens} KV-cache tokens, and one request of "
+            f"{least} must fit to start; lower max_model_len to {tokens - self.kept_tokens_}, "
+            f"raise gpu_memory_utilization, or {fewer}"
+        )

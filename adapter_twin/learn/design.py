@@ -16,15 +16,10 @@ import numpy as np
 from pydantic import Strict
 
 from adapter_twin.errors import require
-from adapter_twin.plan.grid import GRID, MAX_NUM_SEQS, Grid, slot_rank
-from adapter_twin.workload.files import (
-    DEFAULT_BATCHED_TOKENS,
-    DEFAULT_BLOCK_TOKENS,
-    parse_ranks,
-    read_yaml,
-)
+from adapter_twin.plan.grid import GRID, Grid, slot_rank
+from adapter_twin.workload.files import parse_ranks, read_yaml
 from adapter_twin.workload.models import model_shape
-from adapter_twin.workload.scenario import LengthDistribution, MeanTokens, Slo
+from adapter_twin.workload.scenario import LengthDistribution, MeanTokens, ServeFlags, Slo
 from adapter_twin.workload.strict import Count, NotNegative, Positive, Some, Whole, dataclass, read
 
 if TYPE_CHECKING:
@@ -137,6 +132,7 @@ class SpaceFilling:
 
 
 _LOGARITHMIC = ("mean_rate", "mean_input_tokens", "mean_output_tokens")
+_FLAGS = ServeFlags()
 _RANGES = (*_LOGARITHMIC, "zipf_exponent", "arrival_cv")
 
 
@@ -171,9 +167,9 @@ class Design:
     models: Some[str]
     served_adapters: Grid = GRID
     adapter_slots: Grid = GRID
-    max_num_seqs: Count = MAX_NUM_SEQS
-    max_num_batched_tokens: Count = DEFAULT_BATCHED_TOKENS
-    block_size: Count = DEFAULT_BLOCK_TOKENS
+    max_num_seqs: Count = _FLAGS.max_num_seqs
+    max_num_batched_tokens: Count = _FLAGS.max_num_batched_tokens
+    block_size: Count = _FLAGS.block_size
     length_distribution: LengthDistribution = "sharegpt"
     length_cv: Positive = 1.0
     duration_s: Positive = 3600.0

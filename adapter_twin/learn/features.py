@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from adapter_twin.laws.memory import slots_gib
+from adapter_twin.workload.engine_versions import engine_version
 from adapter_twin.workload.files import parse_ranks, parse_rates
+from adapter_twin.workload.models import model_shape
+from adapter_twin.workload.scenario import EngineConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +33,9 @@ CONFIGURATION = ["served_adapters", "adapter_slots", "slots_per_adapter", "offer
 """A configuration has these features besides `TRAFFIC`, see `configuration_features`."""
 
 MIB_PER_GIB = 1024
+
+ENGINE_VERSION = "0.8.5"
+"""The slots' memory is told for this version, the reference study's."""
 
 MANY_SLOTS = 64
 """Memory comes in segments, so this number of slots tells what one takes."""
@@ -67,6 +74,12 @@ def traffic_features(workloads: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=TRAFFIC, index=workloads.index)
 
 
+@cache
+def _slots_gib(model: str, max_lora_rank: int) -> float:
+    engine = EngineConfig(model=model, max_loras=MANY_SLOTS, max_lora_rank=max_lora_rank)
+    return slots_gib(engine, model_shape(model), engine_version(ENGINE_VERSION))
+
+
 def _traffic(row: Any) -> tuple[float, ...]:
     """Return `TRAFFIC` of one workload."""
     rates, ranks = np.array(parse_rates(row.rates_per_adapter)), np.array(parse_ranks(row.ranks))
@@ -77,7 +90,7 @@ def _traffic(row: Any) -> tuple[float, ...]:
         rates.mean() * tokens,
         rates[rates == rates.max()].sum() / rates.sum(),
         np.resize(ranks, period) @ load / load.sum(),
-        MIB_PER_GIB * slots_gib(row.model, MANY_SLOTS, row.max_lora_rank) / MANY_SLOTS,
+        MIB_PER_GIB * _slots_gib(row.model, row.max_lora_rank) / MANY_SLOTS,
         row.mean_requested_output_tokens / tokens,
         tokens,
         row.zipf_exponent,

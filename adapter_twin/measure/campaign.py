@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from adapter_twin.errors import AdapterTwinError, require
-from adapter_twin.laws.memory import slots_bytes
+from adapter_twin.laws.memory import layer_slots_bytes
 from adapter_twin.measure.engine_flags import GIB, EngineFlags
 from adapter_twin.measure.micro_plan import MicroPlan
 from adapter_twin.measure.model_folder import check_model
 from adapter_twin.workload.files import read_yaml
-from adapter_twin.workload.models import MODEL_CONFIGS, model_shape
-from adapter_twin.workload.scenario import Lengths, LoraRank, Workload, deal_adapters
+from adapter_twin.workload.models import model_shape, shipped_models
+from adapter_twin.workload.scenario import EngineConfig, Lengths, LoraRank, Workload, deal_adapters
 from adapter_twin.workload.strict import (
     Count,
     NotNegative,
@@ -148,7 +148,7 @@ class Campaign:
     ----------
     name : str
     model : str
-        A key of `adapter_twin.workload.models.MODEL_CONFIGS`, or the path of a model folder.
+        One of `adapter_twin.workload.models.shipped_models`, or the path of a model folder.
     engine : EngineFlags
         What all engines share; in the file, without adapter slots and ranks.
     budget_s : float
@@ -195,17 +195,20 @@ class Campaign:
     @property
     def model_name(self) -> str:
         """The model's name in the tables."""
-        return self.model if self.model in MODEL_CONFIGS else Path(self.model).name
+        return self.model if self.model in shipped_models() else Path(self.model).name
 
     def sized(self, flags: EngineFlags) -> EngineFlags:
         """Return an engine's flags with the KV cache that its slots leave of `cpu_memory_gib`."""
         if self.cpu_memory_gib is None:
             return flags
         require(
-            self.model in MODEL_CONFIGS,
-            f"cpu_memory_gib: only for the shapes {', '.join(MODEL_CONFIGS)}; leave it out",
+            self.model in shipped_models(),
+            "cpu_memory_gib: only for a shipped shape, as tiny or small; leave it out",
         )
-        slots = slots_bytes(model_shape(self.model), flags.max_loras, flags.max_lora_rank) / GIB
+        engine = EngineConfig(
+            model=self.model, max_loras=flags.max_loras, max_lora_rank=flags.max_lora_rank
+        )
+        slots = layer_slots_bytes(engine, model_shape(self.model)) / GIB
         require(
             slots < self.cpu_memory_gib,
             f"max_loras: {flags.max_loras} slots of rank {flags.max_lora_rank} take {slots:.3g} of "
@@ -257,7 +260,7 @@ def load_campaign(path: str | Path) -> Campaign:
     if not isinstance(content, dict):
         return read(Campaign, content)
     model = content.get("model")
-    if isinstance(model, str) and model not in MODEL_CONFIGS:
+    if isinstance(model, str) and model not in shipped_models():
         content["model"] = _model_folder(model, file.parent)
     if isinstance(content.get("adapters"), str):
         folder = file.parent / content["adapters"]
@@ -267,7 +270,7 @@ def load_campaign(path: str | Path) -> Campaign:
     if isinstance(engine, dict):
         for name in _SLOTLESS:
             require(name not in engine, f"engine.{name}: give it per engine or run, not for all")
-        if model not in MODEL_CONFIGS:  # a real model has weights to read
+        if model not in shipped_models():  # a real model has weights to read
             engine = {"load_format": "auto", **engine}
         content["engine"] = {**_SLOTLESS, **engine}
         read(EngineFlags, content["engine"], "engine")
@@ -279,7 +282,7 @@ def load_campaign(path: str | Path) -> Campaign:
 
 def _model_folder(model: str, parent: Path) -> str:
     folder = parent / model
-    choices = suggestion(model, MODEL_CONFIGS)
+    choices = suggestion(model, shipped_models())
     require(folder.is_dir(), f"model: {model!r} is neither a folder nor a shape{choices}")
     check_model(folder)
     return str(folder)

@@ -18,7 +18,7 @@ from typing import Any
 
 from adapter_twin.errors import AdapterTwinError, one_line, require
 from adapter_twin.tables.datasets import replacing
-from adapter_twin.workload.models import MODEL_CONFIGS
+from adapter_twin.workload.models import model_config, shipped_models
 from adapter_twin.workload.strict import suggestion
 
 WEIGHTS = "adapter_model.safetensors"
@@ -34,7 +34,7 @@ def write_model(shape: str, folder: Path) -> Path:
     Parameters
     ----------
     shape : str
-        A key of `adapter_twin.workload.models.MODEL_CONFIGS`.
+        One of `adapter_twin.workload.models.shipped_models`.
     folder : pathlib.Path
         Returned as it is given.
 
@@ -43,8 +43,9 @@ def write_model(shape: str, folder: Path) -> Path:
     AdapterTwinError
         The shape is unknown, or the folder holds another model.
     """
-    require(shape in MODEL_CONFIGS, f"model: no shape {shape!r}{suggestion(shape, MODEL_CONFIGS)}")
-    config = MODEL_CONFIGS[shape]
+    known = shipped_models()
+    require(shape in known, f"model: no shape {shape!r}{suggestion(shape, known)}")
+    config = model_config(shape)
     if (folder / "config.json").exists():
         require(
             check_model(folder) == config,

@@ -30,7 +30,7 @@ from adapter_twin.measure.serving import measure_run
 from adapter_twin.measure.store import Store
 from adapter_twin.measure.vllm_server import Server, free_port
 from adapter_twin.tables.campaign_schemas import CAMPAIGN_RUNS
-from adapter_twin.workload.models import MODEL_CONFIGS
+from adapter_twin.workload.models import shipped_models
 
 log = logging.getLogger(__name__)
 
@@ -280,7 +280,7 @@ class WorkSession:
         return max((each[what] for each in took if what in each), default=UNMEASURED_S[what])
 
     def _model(self) -> Path:
-        if self.model in MODEL_CONFIGS:
+        if self.model in shipped_models():
             return write_model(self.model, self.store.out / "work" / self.model)
         return Path(self.model)
 

@@ -102,7 +102,7 @@ class Candidates:
             simulating, at least one where a start is possible and the load not hopeless.
         """
         slots = candidate_slots(self.demand)
-        engines = [self.demand.engine(size) for size in slots]
+        engines = [self.demand.engine_with(size) for size in slots]
         table = analyse(self.demand.workload(HOUR_S), engines, self.calibration)
         possible = table.feasible_start & (table.utilisation < STARVING_UTILISATION)
         share = table.total_throughput / table.offered_tokens_per_s
@@ -130,7 +130,7 @@ class Candidates:
         """Simulate one number of slots, all rates multiplied by `load`, unless it is known."""
         if (slots, load) not in self._known:
             traffic = self.traffic if load == 1 else self._draw(self.demand.seed, load)
-            window = serve(traffic, self.demand.engine(slots), self.calibration)
+            window = serve(traffic, self.demand.engine_with(slots), self.calibration)
             self._known[slots, load] = window.figures
         return self._known[slots, load]
 
@@ -158,7 +158,7 @@ class Candidates:
         others = range(self.demand.seed + 1, self.demand.seed + REPLICATIONS)
         traffics = [self.traffic, *map(self._draw, others)] if len(ranked) else []
         for _, row in ranked.iterrows():
-            engine = self.demand.engine(int(row.adapter_slots))
+            engine = self.demand.engine_with(int(row.adapter_slots))
             windows = [serve(traffic, engine, self.calibration) for traffic in traffics]
             if self.is_served(mean_figures(windows)):
                 return row, windows

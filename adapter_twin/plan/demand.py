@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, replace
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,22 +11,20 @@ import numpy as np
 from pydantic import Field
 
 from adapter_twin.errors import AdapterTwinError, require
-from adapter_twin.plan.grid import MAX_NUM_SEQS, Grid, slot_rank
+from adapter_twin.laws.calibration import version_of
+from adapter_twin.plan.grid import Grid, slot_rank
 from adapter_twin.tables.datasets import read_frame
-from adapter_twin.workload.files import (
-    DEFAULT_BATCHED_TOKENS,
-    DEFAULT_BLOCK_TOKENS,
-    read_yaml,
-)
+from adapter_twin.workload.files import read_yaml
 from adapter_twin.workload.scenario import (
     Adapters,
     Arrivals,
     EngineConfig,
     Lengths,
+    ServeFlags,
     Slo,
     Workload,
 )
-from adapter_twin.workload.strict import Count, NotNegative, Whole, dataclass, read, suggestion
+from adapter_twin.workload.strict import NotNegative, Whole, dataclass, read, suggestion
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,8 +53,8 @@ class Demand:
     calibration : str
         Name of a calibration, or ``auto``: the one of the model.
     seed : int
-    max_num_seqs, max_num_batched_tokens, block_size : int
-        As in `adapter_twin.workload.scenario.EngineConfig`.
+    engine : ServeFlags
+        All flags but slots, host cache and rank, which are chosen.
     slots : tuple of int, optional
         Numbers of adapter slots to choose from; left out, all sizes are tried.
     """
@@ -69,9 +67,7 @@ class Demand:
     slo: Slo | None = None
     calibration: str = "auto"
     seed: Whole = 0
-    max_num_seqs: Count = MAX_NUM_SEQS
-    max_num_batched_tokens: Count = DEFAULT_BATCHED_TOKENS
-    block_size: Count = DEFAULT_BLOCK_TOKENS
+    engine: ServeFlags = field(default_factory=ServeFlags)
     slots: Grid | None = None
 
     def __post_init__(self) -> None:
@@ -92,12 +88,16 @@ class Demand:
                 f"slots: all are above the number of adapters, {len(self.adapters)}",
             )
         require(self.workload(1.0).offered_request_rate > 0, "adapters: none of them has requests")
-        self.engine(1)  # complains of its flags
+        slot_rank([adapter.rank for adapter in self.adapters])
 
     @property
     def max_lora_rank(self) -> int:
         """The rank at which vLLM has to reserve every slot."""
-        return slot_rank([adapter.rank for adapter in self.adapters])
+        ranks = [adapter.rank for adapter in self.adapters]
+        if max(ranks) > 1:
+            return slot_rank(ranks)
+        # slots of rank 1 are all that versions differ in
+        return slot_rank(ranks, version_of(self.calibration, self.model))
 
     def workload(self, duration_s: float, load: float = 1.0) -> Workload:
         """Return the traffic of a window, all rates multiplied by `load`."""
@@ -110,16 +110,14 @@ class Demand:
             base_model_request_rate=load * self.base_model_request_rate,
         )
 
-    def engine(self, slots: int) -> EngineConfig:
+    def engine_with(self, slots: int) -> EngineConfig:
         """Return the engine that keeps all adapters in host memory and `slots` on the GPU."""
         return EngineConfig(
             model=self.model,
             max_loras=slots,
             max_cpu_loras=len(self.adapters),
             max_lora_rank=self.max_lora_rank,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            block_size=self.block_size,
+            **{flag.name: getattr(self.engine, flag.name) for flag in fields(ServeFlags)},
         )
 
     def subset(self, count: int) -> Demand:

@@ -16,8 +16,9 @@ from adapter_twin.laws import Calibration
 from adapter_twin.service.metrics import service_of, slo_attainment
 from adapter_twin.twin.records import Simulation
 from adapter_twin.twin.simulate import draw_requests, simulate
+from adapter_twin.workload.engine_versions import EngineVersion, engine_version
 from adapter_twin.workload.files import parse_ranks, records, run_to_workload
-from adapter_twin.workload.scenario import LORA_RANKS, EngineConfig, Slo, Workload
+from adapter_twin.workload.scenario import EngineConfig, ServeFlags, Slo, Workload
 from adapter_twin.workload.strict import Count, Some, function
 from adapter_twin.workload.trace import Trace
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 GRID = (16, 32, 64, 96, 128, 160, 192, 256, 320, 384)
 """The reference study's grids have these numbers of served adapters, and of slots."""
 
-MAX_NUM_SEQS = 2048
+MAX_NUM_SEQS = ServeFlags().max_num_seqs
 """The reference study's engines have this limit."""
 
 FIGURES = (
@@ -54,17 +55,27 @@ def check_grids(served_grid: Grid, slots_grid: Grid) -> None:
     """Raise `AdapterTwinError` unless each grid holds different numbers of at least one."""
 
 
-def slot_rank(ranks: Sequence[int]) -> int:
-    """Return the rank at which vLLM reserves slots for a mix of ranks."""
-    fitting = [rank for rank in LORA_RANKS if rank >= max(ranks)]
-    require(
-        bool(fitting), f"ranks: {max(ranks)} is above {max(LORA_RANKS)}, the most that vLLM takes"
-    )
+def slot_rank(ranks: Sequence[int], version: EngineVersion | None = None) -> int:
+    """Return the rank at which vLLM reserves slots for a mix of ranks.
+
+    Parameters
+    ----------
+    ranks : sequence of int
+    version : EngineVersion, optional
+        Left out, the reference study's.
+    """
+    sizes = (version or engine_version("0.8.5")).max_lora_ranks
+    fitting = [size for size in sizes if size >= max(ranks)]
+    require(bool(fitting), f"ranks: {max(ranks)} is above {max(sizes)}, the most that vLLM takes")
     return fitting[0]
 
 
 def grid_runs(
-    workload: Mapping[str, Any], served: Sequence[int], slots: Sequence[int], duration_s: float
+    workload: Mapping[str, Any],
+    served: Sequence[int],
+    slots: Sequence[int],
+    duration_s: float,
+    version: EngineVersion | None = None,
 ) -> pd.DataFrame:
     """Return the runs of one traffic mix over a grid of (N, G).
 
@@ -77,6 +88,8 @@ def grid_runs(
         Pairs with more slots than served adapters are left out.
     duration_s : float
         Window of each run.
+    version : EngineVersion, optional
+        See `slot_rank`.
     """
     import pandas as pd
 
@@ -88,7 +101,7 @@ def grid_runs(
             **workload,
             "served_adapters": [n for n, _ in pairs],
             "adapter_slots": [g for _, g in pairs],
-            "max_lora_rank": slot_rank(parse_ranks(workload["ranks"])),
+            "max_lora_rank": slot_rank(parse_ranks(workload["ranks"]), version),
             "duration_s": duration_s,
         }
     )

@@ -78,10 +78,10 @@ def optimum(
     highest = max(parse_rates(workload["rates_per_adapter"]))
     require(highest > 0, "rates: all are zero; give at least one above zero")
     criterion = criterion or Criterion(margin=MARGIN)
-    runs = grid_runs(workload, served_grid, slots_grid, duration_s)
+    fitted = load_calibration(calibration, workload["model"])
+    runs = grid_runs(workload, served_grid, slots_grid, duration_s, fitted.version)
     if runs.empty:
         raise AdapterTwinError("slots_grid: all are above served_grid; lower the slots")
-    fitted = load_calibration(calibration, workload["model"])
     table = evaluate(runs, fitted, seed=seed, slo=criterion.slo, jobs=jobs)
     ranked = criterion.ranked(table)
     if ranked.empty:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adapter_twin.capacity.analytic import analyse
+from adapter_twin.laws.calibration import version_of
 from adapter_twin.plan.candidates import (
     GROWTH_STEP,
     HOUR_S,
@@ -17,7 +18,7 @@ from adapter_twin.plan.candidates import (
 from adapter_twin.plan.criterion import Criterion
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.steady_state import Window
-from adapter_twin.workload.scenario import LORA_RANKS, EngineConfig
+from adapter_twin.workload.scenario import EngineConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,7 +74,7 @@ class Answer:
     @property
     def engine(self) -> EngineConfig:
         """The engine with the chosen slots."""
-        return self.demand.engine(int(self.best.adapter_slots))
+        return self.demand.engine_with(int(self.best.adapter_slots))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,8 @@ def largest_subset(demand: Demand) -> int:
 
 def _without_wide_adapters(demand: Demand) -> Demand | None:
     """Return the demand without the few adapters that force the rank, if that can be served."""
-    for rank in reversed([rank for rank in LORA_RANKS if rank < demand.max_lora_rank]):
+    sizes = version_of(demand.calibration, demand.model).max_lora_ranks
+    for rank in reversed([rank for rank in sizes if rank < demand.max_lora_rank]):
         kept = tuple(adapter for adapter in demand.adapters if adapter.rank <= rank)
         if len(kept) < (1 - MOST_LEFT_OUT) * len(demand.adapters):
             return None
@@ -171,7 +173,8 @@ def _binds_next(replica: Candidates, slots: int, utilisation: float, growth: flo
     if growth < min(CAPACITY_REACHED / utilisation, MOST_GROWTH / GROWTH_STEP):
         return "slots" if replica.demand.slo is None else "slo"
     workload = replica.demand.workload(HOUR_S, load=MOST_UTILISATION / utilisation)
-    return str(analyse(workload, [replica.demand.engine(slots)], replica.calibration).binds.iloc[0])
+    engine = replica.demand.engine_with(slots)
+    return str(analyse(workload, [engine], replica.calibration).binds.iloc[0])
 
 
 def _at_reserve(

@@ -77,8 +77,8 @@ class Outcome:
         None where no engine starts with its slots.
         """
         demand, laws = self.demands[run.workload], self.calibration
-        engine = demand.engine(int(run.adapter_slots))
-        if not laws.memory.starts(engine.max_loras, engine.max_lora_rank):
+        engine = demand.engine_with(int(run.adapter_slots))
+        if not laws.memory.starts(engine):
             return None
         workload = demand.workload(float(run.duration_s))
         return simulate_quietly(workload, engine, laws, int(run.seed)).records

@@ -15,7 +15,7 @@ from adapter_twin.plan.criterion import MARGIN, Criterion
 from adapter_twin.plan.demand import Demand, load_demand
 from adapter_twin.plan.recommend import recommend
 from adapter_twin.workload.files import read_yaml
-from adapter_twin.workload.models import MODEL_CONFIGS
+from adapter_twin.workload.models import shipped_models
 from adapter_twin.workload.strict import Count, Many, Positive, Some, Text, Whole, dataclass, read
 
 TWIN, TREE = "twin", "tree"
@@ -57,7 +57,7 @@ class Study:
         each workload names its calibration.
     model_folder, adapters : str, optional
         Folder of the model, and one of PEFT adapters; left out, the model is a shape of
-        `adapter_twin.workload.models.MODEL_CONFIGS` with random weights, and so are the adapters.
+        `adapter_twin.workload.models.shipped_models` with random weights, and so are the adapters.
     design : str, optional
         Design of a sweep with that calibration, from which a tree learns to choose slots.
     methods : tuple of str, optional
@@ -106,7 +106,7 @@ class Study:
             )
         model = next(iter(demands.values())).model
         require(
-            model in MODEL_CONFIGS or self.model_folder is not None,
+            model in shipped_models() or self.model_folder is not None,
             f"model: {model} has no shape of random weights here; give a study's model_folder",
         )
         return demands
@@ -204,8 +204,8 @@ def analytic_slots(candidates: Candidates) -> int | None:
 
 def rules_of_thumb(demand: Demand, memory: MemoryLaw) -> dict[str, int]:
     """Return the rules that operators use: all adapters, eight, a quarter, what memory holds."""
-    count, rank = len(demand.adapters), demand.max_lora_rank
-    starting = [slots for slots in range(1, count + 1) if memory.starts(slots, rank)]
+    count = len(demand.adapters)
+    starting = [slots for slots in range(1, count + 1) if memory.starts(demand.engine_with(slots))]
     return {
         "G = N": count,
         "G = 8": min(8, count),

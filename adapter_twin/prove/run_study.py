@@ -221,16 +221,15 @@ def engine_flags(study: Study, demand: Demand, calibration: Calibration, slots: 
     calibration : Calibration
     slots : int
     """
-    engine, memory = demand.engine(slots), calibration.memory
-    block_gib = memory.kv_gib(engine.block_size)
-    left_gib = memory.kv_gib(float(memory.kv_cache_tokens(slots, engine.max_lora_rank)))
+    engine, memory = demand.engine_with(slots), calibration.memory
+    left_gib, block_gib = memory.kv_cache_gib(engine), memory.block_gib(engine)
     return EngineFlags(
         max_loras=slots,
         max_lora_rank=engine.max_lora_rank,
         max_cpu_loras=engine.max_cpu_loras,
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
-        max_model_len=memory.max_model_len_,
+        max_model_len=memory.max_model_len(engine),
         block_size=engine.block_size,
         gpu_memory_utilization=engine.gpu_memory_utilization,
         cpu_kv_cache_gib=max(left_gib, block_gib),

@@ -26,8 +26,8 @@ from adapter_twin.tables.schemas import PREDICTIONS, RUN_CONFIGURATION, validate
 from adapter_twin.twin.policies import make_policy
 from adapter_twin.twin.records import Simulation
 from adapter_twin.twin.simulate import simulate, simulate_run
-from adapter_twin.workload.files import run_to_workload
-from adapter_twin.workload.scenario import Scenario
+from adapter_twin.workload.files import records, run_to_engine, run_to_workload
+from adapter_twin.workload.scenario import EngineConfig, Scenario
 
 SCHEMA_VERSION = 2
 """Version of what `predict_scenario` tells: figures of TTFT count every arrival since 2."""
@@ -161,8 +161,8 @@ def predict_scenario(scenario: Scenario) -> tuple[Simulation, dict[str, Any]]:
         **service_of(run, slo=scenario.slo),
         "jain_fairness": jain_fairness(share) if len(share) else float("nan"),
         **adapter_loading(run.steps, run.duration_s),
-        "kv_cache_tokens": calibration.memory.require_start(engine, slots=policy.reserves_slots),
-        "startup_s": float(calibration.memory.startup_s(engine.max_loras)),
+        "kv_cache_tokens": calibration.require_start(engine, slots=policy.reserves_slots),
+        "startup_s": calibration.memory.startup_s(engine),
         **run.provenance,
     }
 
@@ -182,7 +182,7 @@ def predict_starts(starts: pd.DataFrame, calibration: str = "auto") -> pd.DataFr
     Parameters
     ----------
     starts : pandas.DataFrame
-        Columns ``model``, ``adapter_slots`` and ``max_lora_rank``.
+        Columns ``model``, ``adapter_slots`` and ``max_lora_rank``, and other flags if told.
     calibration : str
 
     Returns
@@ -191,18 +191,15 @@ def predict_starts(starts: pd.DataFrame, calibration: str = "auto") -> pd.DataFr
         `starts` with the columns ``predicted_kv_cache_tokens`` and ``predicted_start``.
     """
     calibrations = load_calibrations(calibration, starts["model"])
-    predicted = [
-        _start(calibrations[row["model"]], int(row["adapter_slots"]), int(row["max_lora_rank"]))
-        for row in starts.to_dict("records")
-    ]
+    predicted = [_start(calibrations[row["model"]], run_to_engine(row)) for row in records(starts)]
     columns = ["predicted_kv_cache_tokens", "predicted_start"]
     return pd.concat([starts, pd.DataFrame(predicted, starts.index, columns)], axis="columns")
 
 
-def _start(calibration: Calibration, max_loras: int, max_lora_rank: int) -> tuple[float, bool]:
+def _start(calibration: Calibration, engine: EngineConfig) -> tuple[float, bool]:
     """Return the KV-cache tokens that the slots leave, and whether vLLM starts with them."""
-    tokens = float(calibration.memory.kv_cache_tokens(max_loras, max_lora_rank))
-    return max(tokens, 0.0), bool(calibration.memory.starts(max_loras, max_lora_rank))
+    memory = calibration.memory
+    return max(memory.kv_cache_tokens(engine), 0.0), memory.starts(engine)
 
 
 def predict_run(
@@ -228,7 +225,7 @@ def predict_run(
     """
     started_s = time.perf_counter()
     engine, workload = run_to_workload(row)
-    kv_cache_tokens, starts = _start(calibration, engine.max_loras, engine.max_lora_rank)
+    kv_cache_tokens, starts = _start(calibration, engine)
     prediction = {
         "run_id": row["run_id"],
         "starved": True,

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_twin.errors import AdapterTwinError, require
+from adapter_twin.workload.shipped import REPOSITORY as REPOSITORY
+from adapter_twin.workload.shipped import SHIPPED
 
 # pandas, pandera and pyarrow are imported late: who only asks where data lies needs none of them.
 if TYPE_CHECKING:
@@ -23,12 +25,6 @@ if TYPE_CHECKING:
 
     from adapter_twin.workload.trace import LengthMarginals
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-_IN_WHEEL = _PACKAGE / "_data"
-REPOSITORY = Path.cwd() if _IN_WHEEL.is_dir() else _PACKAGE.parent
-"""This is the checkout; an installed wheel has none and takes the folder in which it is used."""
-SHIPPED = _IN_WHEEL if _IN_WHEEL.is_dir() else REPOSITORY / "data"
-"""This folder holds what the package itself needs of ``data/``."""
 EXTERNAL = REPOSITORY / "data" / "external"
 """Imported data goes to this folder, which git ignores."""
 CHECKSUMS = SHIPPED / "checksums.json"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 import pandas as pd
@@ -16,7 +17,7 @@ from pandera.errors import SchemaErrors
 from pandera.pandas import Check, Column, DataFrameSchema
 
 from adapter_twin.errors import AdapterTwinError, require
-from adapter_twin.workload.scenario import LORA_RANKS
+from adapter_twin.workload.scenario import LORA_RANKS, ServeFlags
 
 MODELS = ("llama-3.1-8b-instruct", "qwen-2.5-7b-instruct")
 """The H100 campaigns served these models."""
@@ -123,8 +124,12 @@ RUN_CONFIGURATION = table(
     # A run that never started measured neither its duration nor its lengths.
     duration_s=positive(nullable=True),
     **each(MEAN_TOKENS, number(1, nullable=True)),
+    # Other flags of the engine, which checks them itself.
+    **each(
+        " ".join(field.name for field in fields(ServeFlags) if field.name != "max_num_seqs"),
+        Column(None, nullable=True, required=False),
+    ),
     # What a campaign of one's own tells besides, so that its very requests can be drawn again.
-    **each("max_num_batched_tokens block_size", positive(nullable=True, required=False)),
     length_distribution=choice(LENGTH_DISTRIBUTIONS, required=False),
     length_cv=positive(nullable=True, required=False),
     seed=number(0, nullable=True, required=False),

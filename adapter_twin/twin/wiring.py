@@ -50,14 +50,14 @@ def begin(
         engine,
         step_law(calibration, engine, merging=policy.merges),
         front_end_law(calibration, duration_s, observer),
-        calibration.memory.require_start(engine, slots=slots),
+        calibration.require_start(engine, slots=slots),
         calibration.loading.load_s(ranks, engine.max_lora_rank if slots else ranks),
         calibration.loading.read_s(ranks),
         policy,
-        None if slots else calibration.memory.adapter_blocks(ranks, engine.block_size),
+        None if slots else calibration.memory.adapter_blocks(ranks, engine),
         places=order.permutation(len(ranks)),
         pinned=np.array([adapter.pinned for adapter in adapters], bool),
-        reserves_prompts=calibration.reserves_prompts,
+        reserves_prompts=calibration.version.reserves_prompts,
     )
 
 

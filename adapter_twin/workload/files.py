@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from adapter_twin.workload.scenario import (
     EngineConfig,
     Lengths,
     Scenario,
+    ServeFlags,
     Slo,
     Workload,
     check_ranks,
@@ -37,8 +39,7 @@ DEFAULT_MEAN_OUTPUT_TOKENS = 198.0
 """Runs that failed to start take window and mean lengths of the reference campaign."""
 
 DEFAULT_BATCHED_TOKENS = 2048
-DEFAULT_BLOCK_TOKENS = 16
-"""Rows that do not tell the engine's token budget and block size take these."""
+"""Rows that do not tell the engine's token budget take this."""
 
 
 def load_scenario(path: str | Path) -> Scenario:
@@ -148,9 +149,10 @@ def run_to_workload(
     row : mapping
         ``model, rates_per_adapter, ranks, served_adapters, adapter_slots, max_lora_rank,
         max_num_seqs, duration_s, mean_input_tokens, mean_requested_output_tokens``; ``run_id`` for
-        messages. A campaign of one's own may add ``max_num_batched_tokens, block_size,
-        length_distribution, length_cv``, a sweep ``zipf_exponent, arrival_cv``. Nothing else is
-        read.
+        messages. There may be other flags of the engine
+        (`adapter_twin.workload.scenario.ServeFlags`), in a campaign of one's own
+        ``length_distribution, length_cv``, in a sweep ``zipf_exponent, arrival_cv``. Nothing else
+        is read.
     adapters : tuple of Adapter, optional
         Stand in for those that the row tells.
 
@@ -160,7 +162,7 @@ def run_to_workload(
         A missing column or a value out of range; the message names the run and the column.
     """
     try:
-        engine, workload = _engine(row), _workload(row, adapters)
+        engine, workload = run_to_engine(row), _workload(row, adapters)
         check_ranks(engine, workload)
         return engine, workload
     except AdapterTwinError as error:
@@ -174,19 +176,40 @@ def run_seed(row: Mapping[str, Any]) -> int | None:
     return None if seed < 0 else seed
 
 
-def _engine(row: Mapping[str, Any]) -> EngineConfig:
-    max_num_seqs = _whole(row, "max_num_seqs")
+def run_to_engine(row: Mapping[str, Any]) -> EngineConfig:
+    """Turn the configuration columns of one run, or of a start, into the engine's flags.
+
+    Parameters
+    ----------
+    row : mapping
+        ``model, adapter_slots, max_lora_rank``, and ``served_adapters`` and the flags of
+        `adapter_twin.workload.scenario.ServeFlags` as far as they are told.
+    """
+    slots = _whole(row, "adapter_slots")
+    told = {flag.name: _flag(row.get(flag.name)) for flag in fields(ServeFlags)}
+    flags = {name: value for name, value in told.items() if value is not None}
     # where it is not told, the budget may not be smaller than max_num_seqs
-    budget = max(DEFAULT_BATCHED_TOKENS, max_num_seqs)
-    return EngineConfig(
-        model=str(_cell(row, "model")),
-        max_loras=_whole(row, "adapter_slots"),
-        max_cpu_loras=_whole(row, "served_adapters"),
-        max_lora_rank=_whole(row, "max_lora_rank"),
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=_whole(row, "max_num_batched_tokens", budget),
-        block_size=_whole(row, "block_size", DEFAULT_BLOCK_TOKENS),
-    )
+    least = flags.get("max_num_seqs", 0)
+    budget = max(DEFAULT_BATCHED_TOKENS, least) if isinstance(least, int) else least
+    engine: dict[str, Any] = {
+        "model": str(_cell(row, "model")),
+        "max_loras": slots,
+        "max_cpu_loras": _whole(row, "served_adapters", slots),
+        "max_lora_rank": _whole(row, "max_lora_rank"),
+        "max_num_batched_tokens": budget,
+    }
+    return EngineConfig(**engine | flags)
+
+
+def _flag(cell: Any) -> Any:
+    """Return a flag's value, None where its cell is empty; tables keep whole numbers as floats."""
+    value = cell.item() if hasattr(cell, "item") else cell
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
+    if isinstance(value, float):
+        return None if math.isnan(value) else int(value) if value.is_integer() else value
+    return value
 
 
 def _workload(row: Mapping[str, Any], adapters: tuple[Adapter, ...] | None) -> Workload:

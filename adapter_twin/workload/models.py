@@ -1,154 +1,313 @@
-"""Models: the ``config.json`` of the shapes that can be profiled, and what the memory law needs.
+"""Models: what a ``config.json`` says of a model's size, of those shipped and of any folder.
 
-Those of published models hold the values of their own ``config.json``; `tiny` and `small` are
-Llamas for a CPU: `tiny` for tests, `small` with steps long enough for the model, and not Python, to
-decide their time on one core.
+The shipped ones are ``data/models``; `tiny` and `small` are Llamas for a CPU: `tiny` for tests,
+`small` with steps long enough for the model, and not Python, to decide their time on one core.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from adapter_twin.errors import require
+from adapter_twin.errors import AdapterTwinError, require
+from adapter_twin.workload.shipped import facts
+from adapter_twin.workload.strict import Count, Positive, Whole, dataclass, suggestion
 
-BYTES_PER_WEIGHT = 2  # bf16
+Config = dict[str, Any]
 
-
-def _sizes(
-    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int
-) -> dict[str, int]:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-    }
-
-
-_ANY = {
-    "attention_dropout": 0.0,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
+_FUSED = ("Phi3ForCausalLM",)  # one projection for q, k and v, and one for gate and up
+_DENSE = (
+    *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
+    *("GraniteForCausalLM", *_FUSED),
+)
+_EXPERTS = {"MixtralForCausalLM": "num_local_experts", "Qwen3MoeForCausalLM": "num_experts"}
+_TYPES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "phi3": "Phi3ForCausalLM",
 }
-_LLAMA = _ANY | {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
-_CPU_LLAMA = _LLAMA | {
-    "head_dim": 64,
-    "vocab_size": 1024,
-    "max_position_embeddings": 2048,
-    "rope_theta": 10000.0,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-_LLAMA3 = _LLAMA | {
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-    "bos_token_id": 128000,
-    "eos_token_id": [128001, 128008, 128009],
-}
-_ROPE = {
-    "high_freq_factor": 4.0,
-    "low_freq_factor": 1.0,
-    "original_max_position_embeddings": 8192,
-    "rope_type": "llama3",
-}
-_QWEN = _ANY | {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 28,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "sliding_window": 131072,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "vocab_size": 152064,
-}
-
-MODEL_CONFIGS: dict[str, dict[str, Any]] = {
-    "tiny": _CPU_LLAMA | _sizes(128, 320, 2, 2, 1),
-    "small": _CPU_LLAMA | _sizes(256, 704, 4, 4, 2),
-    "llama-3.2-1b": _LLAMA3
-    | _sizes(2048, 8192, 16, 32, 8)
-    | {"head_dim": 64, "tie_word_embeddings": True, "rope_scaling": _ROPE | {"factor": 32.0}},
-    "llama-3.1-8b": _LLAMA3
-    | _sizes(4096, 14336, 32, 32, 8)
-    | {"rope_scaling": _ROPE | {"factor": 8.0}},
-    "qwen-2.5-7b": _QWEN | _sizes(3584, 18944, 28, 28, 4),
-}
-"""Each shape's ``config.json`` by name, for models with random weights."""
+_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """What a model's ``config.json`` says of its size.
+    """A model's size, by its ``config.json``.
 
     Attributes
     ----------
+    architecture : str
+        The first of ``architectures``.
     layers, hidden, intermediate, vocabulary : int
-    kv_width : int
-        Key (or value) width of one layer: KV heads x head size.
+    heads, kv_heads, head_size : int
+        Queries are ``heads * head_size`` wide, keys and values ``kv_heads * head_size``.
     max_model_len : int
         Longest request in tokens.
-    adapts_vocabulary : bool
-        vLLM also gives its embedding and output layers adapter slots (Llama, until 0.10).
+    sliding_window : int, optional
+        Attention reaches back this many tokens only.
+    parameters : int
+        Of all layers and the vocabulary.
+    experts : int
+        Feed-forward networks of a layer to choose from; 0 is one, always used.
+    linear_bits : float
+        Of a weight of a layer's matrices, scales included: 16, or fewer where they are quantised.
+    value_bytes : int
+        Of all other weights, of activations, and of keys and values.
+
+    Examples
+    --------
+    >>> shape = model_shape("llama-3.1-8b")
+    >>> shape.kv_width, shape.kv_bytes_per_token()
+    (1024, 131072)
     """
 
-    layers: int
-    hidden: int
-    intermediate: int
-    kv_width: int
-    vocabulary: int
-    max_model_len: int
-    adapts_vocabulary: bool = False
+    architecture: str
+    layers: Count
+    hidden: Count
+    intermediate: Count
+    vocabulary: Count
+    heads: Count
+    kv_heads: Count
+    head_size: Count
+    max_model_len: Count
+    sliding_window: Count | None = None
+    parameters: Count
+    linear_parameters: Count
+    experts: Whole = 0
+    linear_bits: Positive = 16.0
+    value_bytes: Count = 2
 
     @classmethod
-    def of_config(cls, config: dict[str, Any], *, adapts_vocabulary: bool = False) -> ModelShape:
-        """Read the shape off a ``config.json``."""
-        heads = config["num_attention_heads"]
-        head_size = config.get("head_dim", config["hidden_size"] // heads)
+    def of_config(cls, config: Mapping[str, Any]) -> ModelShape:
+        """Read the shape off a ``config.json``.
+
+        Parameters
+        ----------
+        config : mapping
+            Its content.
+
+        Raises
+        ------
+        AdapterTwinError
+            A key is missing, or the model is of a kind whose memory is not known here.
+        """
+        whole, config = config, {**config, **(config.get("text_config") or {})}
+        architecture = _architecture(config)
+        _require_known(architecture, config)
+        hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+        head_size = config.get("head_dim") or hidden // heads
+        kv_heads = config.get("num_key_value_heads") or heads
+        experts = _size(config, _EXPERTS[architecture]) if architecture in _EXPERTS else 0
+        width = "moe_intermediate_size" if "moe_intermediate_size" in config else None
+        intermediate = _size(config, width or "intermediate_size")
+        layers, vocabulary = _size(config, "num_hidden_layers"), _size(config, "vocab_size")
+        q, kv = heads * head_size, kv_heads * head_size
+        networks = max(experts, 1)
+        linear = layers * (2 * hidden * (q + kv) + 3 * networks * hidden * intermediate)
+        small = layers * (2 * hidden + experts * hidden) + hidden
+        if architecture == "Qwen2ForCausalLM" or config.get("attention_bias"):
+            small += layers * (q + 2 * kv)
+        if architecture.startswith("Qwen3"):
+            small += layers * 2 * head_size  # norms of queries and keys
+        embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
+        slides = config.get("use_sliding_window", True)
+        dtype = config.get("torch_dtype") or config.get("dtype") or "bfloat16"
+        require(dtype in _DTYPE_BYTES, f"torch_dtype: {dtype}{suggestion(dtype, _DTYPE_BYTES)}")
         return cls(
-            layers=config["num_hidden_layers"],
-            hidden=config["hidden_size"],
-            intermediate=config["intermediate_size"],
-            kv_width=config.get("num_key_value_heads", heads) * head_size,
-            vocabulary=config["vocab_size"],
-            max_model_len=config["max_position_embeddings"],
-            adapts_vocabulary=adapts_vocabulary,
+            architecture=architecture,
+            layers=layers,
+            hidden=hidden,
+            intermediate=intermediate,
+            vocabulary=vocabulary,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_size=head_size,
+            max_model_len=_longest(config),
+            sliding_window=(config.get("sliding_window") if slides else None) or None,
+            parameters=linear + small + embeddings,
+            linear_parameters=linear,
+            experts=experts,
+            linear_bits=_linear_bits(whole.get("quantization_config")),
+            # vLLM runs float32 checkpoints in 16 bits as well
+            value_bytes=min(_DTYPE_BYTES[dtype], 2),
         )
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """Keys and values of all layers."""
-        return 2 * self.layers * self.kv_width * BYTES_PER_WEIGHT
+    def kv_width(self) -> int:
+        """Key (or value) width of one layer."""
+        return self.kv_heads * self.head_size
+
+    @property
+    def fused(self) -> bool:
+        """Whether one matrix makes queries, keys and values, and one gate and up."""
+        return self.architecture in _FUSED
+
+    @property
+    def weights_bytes(self) -> float:
+        """Memory of the weights."""
+        others = self.parameters - self.linear_parameters
+        return self.linear_parameters * self.linear_bits / 8 + others * self.value_bytes
+
+    def kv_bytes_per_token(self, kv_cache_dtype: str = "auto", gpus: int = 1) -> int:
+        """Return the memory of a token's keys and values in all layers, on each of `gpus`.
+
+        Parameters
+        ----------
+        kv_cache_dtype : {"auto", "fp8"}
+        gpus : int
+            vLLM's ``tensor_parallel_size``; of fewer heads each GPU has a copy.
+        """
+        width = max(self.kv_heads // gpus, 1) * self.head_size
+        return 2 * self.layers * width * (1 if kv_cache_dtype == "fp8" else self.value_bytes)
 
 
-MODEL_SHAPES = {name: ModelShape.of_config(config) for name, config in MODEL_CONFIGS.items()} | {
-    # the models of the published measurements, on vLLM 0.8.5
-    "llama-3.1-8b-instruct": ModelShape.of_config(
-        MODEL_CONFIGS["llama-3.1-8b"], adapts_vocabulary=True
-    ),
-    "qwen-2.5-7b-instruct": ModelShape.of_config(MODEL_CONFIGS["qwen-2.5-7b"]),
-}
+def _architecture(config: Mapping[str, Any]) -> str:
+    """Return the architecture; the text part of a nested file may tell its type alone."""
+    named = (config.get("architectures") or [None])[0]
+    by_type = _TYPES.get(str(config.get("model_type")))
+    return by_type if "text_config" in config and by_type else str(named or by_type)
 
 
-def model_shape(model: str) -> ModelShape:
-    """Return a model's shape; raise `AdapterTwinError` if the model is not known."""
+def _require_known(architecture: str, config: Mapping[str, Any]) -> None:
+    """Refuse kinds of models whose weights, KV cache or adapters are laid out otherwise."""
+    kinds = {
+        "latent attention (MLA)": config.get("kv_lora_rank"),
+        "attention of several kinds in turn": len(set(config.get("layer_types") or ())) > 1,
+        "state-space layers": config.get("mamba_d_state") or config.get("ssm_cfg"),
+        "an encoder for images": config.get("vision_config"),
+        "an encoder for sound": config.get("audio_config"),
+    }
+    for kind, found in kinds.items():
+        require(not found, f"model: {architecture} has {kind}, which the memory law does not know")
+    known = (*_DENSE, *_EXPERTS)
     require(
-        model in MODEL_SHAPES, f"model: {model!r} is unknown; use one of {', '.join(MODEL_SHAPES)}"
+        architecture in known,
+        f"model: {architecture} is not among the architectures that the memory law knows: "
+        f"{', '.join(known)}",
     )
-    return MODEL_SHAPES[model]
+
+
+def _size(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    require(
+        isinstance(value, int) and not isinstance(value, bool) and value > 0,
+        f"config.json: {key} must be a whole number above 0, got {value!r}",
+    )
+    assert isinstance(value, int)
+    return value
+
+
+def _longest(config: Mapping[str, Any]) -> int:
+    """Return the longest request as vLLM derives it: stretched positions count."""
+    longest = _size(config, "max_position_embeddings")
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type") or scaling.get("type")
+    if kind in ("linear", "dynamic", "yarn"):
+        longest = scaling.get("original_max_position_embeddings") or longest
+        return int(longest * scaling.get("factor", 1))
+    return longest
+
+
+def _linear_bits(quantisation: Mapping[str, Any] | None) -> float:
+    """Return the bits of a weight of a layer's matrices: its own, and its part of the scales."""
+    if not quantisation:
+        return 16.0
+    method = str(quantisation.get("quant_method"))
+    if method == "compressed-tensors":
+        groups = list(quantisation.get("config_groups", {}).values())
+        quantisation = (groups[0].get("weights") if groups else None) or {}
+        quantisation = {"bits": quantisation.get("num_bits"), **quantisation}
+    elif "fp8" in method:
+        return 8.0
+    elif method == "bitsandbytes":
+        quantisation = {"bits": 4 if quantisation.get("load_in_4bit") else 8}
+    elif method not in ("awq", "gptq"):
+        raise AdapterTwinError(
+            f"model: weights quantised by {method!r} are not known here; use awq, gptq, fp8, "
+            "bitsandbytes or compressed-tensors"
+        )
+    bits = quantisation.get("bits")
+    require(isinstance(bits, int), f"config.json: quantization_config names no bits for {method}")
+    assert isinstance(bits, int)
+    group = quantisation.get("group_size") or 0
+    return float(bits) + ((16 + bits) / group if group > 0 else 0)
+
+
+def _key(model: str) -> str:
+    """Return a name without what people write differently: owner, case, hyphens."""
+    return re.sub(r"[^a-z0-9.]", "", model.rsplit("/", 1)[-1].lower())
+
+
+@cache
+def _published() -> dict[str, Config]:
+    """Return the ``config.json`` of the shipped models, by the keys of their published names."""
+    return {
+        _key(name): about["config"] | about.get("differing", {}).get(name, {})
+        for about in facts("models").values()
+        for name in about["huggingface"]
+    }
+
+
+def shipped_models() -> list[str]:
+    """Return the names of the shipped models."""
+    return list(facts("models"))
+
+
+def same_model(one: str, other: str) -> bool:
+    """Return whether two names, Hugging Face's or ours, are of the same model."""
+    return _key(one) == _key(other)
+
+
+def model_config(model: str) -> Config:
+    """Return a model's ``config.json``.
+
+    Parameters
+    ----------
+    model : str
+        A shipped name, a Hugging Face name of it, or the path of a model folder.
+
+    Raises
+    ------
+    AdapterTwinError
+        There is none.
+    """
+    path = Path(model) / "config.json"
+    if model in facts("models"):
+        return dict(facts("models")[model]["config"])
+    if _key(model) in _published():
+        return _published()[_key(model)]
+    if not path.is_file():
+        near = suggestion(model, shipped_models())
+        raise AdapterTwinError(
+            f"model: {model!r} is neither shipped nor a folder with a config.json{near}"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    require(isinstance(config, dict), f"model: {path} is no JSON object; give a model folder")
+    assert isinstance(config, dict)
+    return config
+
+
+@cache
+def model_shape(model: str) -> ModelShape:
+    """Return a model's shape.
+
+    Parameters
+    ----------
+    model : str
+        As for `model_config`.
+
+    Raises
+    ------
+    AdapterTwinError
+        The model is not known, or of a kind that is not.
+    """
+    return ModelShape.of_config(model_config(model))

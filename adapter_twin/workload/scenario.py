@@ -30,8 +30,8 @@ from adapter_twin.workload.strict import (
     function,
 )
 
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""vLLM accepts these values of ``--max-lora-rank``."""
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""vLLM accepts these values of ``--max-lora-rank``, the first since 0.11.1."""
 
 
 def _lora_rank(rank: int) -> int:
@@ -117,26 +117,19 @@ Adapters = Annotated[Many[Adapter], BeforeValidator(_dealt)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """The flags of one vLLM replica.
+class ServeFlags:
+    """The flags of a vLLM replica that do not depend on the adapters, under vLLM's names.
 
     Attributes
     ----------
-    model : str
-    max_loras : int
-        Adapter slots in GPU memory (G): the most distinct adapters in one batch.
-    max_cpu_loras : int, optional
-        Adapters kept in host memory (N, the served adapters); left out, as many as slots.
-    max_lora_rank : int
-        Every slot is reserved at this rank.
     max_num_seqs, max_num_batched_tokens : int
-        Most requests, and most tokens, in one step.
+        Most requests, and most tokens, in one step; the defaults are the reference study's.
     block_size : int
         Tokens per KV block.
     gpu_memory_utilization : float
         Share of the GPU's memory that vLLM may use.
     max_model_len : int, optional
-        Longest request in tokens, prompt and output; left out, the model's own.
+        Longest request in tokens, prompt and output; left out, as the calibration was measured.
     kv_cache_dtype : {"auto", "fp8"}
         Type of keys and values; ``auto`` is the model's own.
     kv_cache_memory_bytes : int, optional
@@ -144,12 +137,12 @@ class EngineConfig:
     tensor_parallel_size : int
         GPUs that share every layer.
     fully_sharded_loras : bool
-        Share the adapters' A matrices among those GPUs as well.
+        Share all of the adapters' matrices among those GPUs.
     lora_target_modules : tuple of str, optional
         Modules that slots are reserved for; left out, all that the engine can adapt.
     enable_prefix_caching : bool, optional
-        Keep KV blocks for later requests that begin alike; left out, as the calibration was
-        measured.
+        Keep KV blocks for later requests that begin alike; left out, as vLLM has it where the
+        traffic has such requests, else as the calibration was measured.
     enable_chunked_prefill : bool
         Let a prompt take several steps.
     long_prefill_token_threshold : int
@@ -160,18 +153,8 @@ class EngineConfig:
         Schedule a step while the one before runs; left out, as the calibration was measured.
     specialize_active_lora : bool
         Capture graphs for several numbers of active adapters.
-
-    Examples
-    --------
-    >>> EngineConfig(model="m", max_loras=64, max_cpu_loras=32, max_lora_rank=16)
-    Traceback (most recent call last):
-    adapter_twin.errors.AdapterTwinError: max_loras: 64 adapter slots exceed max_cpu_loras ...
     """
 
-    model: Text
-    max_loras: Count
-    max_cpu_loras: Count = 0  # the dataclass itself sets what vLLM would
-    max_lora_rank: LoraRank
     max_num_seqs: Count = 2048
     max_num_batched_tokens: Count = 2048
     block_size: Count = 16
@@ -190,17 +173,48 @@ class EngineConfig:
     specialize_active_lora: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_cpu_loras == 0:
-            object.__setattr__(self, "max_cpu_loras", self.max_loras)
-        require(
-            self.max_loras <= self.max_cpu_loras,
-            f"max_loras: {self.max_loras} adapter slots exceed max_cpu_loras (served adapters) "
-            f"= {self.max_cpu_loras}; lower the slots or serve more adapters",
-        )
         require(
             self.max_num_batched_tokens >= self.max_num_seqs,
             f"max_num_batched_tokens: must be at least max_num_seqs = {self.max_num_seqs}, "
             f"got {self.max_num_batched_tokens}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig(ServeFlags):
+    """One vLLM replica: a model, its adapter slots, and the other flags.
+
+    Attributes
+    ----------
+    model : str
+    max_loras : int
+        Adapter slots in GPU memory (G): the most distinct adapters in one batch. 0 is an engine
+        without adapters.
+    max_cpu_loras : int, optional
+        Adapters kept in host memory (N, the served adapters); left out, as many as slots.
+    max_lora_rank : int
+        Every slot is reserved at this rank.
+
+    Examples
+    --------
+    >>> EngineConfig(model="m", max_loras=64, max_cpu_loras=32, max_lora_rank=16)
+    Traceback (most recent call last):
+    adapter_twin.errors.AdapterTwinError: max_loras: 64 adapter slots exceed max_cpu_loras ...
+    """
+
+    model: Text
+    max_loras: Whole
+    max_cpu_loras: Count = 0  # left out: `__post_init__` takes what vLLM does
+    max_lora_rank: LoraRank = 16
+
+    def __post_init__(self) -> None:
+        ServeFlags.__post_init__(self)  # no super(): slots make another class of this one
+        if self.max_cpu_loras == 0:
+            object.__setattr__(self, "max_cpu_loras", self.max_loras)
+        require(
+            self.max_loras <= self.max_cpu_loras,
+            f"max_loras: {self.max_loras} adapter slots exceed max_cpu_loras = "
+            f"{self.max_cpu_loras}, the adapters kept in host memory; lower the slots or raise it",
         )
 
 
@@ -386,6 +400,11 @@ class Scenario:
 def check_ranks(engine: EngineConfig, workload: Workload) -> None:
     """Raise `AdapterTwinError` if an adapter does not fit in the engine's slots."""
     for adapter in workload.adapters:
+        require(
+            engine.max_loras > 0 or adapter.request_rate == 0,
+            f"engine.max_loras: 0 slots serve the base model alone, and {adapter.name} has "
+            "requests; give slots or leave the adapter out",
+        )
         require(
             adapter.rank <= engine.max_lora_rank,
             f"engine.max_lora_rank: {adapter.name} has rank {adapter.rank}, above max_lora_rank "

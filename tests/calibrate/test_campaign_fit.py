@@ -21,10 +21,13 @@ from adapter_twin.service.predict import predict
 from adapter_twin.service.validate import validate_runs
 from adapter_twin.tables import datasets
 from adapter_twin.twin.simulate import simulate_run
+from adapter_twin.workload.scenario import EngineConfig
 from study import ch07_campaign
 
 LAUNCH_MS, TOKEN_MS, ADAPTED_MS, ADAPTED_TOKEN_MS, PADDED_MS = 7.0, 0.5, 5.0, 0.25, 0.0625
 OVERHEAD_MS = 11.0
+
+MACHINE = {"gpu": "cpu", "engine_version": "0.32.0", "memory_gib": 0.0, "source": {}}
 
 
 def micro_steps() -> pd.DataFrame:
@@ -158,14 +161,14 @@ def tables() -> dict[str, pd.DataFrame]:
         "engine_starts": engine_starts(),
         "runs": runs().assign(median_ttft_ms=100.0, completed_requests=9, sent_requests=9),
     }
-    truth = calibrate_campaign(made, "small", gpu="cpu", engine_version="0", source={})
+    truth = calibrate_campaign(made, "small", **MACHINE)
     truth.front_end.overhead_ms_, truth.front_end.overhead_per_running_ms_ = OVERHEAD_MS, 0.0
     return made | {"runs": measure(made["runs"], truth)}
 
 
 @pytest.fixture(scope="module")
 def fitted(tables: dict[str, pd.DataFrame]) -> Calibration:
-    return calibrate_campaign(tables, "small", gpu="cpu", engine_version="0.32.0", source={})
+    return calibrate_campaign(tables, "small", **MACHINE)
 
 
 def test_the_form_of_a_cpu_is_found_and_its_coefficients_recovered(fitted: Calibration) -> None:
@@ -178,7 +181,9 @@ def test_the_form_of_a_cpu_is_found_and_its_coefficients_recovered(fitted: Calib
 
 
 def test_a_kv_cache_of_its_own_does_not_shrink_with_the_slots(fitted: Calibration) -> None:
-    assert fitted.memory.kv_cache_tokens([2, 512], [8, 256]).tolist() == [131072, 131072]
+    for slots, rank in ((2, 8), (512, 256)):
+        engine = EngineConfig(model="small", max_loras=slots, max_lora_rank=rank)
+        assert fitted.memory.kv_cache_tokens(engine) == 131072
     assert fitted.memory.max_model_len_ == 1024
 
 
@@ -189,7 +194,12 @@ def test_the_overhead_comes_from_runs_that_are_not_held_out(
     told = tables["runs"].copy()
     told.loc[told.held_out, "median_ttft_ms"] = 1e6
     again = calibrate_campaign(
-        tables | {"runs": told}, "small", gpu="cpu", engine_version="0", source={}
+        tables | {"runs": told},
+        "small",
+        gpu="cpu",
+        engine_version="0.8.5",
+        memory_gib=0.0,
+        source={},
     )
     assert again.front_end.overhead_ms_ == fitted.front_end.overhead_ms_
 
@@ -261,14 +271,19 @@ def test_one_profiled_engine_cannot_tell_the_forms_apart(tables: dict[str, pd.Da
     steps = tables["micro_steps"]
     one = tables | {"micro_steps": steps[steps["engine_id"] == steps["engine_id"].iloc[0]]}
     with pytest.raises(AdapterTwinError, match=r"micro_steps: of 1 engine; .* add one"):
-        calibrate_campaign(one, "small", gpu="cpu", engine_version="0", source={})
+        calibrate_campaign(one, "small", **MACHINE)
 
 
 def test_too_few_light_runs_are_refused_with_a_remedy(tables: dict[str, pd.DataFrame]) -> None:
     starved = tables["runs"].assign(waiting_mean=50.0)
     with pytest.raises(AdapterTwinError, match="add lightly loaded runs"):
         calibrate_campaign(
-            tables | {"runs": starved}, "small", gpu="cpu", engine_version="0", source={}
+            tables | {"runs": starved},
+            "small",
+            gpu="cpu",
+            engine_version="0.8.5",
+            memory_gib=0.0,
+            source={},
         )
 
 
@@ -283,4 +298,4 @@ def test_a_gpu_is_named_as_calibrations_name_it() -> None:
 )
 def test_engines_from_0_19_on_admit_a_prompt_only_whole(version: str, reserves: bool) -> None:
     shipped = load_calibration("auto", "small")
-    assert replace(shipped, engine_version=version).reserves_prompts is reserves
+    assert replace(shipped, engine_version=version).version.reserves_prompts is reserves

@@ -15,6 +15,7 @@ from adapter_twin.laws.loading import LoadingLaw
 from adapter_twin.laws.memory import MemoryLaw
 from adapter_twin.laws.scheduling import SchedulingLaw, of_scheduler_runs
 from adapter_twin.tables import datasets
+from adapter_twin.workload.models import model_shape
 
 DATA = datasets.REPOSITORY / "data"
 OWN = {"small@cpu-vllm0.32.0": DATA / "campaigns" / "cpu-small"}
@@ -74,7 +75,9 @@ def test_laws_that_take_no_simulation_come_out_of_the_published_tables(name: str
     lengths.throughput_error_percent_ = shipped.lengths.throughput_error_percent_
     refitted = replace(
         shipped,
-        memory=MemoryLaw(model).fit(tables["memory"]),
+        memory=MemoryLaw(model_shape(model), "0.8.5", 63.43).fit(
+            tables["memory"].query("model == @model")
+        ),
         loading=LoadingLaw(model).fit(tables["adapter_loads"]),
         scheduling=SchedulingLaw().fit(of_scheduler_runs(tables["scheduler_runs"])),
         early_stop=EarlyStopLaw().fit(light, tables["series"]),

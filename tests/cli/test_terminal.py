@@ -129,7 +129,7 @@ RATES = ("workload", "adapters", "request_rates")
     [
         (CONFIG, ("engine", "max_lorra"), 8, ("engine.max_lorra", "did you mean 'max_loras'")),
         (CONFIG, ("engine", "max_loras"), 64, ("engine.max_loras", "lower the slots")),
-        (CONFIG, ("engine", "model"), "llama-3.1-8b", ("none for llama-3.1-8b", LLAMA)),
+        (CONFIG, ("engine", "model"), "llama-3.1-8b", ("'llama-3.1-8b' has no calibration", LLAMA)),
         (CONFIG, ("engine", "model"), "gpt", ("model: 'gpt'", LLAMA)),
         (CONFIG, RATES, "0.1-0.05", (".".join(RATES), "expected a list")),
         (CONFIG, RATES, ["0.1"], (".".join(RATES), "not in quotes")),
@@ -190,7 +190,7 @@ def test_what_is_no_configuration_at_all_is_refused(
         (("place", "demand.yaml", "--margin", "2"), ("margin: must be below 0.1",)),
         (("place", "demand.yaml", "--replicate-above", "0"), ("replicate_above: got 0.0",)),
         (("place", "demand.yaml", "--picture", "p.bmp"), ("p.bmp", ".png")),
-        (("place", "config.yaml"), ("engine: unknown key", "adapters")),
+        (("place", "config.yaml"), ("engine.max_cpu_loras: unknown key", "max_num_seqs")),
         (("train", ".", "--out", "models"), ("run adapter-twin sweep first",)),
         (("calibrate", ".", "--out", "c.json"), ("runs.parquet: not found",)),
         (("predict", ".", "--out", "p.csv"), ("is a folder",)),

@@ -222,7 +222,9 @@ def test_what_cannot_be_placed_is_named_in_one_line(changes: dict[str, Any], mes
 def test_an_adapter_too_wide_for_the_gpu_is_named() -> None:
     calibration = Oracle(demand([1.0], [8])).calibration
     memory = copy(calibration.memory)
-    memory.available_gib_ = 17.0  # less than one request of the longest length and one wide slot
+    memory.reserve_gib_ += (
+        20.0  # leaves less than one request of the longest length and one wide slot
+    )
     small = replace(calibration, memory=memory)
     with pytest.raises(AdapterTwinError, match="no GPU serves a1: one slot of rank 512 leaves"):
         Oracle(demand([1.0, 1.0], [8, 512]), small)

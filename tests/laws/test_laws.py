@@ -16,6 +16,7 @@ from adapter_twin.laws.scheduling import SchedulingLaw
 from adapter_twin.laws.step_time import StepTimeLaw
 from adapter_twin.service.perfetto import step_starts_s
 from adapter_twin.twin.simulate import draw_requests, simulate, simulate_run
+from adapter_twin.workload.models import model_shape
 from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, deal_adapters
 from study.ch01_to_06 import configurations
 
@@ -99,12 +100,13 @@ def test_the_twin_serves_outputs_that_stop_early(shipped: Calibration) -> None:
 
 
 def test_the_kv_cache_holds_whole_blocks_only() -> None:
-    law = MemoryLaw(LLAMA)  # 32 layers x (K and V) x 8 heads x 128 x 2 bytes: 128 KiB a token
+    # 32 layers x (K and V) x 8 heads x 128 x 2 bytes: 128 KiB a token
+    law = MemoryLaw(model_shape(LLAMA), "0.8.5", 0.0)
     law.slots_ = "apart"
     block_gib = 16 * 128 / 2**20
     for blocks, whole in ((10.0, 10), (10.99, 10), (9.99, 9)):
-        law.available_gib_ = blocks * block_gib
-        assert law.kv_cache_tokens(4, 8) == 16 * whole
+        law.total_gib = blocks * block_gib
+        assert law.kv_cache_tokens(EngineConfig(model=LLAMA, max_loras=4)) == 16 * whole
 
 
 def test_a_step_costs_what_the_law_says_at_the_rank_of_its_slots(shipped: Calibration) -> None:

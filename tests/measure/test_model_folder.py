@@ -15,7 +15,7 @@ from adapter_twin.measure.model_folder import (
     write_adapters,
     write_model,
 )
-from adapter_twin.workload.models import MODEL_CONFIGS, MODEL_SHAPES
+from adapter_twin.workload.models import model_config, model_shape
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def model(no_engine: None, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen-2.5-7b"])
 def test_a_published_shape_is_the_one_whose_memory_the_twin_accounts_for(name: str) -> None:
-    config, known = MODEL_CONFIGS[name], MODEL_SHAPES[f"{name}-instruct"]
+    config, known = model_config(name), model_shape(f"{name}-instruct")
     head = config["hidden_size"] // config["num_attention_heads"]
     assert config["num_hidden_layers"] == known.layers
     assert config["hidden_size"] == known.hidden
@@ -54,7 +54,7 @@ def test_a_complete_model_folder_is_left_as_it_is(model: Path) -> None:
     before = files(model)
     assert write_model("tiny", model) == model
     assert files(model) == before
-    assert check_model(model) == MODEL_CONFIGS["tiny"]
+    assert check_model(model) == model_config("tiny")
 
 
 def test_an_incomplete_model_folder_is_written_again(model: Path) -> None:
@@ -144,7 +144,7 @@ def test_an_adapter_without_weights_is_refused(model: Path, tmp_path: Path) -> N
 
 @pytest.mark.live
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("shape", MODEL_CONFIGS)
+@pytest.mark.parametrize("shape", ["tiny", "small", "llama-3.2-1b", "llama-3.1-8b", "qwen-2.5-7b"])
 def test_the_engine_reads_every_shape(shape: str, tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     from transformers import AutoConfig, AutoTokenizer
@@ -167,6 +167,6 @@ def test_adapter_weights_have_the_layout_of_peft(tmp_path: Path) -> None:
     with safe_open(adapter / "adapter_model.safetensors", "pt") as weights:
         shapes = {name: tuple(weights.get_tensor(name).shape) for name in weights.keys()}  # noqa: SIM118
     layer = "base_model.model.model.layers.1"
-    assert len(shapes) == 2 * 7 * MODEL_CONFIGS["tiny"]["num_hidden_layers"]
+    assert len(shapes) == 2 * 7 * model_config("tiny")["num_hidden_layers"]
     assert shapes[f"{layer}.mlp.down_proj.lora_A.weight"] == (4, 320)
     assert shapes[f"{layer}.self_attn.k_proj.lora_B.weight"] == (64, 4)

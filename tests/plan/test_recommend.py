@@ -127,7 +127,7 @@ def test_what_is_expected_comes_true_in_a_simulated_hour(
     asked, answer = served
     run = simulate(
         asked.workload(3600.0),
-        asked.engine(answer["adapter_slots"]),
+        asked.engine_with(answer["adapter_slots"]),
         warmed_up(load_calibration("auto", LLAMA)),
         seed=99,
     )
@@ -150,7 +150,7 @@ def test_an_interval_is_students_over_windows_and_the_twins_error(
 ) -> None:
     asked, answer = served
     calibration = warmed_up(load_calibration("auto", LLAMA))
-    engine = asked.engine(answer["adapter_slots"])
+    engine = asked.engine_with(answer["adapter_slots"])
     windows = [
         serve(draw_traffic(asked, calibration, seed=seed), engine, calibration).figures
         for seed in range(REPLICATIONS)
@@ -179,7 +179,7 @@ def test_the_same_demand_gets_the_same_answer(served: tuple[Demand, dict[str, An
 
 
 def test_flags_are_those_of_the_engines() -> None:
-    engine = demand(12, 0.1).engine(8)
+    engine = demand(12, 0.1).engine_with(8)
     words = " ".join(vllm_args(engine))
     assert words.startswith("--enable-lora --max-loras 8 --max-cpu-loras 12 --max-lora-rank 16 ")
     assert "--max-num-seqs 2048 --max-num-batched-tokens 2048" in words
@@ -208,7 +208,7 @@ def test_the_errors_of_the_twin_are_the_recorded_ones() -> None:
 def test_service_is_that_of_requests_after_the_warm_up() -> None:
     calibration = warmed_up(load_calibration("auto", LLAMA))
     traffic = draw_traffic(demand(8, 0.5), calibration, seed=0)
-    window = serve(traffic, demand(8, 0.5).engine(8), calibration)
+    window = serve(traffic, demand(8, 0.5).engine_with(8), calibration)
     assert window.records.arrival_s.min() >= WARM_UP_S
     assert len(window.records) == (traffic.trace.arrival_s >= WARM_UP_S).sum()
     waits_ms = 1e3 * (window.records.first_token_s - window.records.arrival_s)
@@ -386,7 +386,10 @@ def test_constant_lengths_of_a_log_are_planned_with(load: Callable[..., Demand])
         ({"slots": [4]}, "slots: all are above the number of adapters, 2"),
         ({"slots": [0, 1]}, r"slots\[0\]: must be at least 1, got 0"),
         ({"seed": -1}, "seed: must be at least 0"),
-        ({"max_num_seqs": 4096}, "max_num_batched_tokens: must be at least max_num_seqs"),
+        (
+            {"engine": {"max_num_seqs": 4096}},
+            "engine.max_num_batched_tokens: must be at least max_num_seqs",
+        ),
         ({"arrivals": {"process": "trace", "path": "x"}}, "arrivals.process: trace cannot be"),
     ],
 )

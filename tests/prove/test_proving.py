@@ -17,7 +17,7 @@ from scipy import stats
 
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
-from adapter_twin.laws.memory import MemoryLaw, slots_bytes
+from adapter_twin.laws.memory import MemoryLaw, layer_slots_bytes
 from adapter_twin.learn import slots_tree
 from adapter_twin.measure import run_campaign as campaign_runner
 from adapter_twin.measure.campaign import load_campaign
@@ -36,7 +36,7 @@ from adapter_twin.prove.rivals import METHODS, Study, load_study, plain
 from adapter_twin.tables import datasets
 from adapter_twin.twin.records import Records
 from adapter_twin.workload.models import model_shape
-from adapter_twin.workload.scenario import Lengths, Slo, zipf_adapters
+from adapter_twin.workload.scenario import EngineConfig, Lengths, Slo, zipf_adapters
 from study.ch15_proof import bars, by_popularity, pairs, per_adapter, waits
 from study.figures import proofs
 
@@ -55,9 +55,7 @@ WORKLOAD: dict[str, Any] = {
         "cv": 0.6,
     },
     "slo": {"ttft_ms": 1000, "itl_ms": 100, "percentile": 90},
-    "max_num_seqs": 64,
-    "max_num_batched_tokens": 512,
-    "block_size": 128,
+    "engine": {"max_num_seqs": 64, "max_num_batched_tokens": 512, "block_size": 128},
 }
 HOPELESS = {"count": 12, "request_rates": [20], "ranks": [32]}
 
@@ -115,7 +113,7 @@ class TwinAsEngine:
         flags, _ = self.now
         hopeless = len(trace) > 1000
         demand = load_demand(self.folder / f"{'hopeless' if hopeless else 'light'}.yaml")
-        engine, workload = demand.engine(flags.max_loras), demand.workload(duration_s)
+        engine, workload = demand.engine_with(flags.max_loras), demand.workload(duration_s)
         records = simulate_quietly(workload, engine, self.laws, seed, trace).records
         return ServedRun(
             row={"status": "ok", "total_throughput": 1.0, "duration_s": duration_s},
@@ -230,12 +228,15 @@ def demand(**changes: Any) -> Demand:
     return Demand(**({"model": "small", "adapters": adapters, "lengths": lengths} | changes))
 
 
+def small_engine(slots: int, rank: int) -> EngineConfig:
+    return EngineConfig(model="small", max_loras=slots, max_lora_rank=rank, block_size=128)
+
+
 def test_rules_of_thumb_are_what_operators_use() -> None:
-    memory = MemoryLaw("small")
-    memory.slots_, memory.max_model_len_, memory.kept_tokens_ = "bytes", 1024, 0
-    slot = slots_bytes(model_shape("small"), 1, 16)
-    kv = 1024 * model_shape("small").kv_bytes_per_token
-    memory.available_gib_ = (9 * slot + kv) / 2**30
+    shape = model_shape("small")
+    taken = layer_slots_bytes(small_engine(9, 16), shape) + 1024 * shape.kv_bytes_per_token()
+    memory = MemoryLaw(shape, "0.32.0", taken / 2**30)
+    memory.slots_, memory.max_model_len_ = "bytes", 1024
     rules = rivals.rules_of_thumb(demand(), memory)
     assert rules == {"G = N": 12, "G = 8": 8, "G = N/4": 3, "largest that starts": 9}
 
@@ -585,14 +586,15 @@ def test_slots_and_kv_cache_share_a_cpus_memory_to_the_byte(tmp_path: Path) -> N
     for group in groups(campaign):
         for piece in group:
             flags = piece.flags
-            taken = slots_bytes(shape, flags.max_loras, flags.max_lora_rank) / 2**30
+            slots = small_engine(flags.max_loras, flags.max_lora_rank)
+            taken = layer_slots_bytes(slots, shape) / 2**30
             assert flags.cpu_kv_cache_gib + taken == pytest.approx(campaign.cpu_memory_gib)
     content = yaml.safe_load(
         (datasets.REPOSITORY / "experiments" / "campaigns" / "cpu-memory.yaml").read_text()
     )
     for change, message in (
         ({"cpu_memory_gib": 0.01}, "micro.engines[1].max_loras: 48 slots of rank 8 take"),
-        ({"model": str(tmp_path)}, "cpu_memory_gib: only for the shapes"),
+        ({"model": str(tmp_path)}, "cpu_memory_gib: only for a shipped shape"),
     ):
         (tmp_path / "config.json").write_text('{"vocab_size": 100}')
         (tmp_path / "campaign.yaml").write_text(yaml.safe_dump(content | change))
@@ -613,19 +615,23 @@ def test_the_memory_law_tells_shared_memory_from_a_kv_cache_of_its_own() -> None
             "block_size": 128,
         }
     )
-    taken = np.array([slots_bytes(shape, g, r) / 2**30 for g, r in ((2, 8), (48, 8), (24, 32))])
-    asked = 0.05 - taken
-    tokens = np.floor(asked * 2**30 / shape.kv_bytes_per_token / 128) * 128
-    law = MemoryLaw("small").fit(starts.assign(cpu_kv_cache_gib=asked, kv_cache_tokens=tokens))
+    engines = [small_engine(*pair) for pair in ((2, 8), (48, 8), (24, 32))]
+    asked = 0.05 - np.array([layer_slots_bytes(one, shape) / 2**30 for one in engines])
+    tokens = np.floor(asked * 2**30 / shape.kv_bytes_per_token() / 128) * 128
+    law = MemoryLaw(shape, "0.32.0", 0.0)
+    law.fit(starts.assign(cpu_kv_cache_gib=asked, kv_cache_tokens=tokens))
     assert law.slots_ == "bytes"
-    assert law.available_gib_ == pytest.approx(0.05, rel=0.01)
-    assert law.kv_cache_tokens(24, 32) == pytest.approx(tokens[2], rel=0.01)
-    law.available_gib_ = slots_bytes(shape, 8, 8) / 2**30 + law.kv_gib(1024 + 128)
-    assert law.starts(8, 8)
-    law.available_gib_ -= law.kv_gib(128)
-    assert not law.starts(8, 8), "a block is the engine's own"
+    assert law.total_gib == pytest.approx(0.05)
+    assert [law.kv_cache_tokens(one) for one in engines] == tokens.tolist()
+    least = small_engine(8, 8)
+    block_gib = law.block_gib(least)
+    # half a block more, lest rounding decides
+    law.total_gib = layer_slots_bytes(least, shape) / 2**30 + (8 + 1.5) * block_gib
+    assert law.starts(least)
+    law.total_gib -= block_gib
+    assert not law.starts(least), "a block is the engine's own"
     same = starts.assign(cpu_kv_cache_gib=0.25, kv_cache_tokens=0.25 * 2**30 / 2048)
-    assert MemoryLaw("small").fit(same).slots_ == "apart"
+    assert MemoryLaw(shape, "0.32.0", 0.0).fit(same).slots_ == "apart"
 
 
 @pytest.mark.live

@@ -62,8 +62,8 @@ def test_a_refit_sees_nothing_beyond_the_cut(monkeypatch: pytest.MonkeyPatch) ->
         "without_copies",
         lambda law, tables, runs, jobs: seen.update(again=runs) or law,
     )
-    slots = pd.DataFrame({"adapter_slots": [8, 32, 64]})
-    runs = slots.assign(model=LLAMA, status="ok", client_collapsed=False)
+    slots = pd.DataFrame({"adapter_slots": [8, 32, 64], "model": LLAMA})
+    runs = slots.assign(status="ok", client_collapsed=False)
     tables = {"memory": slots, "runs": runs, "base_steps": pd.DataFrame({"ms": [1, 2]})}
     calibration = load_calibration("auto", LLAMA)
     refit = ch14_limits.refit_below(calibration, tables, ("adapter_slots", 32))

@@ -13,6 +13,7 @@ from adapter_twin.plan.grid import grid_runs
 from adapter_twin.service.metrics import summarize
 from adapter_twin.twin.simulate import simulate_run
 from adapter_twin.workload.files import records
+from adapter_twin.workload.scenario import EngineConfig
 from study import ch11_sensitivity
 from study.ch11_sensitivity import FACTORS, answer, perturbed, sobol_indices
 
@@ -50,7 +51,6 @@ def numbers(value: Any, path: str = "") -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("factor", "multiplied"),
     [
-        ("kv_memory", "memory/available_gib_"),
         (
             "loading",
             "loading/full_slot_ms_ loading/padded_slot_ms_ loading/read_ms_ "
@@ -188,14 +188,22 @@ def test_samples_that_are_no_power_of_two_are_refused(
         sobol_indices(MIX, calibration, LIGHT, samples=samples)
 
 
+def test_less_memory_is_less_for_slots_and_kv_cache(calibration: Calibration) -> None:
+    engine = EngineConfig(model=calibration.model, max_loras=8)
+    less = perturbed(calibration, {"kv_memory": 0.9}).memory
+    assert less.shared_gib(engine) == pytest.approx(0.9 * calibration.memory.shared_gib(engine))
+    assert less.version == calibration.memory.version
+
+
 def test_an_unknown_factor_is_refused(calibration: Calibration) -> None:
     with pytest.raises(AdapterTwinError, match="did you mean 'loading'"):
         perturbed(calibration, {"loadings": 1.1})
 
 
 def test_a_start_that_the_least_memory_refuses_is_refused_at_once(calibration: Calibration) -> None:
-    assert calibration.memory.starts(208, 16)
-    with pytest.raises(AdapterTwinError, match="lower max_loras"):
+    engine = EngineConfig(model=calibration.model, max_loras=208, max_lora_rank=16)
+    assert calibration.memory.starts(engine)
+    with pytest.raises(AdapterTwinError, match="lower max_model_len"):
         sobol_indices(MIX, calibration, (208, 208), samples=2)
 
 

@@ -62,7 +62,7 @@ def test_a_run_that_never_started_may_lack_duration_and_lengths() -> None:
         ("adapter_slots", 0, "must be at least 1"),
         ("adapter_slots", 1.5, "must be a whole number"),
         ("served_adapters", None, "must be a whole number"),
-        ("max_lora_rank", 12, "must be one of 8, 16"),
+        ("max_lora_rank", 12, "must be one of 1, 8, 16"),
         ("max_lora_rank", 8, "a rank exceeds max_lora_rank"),
         ("rates_per_adapter", "-0.1-0.05", "must look like 0.1-0.05-0.025"),
         ("ranks", "8,16", "must look like 8-16"),

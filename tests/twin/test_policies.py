@@ -545,4 +545,5 @@ def test_simulate_takes_a_policy(policy: Policy) -> None:
 def test_an_adapter_takes_blocks_in_proportion_to_its_rank() -> None:
     memory = load_calibration("auto", model="llama-3.1-8b-instruct").memory
     # 2 x 81,920 weights of 32 layers per rank in blocks of 16 tokens of 128 KiB
-    assert memory.adapter_blocks(np.array([8, 16, 32]), 16).tolist() == [20, 40, 80]
+    engine = EngineConfig(model="llama-3.1-8b-instruct", max_loras=1)
+    assert memory.adapter_blocks(np.array([8, 16, 32]), engine).tolist() == [20, 40, 80]

@@ -94,7 +94,7 @@ def refused(action, *words):
     ("change", "words"),
     [
         ({"max_loras": 97}, ("max_loras", "97", "max_cpu_loras", "96")),
-        ({"max_loras": 0}, ("max_loras", "at least 1")),
+        ({"max_loras": -1}, ("max_loras", "at least 0")),
         ({"max_lora_rank": 24}, ("max_lora_rank", "24", "32")),
         ({"max_num_seqs": 4096}, ("max_num_batched_tokens", "max_num_seqs")),
         ({"gpu_memory_utilization": 1.1}, ("gpu_memory_utilization",)),
@@ -285,7 +285,7 @@ scenarios = st.builds(
         model=st.sampled_from(["a", "llama-3.1-8b-instruct"]),
         max_loras=st.integers(1, 8),
         max_cpu_loras=st.integers(8, 64),
-        max_lora_rank=st.sampled_from(LORA_RANKS),
+        max_lora_rank=st.sampled_from(LORA_RANKS[1:]),
         max_num_seqs=st.integers(1, 2048),
         gpu_memory_utilization=st.floats(0.1, 1),
     ),

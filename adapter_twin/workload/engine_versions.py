@@ -1,0 +1,177 @@
+"""Versions of the engine: what each one takes, gives slots to, and keeps for itself."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from adapter_twin.errors import require
+from adapter_twin.workload.shipped import facts
+from adapter_twin.workload.strict import (
+    Count,
+    Many,
+    NotNegative,
+    Some,
+    Text,
+    Whole,
+    dataclass,
+    read,
+)
+
+if TYPE_CHECKING:
+    from adapter_twin.workload.scenario import EngineConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptMemory:
+    """What a version holds of a GPU's memory beside weights, slots and KV cache.
+
+    Attributes
+    ----------
+    logit_bytes : float
+        Of the sampler, per entry of the vocabulary and request of a full batch.
+    intermediate_bytes, hidden_bytes : float
+        Of a forward pass, per token and entry of a layer's widths; the larger of both counts.
+    reserve_gib, lora_reserve_gib : float
+        Always, and with adapters.
+    """
+
+    logit_bytes: NotNegative
+    intermediate_bytes: NotNegative
+    hidden_bytes: NotNegative
+    reserve_gib: float
+    lora_reserve_gib: NotNegative
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchDefaults:
+    """What ``vllm serve`` takes for flags left out, on GPUs from a size on.
+
+    Attributes
+    ----------
+    memory_gib : float
+        Least memory of the GPU.
+    not_named : str, optional
+        Not on GPUs with this in their name.
+    max_num_seqs, max_num_batched_tokens : int
+    """
+
+    memory_gib: NotNegative
+    not_named: Text | None = None
+    max_num_seqs: Count
+    max_num_batched_tokens: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineVersion:
+    """One version of vLLM, as ``data/engines`` tells of it.
+
+    Attributes
+    ----------
+    version : str
+    max_lora_ranks : tuple of int
+        What ``--max-lora-rank`` takes.
+    vocabulary_slots : tuple of str
+        Architectures whose embedding and output layers have adapter slots as well.
+    extra_vocabulary : int
+        Rows of new tokens that a slot of those has room for.
+    reserves_prompts : bool
+        A prompt is admitted when KV blocks for all of it are free, not for its first chunk.
+    async_scheduling : bool
+        A step is scheduled while the one before runs, on a GPU.
+    estimates_graphs : bool
+        An estimate of the CUDA graphs' memory is taken off the KV cache, unless
+        ``--kv-cache-memory-bytes`` is given.
+    lacks : tuple of str
+        Flags of `adapter_twin.workload.scenario.ServeFlags` that it does not have.
+    defaults : tuple of BatchDefaults
+        The first that fits a GPU holds.
+    memory : KeptMemory
+    source : str
+    """
+
+    version: Text
+    max_lora_ranks: Some[Count]
+    vocabulary_slots: Many[Text]
+    extra_vocabulary: Whole
+    reserves_prompts: bool
+    async_scheduling: bool
+    estimates_graphs: bool
+    lacks: Many[Text]
+    defaults: Annotated[Many[BatchDefaults], Field(min_length=1)]
+    memory: KeptMemory
+    source: Text
+
+    def require_known(self, engine: EngineConfig) -> None:
+        """Raise `AdapterTwinError` where this version does not take an engine's flags."""
+        require(
+            engine.max_lora_rank in self.max_lora_ranks,
+            f"engine.max_lora_rank: vLLM {self.version} takes one of {self.max_lora_ranks}, "
+            f"got {engine.max_lora_rank}",
+        )
+        for flag in self.lacks:
+            require(
+                getattr(engine, flag) in (None, False),
+                f"engine.{flag}: vLLM {self.version} has no such flag; leave it out",
+            )
+
+    def batch_defaults(self, gpu: str, memory_gib: float) -> dict[str, int]:
+        """Return ``max_num_seqs`` and ``max_num_batched_tokens`` of ``vllm serve`` on a GPU.
+
+        Parameters
+        ----------
+        gpu : str
+            Its name.
+        memory_gib : float
+
+        Examples
+        --------
+        >>> engine_version("0.32.0").batch_defaults("NVIDIA A100-SXM4-80GB", 79.3)
+        {'max_num_seqs': 256, 'max_num_batched_tokens': 2048}
+        """
+        fits = (
+            one
+            for one in self.defaults
+            if memory_gib >= one.memory_gib
+            and (one.not_named is None or one.not_named not in gpu.lower())
+        )
+        found = next(fits)
+        return {
+            "max_num_seqs": found.max_num_seqs,
+            "max_num_batched_tokens": found.max_num_batched_tokens,
+        }
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
+
+
+@cache
+def engine_version(version: str) -> EngineVersion:
+    """Return what holds for a version: the newest of ``data/engines`` that is not newer.
+
+    Parameters
+    ----------
+    version : str
+        As ``0.32.0``, ``vllm-0.32.0`` or ``0.32.0+cpu``.
+
+    Raises
+    ------
+    AdapterTwinError
+        It is no version, or older than all.
+
+    Examples
+    --------
+    >>> engine_version("vllm-0.20.1").version
+    '0.19.0'
+    """
+    known = sorted((_release(file["version"]), file) for file in facts("engines").values())
+    release = _release(version)
+    names = ", ".join(file["version"] for _, file in known)
+    require(bool(release), f"engine: {version!r} is no version of vLLM; use one from {names}")
+    older = [file for its_release, file in known if its_release <= release]
+    require(bool(older), f"engine: nothing is known of vLLM {version}; use one from {names}")
+    return read(EngineVersion, older[-1])

@@ -1,0 +1,42 @@
+"""GPUs: what ``data/gpus`` tells of each kind."""
+
+from __future__ import annotations
+
+from adapter_twin.errors import require
+from adapter_twin.workload.shipped import facts
+from adapter_twin.workload.strict import suggestion
+
+
+def gpu_memory_gib(gpu: str) -> float:
+    """Return a GPU's memory in GiB, as the engine sees it.
+
+    Parameters
+    ----------
+    gpu : str
+        A name of ``data/gpus``, or the memory itself, as ``47.4``.
+
+    Raises
+    ------
+    AdapterTwinError
+        It is neither.
+
+    Examples
+    --------
+    >>> gpu_memory_gib("l40s"), gpu_memory_gib("23.5")
+    (44.4, 23.5)
+    """
+    known = facts("gpus")
+    if gpu in known:
+        return float(known[gpu]["memory_gib"])
+    try:
+        memory_gib = float(gpu)
+    except ValueError:
+        memory_gib = 0.0
+    choices = suggestion(gpu, known)
+    require(0 < memory_gib < 1e6, f"gpu: {gpu!r} is neither GiB of memory nor a known GPU{choices}")
+    return memory_gib
+
+
+def gpu_name(gpu: str) -> str:
+    """Return the name that the driver reports for a GPU of ``data/gpus``, else what is given."""
+    return str(facts("gpus").get(gpu, {}).get("name", gpu))
