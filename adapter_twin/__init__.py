@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for type checkers and editors; who imports gets them from `__getattr__`
     from adapter_twin.errors import AdapterTwinError
     from adapter_twin.fleet.place import place
-    from adapter_twin.laws.calibration import Calibration, list_calibrations, load_calibration
+    from adapter_twin.laws.calibration import Calibration, load_calibration
     from adapter_twin.plan.demand import Demand, load_demand
     from adapter_twin.plan.optimum import optimum
     from adapter_twin.plan.recommend import recommend
     from adapter_twin.service.metrics import service_of, summarize
     from adapter_twin.service.predict import predict
     from adapter_twin.twin.simulate import simulate
+    from adapter_twin.workload.calibration_files import list_calibrations
     from adapter_twin.workload.files import load_scenario
     from adapter_twin.workload.scenario import (
         Adapter,
@@ -48,7 +49,7 @@ _HOMES = {
     "Slo": "workload.scenario",
     "Workload": "workload.scenario",
     "deal_adapters": "workload.scenario",
-    "list_calibrations": "laws.calibration",
+    "list_calibrations": "workload.calibration_files",
     "load_calibration": "laws.calibration",
     "load_demand": "plan.demand",
     "load_scenario": "workload.files",

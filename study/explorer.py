@@ -23,9 +23,9 @@ from adapter_twin import __version__
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.learn.stored import write_text
 from adapter_twin.parallel import track
+from adapter_twin.plan.commands import vllm_args
 from adapter_twin.plan.criterion import MARGIN, TIE, Criterion
 from adapter_twin.plan.grid import GRID, STARVING_UTILISATION, evaluate, grid_runs, slot_rank
-from adapter_twin.plan.recommend import vllm_args
 from adapter_twin.service.metrics import STARVATION_THRESHOLD
 from adapter_twin.tables import datasets
 from adapter_twin.tables.schemas import (
@@ -40,6 +40,7 @@ from adapter_twin.tables.schemas import (
     whole,
 )
 from adapter_twin.workload.files import parse_ranks, records, run_to_workload
+from adapter_twin.workload.models import model_shape
 from adapter_twin.workload.scenario import EngineConfig, Slo, Workload
 
 TABLE = datasets.REPOSITORY / "data" / "sweeps" / "explorer.parquet"
@@ -232,6 +233,7 @@ def page_data(table: pd.DataFrame) -> dict[str, Any]:
             _extrapolations(mix) for mix in workloads() if mix["rates_per_adapter"] == RATES[0]
         ],
         "max_lora_rank": [slot_rank(parse_ranks(ranks)) for ranks in RANKS],
+        "max_model_len": [model_shape(model).max_model_len for model in MODELS],
         "vllm": _vllm_template(),
         "optimum": OPTIMUM,
         "with_slo": WITH_SLO,
@@ -279,11 +281,13 @@ def _criterion_templates() -> dict[str, str]:
 
 def _vllm_template() -> str:
     """Return the command that starts the engine, with names in place of what settings change."""
-    args = vllm_args(_smallest(workloads()[0])[0])
+    engine, _ = _smallest(workloads()[0])
+    args = vllm_args(engine, load_calibration("auto", engine.model))
     for flag, name in (
         ("--max-loras", "adapter_slots"),
         ("--max-cpu-loras", "served_adapters"),
         ("--max-lora-rank", "max_lora_rank"),
+        ("--max-model-len", "max_model_len"),
     ):
         args[args.index(flag) + 1] = f"{{{name}}}"
     return "vllm serve MODEL " + " ".join(args).replace(" --", " \\\n  --")

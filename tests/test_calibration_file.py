@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.laws.calibration import FOLDER, Calibration
+from adapter_twin.laws.calibration import Calibration
+from adapter_twin.workload.calibration_files import FOLDER
 
 SHIPPED = sorted(FOLDER.glob("*.json"))
 MISSING = object()

@@ -1,4 +1,4 @@
-"""Verbs that plan: optimum, recommend, place, sweep, train."""
+"""Verbs that plan: memory, optimum, recommend, place, sweep, train."""
 
 from __future__ import annotations
 
@@ -17,8 +17,49 @@ from adapter_twin.cli.report import (
     print_text,
     working,
 )
+from adapter_twin.errors import require
 
 verbs = typer.Typer()
+
+
+@verbs.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: adapter-twin memory Qwen/Qwen3-8B --gpu l40s --max-loras 32 --max-model-len "
+    "8192. Flags of vllm serve are taken as they are: --max-loras, --max-lora-rank, "
+    "--max-model-len, --gpu-memory-utilization, --max-num-seqs, --max-num-batched-tokens, "
+    "--kv-cache-dtype, --kv-cache-memory-bytes, --block-size, --tensor-parallel-size, "
+    "--fully-sharded-loras, --lora-target-modules; left out, they are vLLM's own.",
+)
+def memory(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A name, or a folder with a config.json.")
+    ],
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME|GIB", help="A GPU, as l40s, or its memory in GiB.")
+    ],
+    engine: Annotated[
+        str | None, typer.Option(metavar="vllm-X", help="Version of vLLM; left out, the newest.")
+    ] = None,
+    as_json: JSON = False,
+) -> None:
+    """Tell what fits into a GPU's memory, and whether vLLM starts; any dense model, any GPU."""
+    from adapter_twin.plan.what_fits import what_fits
+    from adapter_twin.workload.serve_command import parse_flags
+
+    extra, flags = parse_flags(context.args)
+    require(extra is None, f"{extra}: unexpected argument; leave it out")
+    flags.pop("enable_lora", None)
+    found = what_fits(model, gpu, flags, version=engine)
+    if as_json:
+        print_json(found)
+        return
+    reason = found.pop("reason")
+    for name in ("flags", "largest_max_loras_by_rank"):
+        found[name] = ", ".join(f"{key}: {value}" for key, value in found[name].items())
+    print_mapping(found, model)
+    if reason is not None:
+        print_text(f"vLLM does not start. {reason}")
 
 
 @verbs.command(

@@ -119,6 +119,12 @@ def simulate(
             "own as module:Class.",
         ),
     ] = None,
+    vllm_args: Annotated[
+        str | None,
+        typer.Option(
+            metavar="'vllm serve ...'", help="A real command line in place of engine: its flags."
+        ),
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Simulate one configuration and summarise the service it gives."""
@@ -133,7 +139,7 @@ def simulate(
 
     check_target(trace, ".json")
     check_target(records, ".parquet", ".csv")
-    scenario = load_scenario(config)
+    scenario = load_scenario(config, vllm_args)
     if policy is not None:
         scenario = replace(scenario, policy=parse_named(policy))
     if scenario.fleet is not None:

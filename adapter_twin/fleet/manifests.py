@@ -9,8 +9,8 @@ import yaml
 
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
 from adapter_twin.laws import Calibration
+from adapter_twin.plan.commands import vllm_args
 from adapter_twin.plan.demand import Demand
-from adapter_twin.plan.recommend import vllm_args
 from adapter_twin.tables.datasets import replacing
 
 PORT = 8000
@@ -37,7 +37,7 @@ def write_manifests(
     files = []
     for number, plan in enumerate(placement.replicas):
         name = f"replica-{number:0{digits}d}"
-        documents = manifest(name, demand, plan, calibration.engine_version)
+        documents = manifest(name, demand, plan, calibration)
         text = yaml.safe_dump_all(documents, sort_keys=False, width=1000)
         files.append(folder / f"{name}.yaml")
         with replacing(files[-1]) as temporary:
@@ -46,7 +46,7 @@ def write_manifests(
 
 
 def manifest(
-    name: str, demand: Demand, plan: ReplicaPlan, engine_version: str
+    name: str, demand: Demand, plan: ReplicaPlan, calibration: Calibration
 ) -> list[dict[str, Any]]:
     """Return the Deployment and the Service of one GPU.
 
@@ -56,8 +56,7 @@ def manifest(
         Of both documents.
     demand : Demand
     plan : ReplicaPlan
-    engine_version : str
-        Version of vLLM.
+    calibration : Calibration
     """
 
     def labels() -> dict[str, str]:  # a new one each time: YAML would refer to a shared one
@@ -67,13 +66,13 @@ def manifest(
         *("--model", f"{MODELS}/{demand.model}"),
         *("--served-model-name", demand.model),
         *("--port", str(PORT)),
-        *vllm_args(plan.engine),
+        *vllm_args(plan.engine, calibration),
         "--lora-modules",
         *(f"{own}={ADAPTERS}/{own}" for own in (demand.adapters[i].name for i in plan.adapters)),
     ]
     container = {
         "name": "vllm",
-        "image": f"vllm/vllm-openai:v{engine_version}",
+        "image": f"vllm/vllm-openai:v{calibration.engine_version}",
         "args": arguments,
         "ports": [{"name": "http", "containerPort": PORT}],
         "readinessProbe": {"httpGet": {"path": "/health", "port": "http"}},

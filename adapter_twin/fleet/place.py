@@ -10,10 +10,10 @@ from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.placement import Placement
 from adapter_twin.fleet.strategies import place_and_hold, shortest_wait
 from adapter_twin.laws import load_calibration
+from adapter_twin.plan.commands import vllm_args
 from adapter_twin.plan.criterion import MARGIN
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.explanation import NOTABLE_WAIT_MS
-from adapter_twin.plan.recommend import vllm_args
 from adapter_twin.plan.steady_state import warmed_up
 from adapter_twin.workload.scenario import config_hash
 
@@ -107,7 +107,7 @@ def _advice(demand: Demand, checked: pd.DataFrame) -> str | None:
 
 def _replicas(held: Held) -> list[dict[str, Any]]:
     """Return what the answer tells of each GPU."""
-    rows, demand, memory = [], held.oracle.demand, held.oracle.calibration.memory
+    rows, demand, calibration = [], held.oracle.demand, held.oracle.calibration
     served = zip(held.placement.replicas, held.checked.to_dict("records"), strict=True)
     for plan, service in served:
         slots, rank = plan.engine.max_loras, plan.engine.max_lora_rank
@@ -119,10 +119,10 @@ def _replicas(held: Held) -> list[dict[str, Any]]:
                 "shares": list(plan.shares),
                 "adapter_slots": slots,
                 "max_lora_rank": rank,
-                "kv_cache_tokens": memory.kv_cache_tokens(plan.engine),
+                "kv_cache_tokens": calibration.memory.kv_cache_tokens(plan.engine),
                 "utilisation": verdict.utilisation,
                 **{str(k): v for k, v in service.items() if k in SERVICE},
-                "vllm_args": vllm_args(plan.engine),
+                "vllm_args": vllm_args(plan.engine, calibration),
             }
         )
     return rows

@@ -17,14 +17,11 @@ from adapter_twin.laws.loading import LoadingLaw
 from adapter_twin.laws.memory import MemoryLaw
 from adapter_twin.laws.scheduling import SchedulingLaw
 from adapter_twin.laws.step_time import StepTimeLaw
+from adapter_twin.workload.calibration_files import calibration_path
 from adapter_twin.workload.engine_versions import EngineVersion, engine_version
 from adapter_twin.workload.models import same_model
 from adapter_twin.workload.scenario import EngineConfig, ServeFlags, Workload
-from adapter_twin.workload.shipped import SHIPPED
 from adapter_twin.workload.strict import dataclass, read
-
-FOLDER = SHIPPED / "calibrations"
-"""The calibrations that come with the package lie in this folder."""
 
 _LEFT_OUT = ServeFlags()
 
@@ -146,11 +143,6 @@ class Calibration:
             ) from None
 
 
-def list_calibrations() -> list[str]:
-    """Return the names of the calibrations that come with the package."""
-    return sorted(path.stem for path in FOLDER.glob("*.json"))
-
-
 @cache
 def version_of(name: str, model: str) -> EngineVersion:
     """Return the engine version of a calibration; parameters are those of `load_calibration`."""
@@ -176,14 +168,7 @@ def load_calibration(name: str, model: str) -> Calibration:
     >>> load_calibration("auto", "llama-3.1-8b-instruct").name
     'llama-3.1-8b-instruct@h100-64gb-vllm0.8.5'
     """
-    names = list_calibrations()
-    known = ", ".join(names)
-    if name == "auto":
-        name = next((known for known in names if same_model(known.split("@")[0], model)), "")
-        require(bool(name), f"model: {model!r} has no calibration; there are {known}")
-    is_file = name.endswith(".json")
-    require(is_file or name in names, f"calibration: {name!r} is unknown; use auto or {known}")
-    calibration = Calibration.from_json(Path(name) if is_file else FOLDER / f"{name}.json")
+    calibration = Calibration.from_json(calibration_path(name, model))
     of = calibration.model
     same = same_model(of, model)
     require(same, f"calibration: {calibration.name} is of {of}, not of {model}; use auto")

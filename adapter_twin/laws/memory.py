@@ -265,12 +265,15 @@ class MemoryLaw(Estimator):
         """Return the memory in GiB that slots and KV cache share on each GPU."""
         if self.slots_ != "segments":
             return self.total_gib
-        version = self._version
         weights_gib = self.shape.weights_bytes / GIB / engine.tensor_parallel_size
-        used_gib = weights_gib + activations_gib(engine, self.shape, version) + self.reserve_gib_
-        if engine.max_loras == 0:
-            used_gib -= version.memory.lora_reserve_gib
-        return engine.gpu_memory_utilization * self.total_gib - used_gib
+        used_gib = weights_gib + activations_gib(engine, self.shape, self._version)
+        share_gib = engine.gpu_memory_utilization * self.total_gib
+        return share_gib - used_gib - self.kept_gib(engine)
+
+    def kept_gib(self, engine: EngineConfig) -> float:
+        """Return the reserve in GiB: less without adapters."""
+        lora_gib = self._version.memory.lora_reserve_gib
+        return self.reserve_gib_ - (lora_gib if engine.max_loras == 0 else 0.0)
 
     def _slots_gib(self, engine: EngineConfig) -> float:
         """Return what the slots take of that in GiB."""
@@ -363,16 +366,18 @@ class MemoryLaw(Estimator):
         least = self.least_kv_cache_tokens(engine)
         if tokens >= least:
             return tokens
-        taken = f"{engine.max_loras} slots of rank {engine.max_lora_rank}"
-        fewer = "lower max_loras or max_lora_rank"
+        plural = "slot" if engine.max_loras == 1 else "slots"
+        taken = f"{engine.max_loras} {plural} of rank {engine.max_lora_rank}"
+        fewer = "; or lower max_loras or max_lora_rank" if engine.max_loras else ""
         if tokens < engine.block_size:
             raise AdapterTwinError(
                 f"engine.gpu_memory_utilization: {engine.gpu_memory_utilization:g} of "
                 f"{self.total_gib:.5g} GiB leaves {self.kv_cache_gib(engine):.1f} GiB for the KV "
-                f"cache beside the weights and {taken}; raise it, or {fewer}"
+                f"cache beside the weights and {taken}; raise it, share the model among more GPUs "
+                f"(tensor_parallel_size){fewer}"
             )
         raise AdapterTwinError(
             f"engine.max_model_len: {taken} leave {tokens} KV-cache tokens, and one request of "
-            f"{least} must fit to start; lower max_model_len to {tokens - self.kept_tokens_}, "
-            f"raise gpu_memory_utilization, or {fewer}"
+            f"{least} must fit to start; raise gpu_memory_utilization or lower max_model_len to "
+            f"{tokens - self.kept_tokens_}{fewer}"
         )

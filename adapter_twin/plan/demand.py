@@ -14,6 +14,7 @@ from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws.calibration import version_of
 from adapter_twin.plan.grid import Grid, slot_rank
 from adapter_twin.tables.datasets import read_frame
+from adapter_twin.workload.calibration_files import complete
 from adapter_twin.workload.files import read_yaml
 from adapter_twin.workload.scenario import (
     Adapters,
@@ -150,6 +151,10 @@ def load_demand(path: str | Path) -> Demand:
     content = read_yaml(file)
     if not isinstance(content, dict):
         return read(Demand, content)
+    engine = content.get("engine")
+    if isinstance(engine, dict) and "defaults" in engine:
+        model, calibration = str(content.get("model")), str(content.get("calibration", "auto"))
+        content["engine"] = complete(engine, calibration, model)
     log = content.pop("request_log", None)
     if log is None:
         _require_rates(content.get("adapters"))

@@ -8,11 +8,12 @@ from adapter_twin import __version__
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
 from adapter_twin.plan.candidates import HOUR_S
+from adapter_twin.plan.commands import sglang_args, vllm_args
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.explanation import explanation, why_not
 from adapter_twin.plan.search import Answer, Refusal, around, search
 from adapter_twin.plan.steady_state import expect, first_uses_s, worst_adapter
-from adapter_twin.workload.scenario import EngineConfig, config_hash
+from adapter_twin.workload.scenario import config_hash
 
 NEIGHBOURS = 2
 """The what-if table shows this many numbers of slots below the choice, and above it."""
@@ -82,7 +83,7 @@ def recommend(demand: Demand) -> dict[str, Any]:
         "binds": str(best.binds),
         "binds_next": found.binds_next,
         "reason": explanation(found),
-        "vllm_args": vllm_args(engine),
+        "vllm_args": vllm_args(engine, calibration),
         "sglang_args": sglang_args(engine, base_model=demand.base_model_request_rate > 0),
         "what_if": _what_if(found),
         "criterion": str(found.criterion),
@@ -91,35 +92,6 @@ def recommend(demand: Demand) -> dict[str, Any]:
         "version": __version__,
         "config_hash": config_hash(demand),
     }
-
-
-def vllm_args(engine: EngineConfig) -> list[str]:
-    """Return the flags for ``vllm serve MODEL``."""
-    return [
-        "--enable-lora",
-        *("--max-loras", str(engine.max_loras)),
-        *("--max-cpu-loras", str(engine.max_cpu_loras)),
-        *("--max-lora-rank", str(engine.max_lora_rank)),
-        *("--max-num-seqs", str(engine.max_num_seqs)),
-        *("--max-num-batched-tokens", str(engine.max_num_batched_tokens)),
-        *("--block-size", str(engine.block_size)),
-        *("--gpu-memory-utilization", str(engine.gpu_memory_utilization)),
-    ]
-
-
-def sglang_args(engine: EngineConfig, *, base_model: bool) -> list[str]:
-    """Return the flags for ``python -m sglang.launch_server --model-path MODEL`` that correspond.
-
-    SGLang counts the base model among the adapters of a batch. Its token budgets and memory shares
-    mean something else than vLLM's, and the expected service is vLLM's.
-    """
-    return [
-        "--enable-lora",
-        *("--max-loras-per-batch", str(engine.max_loras + base_model)),
-        *("--max-loaded-loras", str(engine.max_cpu_loras + base_model)),
-        *("--max-lora-rank", str(engine.max_lora_rank)),
-        *("--max-running-requests", str(engine.max_num_seqs)),
-    ]
 
 
 def _what_if(answer: Answer) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -14,6 +14,7 @@ from adapter_twin.workload.strict import (
     Count,
     Many,
     NotNegative,
+    Positive,
     Some,
     Text,
     Whole,
@@ -87,6 +88,8 @@ class EngineVersion:
         ``--kv-cache-memory-bytes`` is given.
     lacks : tuple of str
         Flags of `adapter_twin.workload.scenario.ServeFlags` that it does not have.
+    gpu_memory_utilization : float
+        Share of a GPU's memory that is used where no flag tells.
     defaults : tuple of BatchDefaults
         The first that fits a GPU holds.
     memory : KeptMemory
@@ -101,6 +104,7 @@ class EngineVersion:
     async_scheduling: bool
     estimates_graphs: bool
     lacks: Many[Text]
+    gpu_memory_utilization: Positive
     defaults: Annotated[Many[BatchDefaults], Field(min_length=1)]
     memory: KeptMemory
     source: Text
@@ -118,8 +122,8 @@ class EngineVersion:
                 f"engine.{flag}: vLLM {self.version} has no such flag; leave it out",
             )
 
-    def batch_defaults(self, gpu: str, memory_gib: float) -> dict[str, int]:
-        """Return ``max_num_seqs`` and ``max_num_batched_tokens`` of ``vllm serve`` on a GPU.
+    def flags_left_out(self, gpu: str, memory_gib: float) -> dict[str, Any]:
+        """Return what ``vllm serve`` takes on a GPU for flags that no one gives.
 
         Parameters
         ----------
@@ -129,8 +133,8 @@ class EngineVersion:
 
         Examples
         --------
-        >>> engine_version("0.32.0").batch_defaults("NVIDIA A100-SXM4-80GB", 79.3)
-        {'max_num_seqs': 256, 'max_num_batched_tokens': 2048}
+        >>> engine_version("0.8.5").flags_left_out("NVIDIA L4", 22.0)
+        {'max_num_seqs': 256, 'max_num_batched_tokens': 2048, 'gpu_memory_utilization': 0.9}
         """
         fits = (
             one
@@ -142,6 +146,7 @@ class EngineVersion:
         return {
             "max_num_seqs": found.max_num_seqs,
             "max_num_batched_tokens": found.max_num_batched_tokens,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
         }
 
 
@@ -150,13 +155,13 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 @cache
-def engine_version(version: str) -> EngineVersion:
+def engine_version(version: str | None = None) -> EngineVersion:
     """Return what holds for a version: the newest of ``data/engines`` that is not newer.
 
     Parameters
     ----------
-    version : str
-        As ``0.32.0``, ``vllm-0.32.0`` or ``0.32.0+cpu``.
+    version : str, optional
+        As ``0.32.0``, ``vllm-0.32.0`` or ``0.32.0+cpu``; left out, the newest of all.
 
     Raises
     ------
@@ -169,7 +174,7 @@ def engine_version(version: str) -> EngineVersion:
     '0.19.0'
     """
     known = sorted((_release(file["version"]), file) for file in facts("engines").values())
-    release = _release(version)
+    release = known[-1][0] if version is None else _release(version)
     names = ", ".join(file["version"] for _, file in known)
     require(bool(release), f"engine: {version!r} is no version of vLLM; use one from {names}")
     older = [file for its_release, file in known if its_release <= release]

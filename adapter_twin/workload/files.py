@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from adapter_twin.errors import AdapterTwinError, one_line, require
+from adapter_twin.workload.calibration_files import complete
 from adapter_twin.workload.scenario import (
     Adapter,
     Arrivals,
@@ -25,6 +26,7 @@ from adapter_twin.workload.scenario import (
     deal_adapters,
     zipf_adapters,
 )
+from adapter_twin.workload.serve_command import read_command
 from adapter_twin.workload.strict import read
 
 if TYPE_CHECKING:
@@ -42,13 +44,21 @@ DEFAULT_BATCHED_TOKENS = 2048
 """Rows that do not tell the engine's token budget take this."""
 
 
-def load_scenario(path: str | Path) -> Scenario:
+def load_scenario(path: str | Path, vllm_args: str | None = None) -> Scenario:
     """Read a ``CONFIG.yaml``.
 
     Adapters are a list of ``{name, rank, request_rate}``, with ``pinned: true`` where one is, or
     one of the short forms ``{count, request_rates, ranks}`` and ``{count, total_request_rate,
     zipf_exponent, ranks}``. The path of a trace is relative to the file. ``engine.policy`` is the
-    name of a policy, or ``{name, ...}`` with its parameters.
+    name of a policy, or ``{name, ...}`` with its parameters; for ``engine.defaults`` see
+    `adapter_twin.workload.calibration_files.complete`.
+
+    Parameters
+    ----------
+    path : path-like
+    vllm_args : str, optional
+        A ``vllm serve`` command line in place of the file's engine, of which the model is kept
+        where the command names none, and the policy.
 
     Raises
     ------
@@ -59,9 +69,16 @@ def load_scenario(path: str | Path) -> Scenario:
     content = read_yaml(Path(path))
     if isinstance(content, dict):
         require("policy" not in content, "policy: unknown key; did you mean engine.policy?")
-        engine = content.get("engine")
-        if isinstance(engine, dict) and "policy" in engine:
-            content["policy"] = engine.pop("policy")
+        engine = content.get("engine", {} if vllm_args else None)
+        if isinstance(engine, dict):
+            if "policy" in engine:
+                content["policy"] = engine.pop("policy")
+            calibration = str(content.get("calibration", "auto"))
+            if vllm_args is not None:
+                engine = asdict(read_command(vllm_args, engine.get("model"), calibration))
+            elif "defaults" in engine:
+                engine = complete(engine, calibration, str(engine.get("model")))
+            content["engine"] = engine
     scenario = read(Scenario, content)
     trace = scenario.workload.arrivals.path
     if trace is None:
@@ -194,7 +211,7 @@ def run_to_engine(row: Mapping[str, Any]) -> EngineConfig:
     engine: dict[str, Any] = {
         "model": str(_cell(row, "model")),
         "max_loras": slots,
-        "max_cpu_loras": _whole(row, "served_adapters", slots),
+        "max_cpu_loras": _whole(row, "served_adapters", max(slots, 1)),
         "max_lora_rank": _whole(row, "max_lora_rank"),
         "max_num_batched_tokens": budget,
     }

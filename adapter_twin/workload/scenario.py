@@ -153,6 +153,9 @@ class ServeFlags:
         Schedule a step while the one before runs; left out, as the calibration was measured.
     specialize_active_lora : bool
         Capture graphs for several numbers of active adapters.
+    lora_modules : {"none", "all"}
+        Adapters that are named, and so read from disk, before the server is ready; the others are
+        read when their first request comes.
     """
 
     max_num_seqs: Count = 2048
@@ -171,6 +174,7 @@ class ServeFlags:
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     async_scheduling: bool | None = None
     specialize_active_lora: bool = False
+    lora_modules: Literal["none", "all"] = "none"
 
     def __post_init__(self) -> None:
         require(
@@ -210,7 +214,7 @@ class EngineConfig(ServeFlags):
     def __post_init__(self) -> None:
         ServeFlags.__post_init__(self)  # no super(): slots make another class of this one
         if self.max_cpu_loras == 0:
-            object.__setattr__(self, "max_cpu_loras", self.max_loras)
+            object.__setattr__(self, "max_cpu_loras", max(self.max_loras, 1))
         require(
             self.max_loras <= self.max_cpu_loras,
             f"max_loras: {self.max_loras} adapter slots exceed max_cpu_loras = "

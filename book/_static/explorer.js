@@ -348,7 +348,8 @@
     part("optimum").textContent = limits.length ? fill(data.with_slo, { optimum, slo }) : optimum;
     part("run").hidden = !best;
     part("vllm").textContent = best ? fill(data.vllm, { served_adapters: best.served,
-      adapter_slots: best.slots, max_lora_rank: data.max_lora_rank[setting.ranks] }) : "";
+      adapter_slots: best.slots, max_lora_rank: data.max_lora_rank[setting.ranks],
+      max_model_len: data.max_model_len[setting.model] }) : "";
   }
 
   /* The figures of the recommended cell and of another one. */

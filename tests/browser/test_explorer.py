@@ -18,8 +18,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from adapter_twin.laws import load_calibration
+from adapter_twin.plan.commands import vllm_args
 from adapter_twin.plan.criterion import MARGIN, Criterion
-from adapter_twin.plan.recommend import vllm_args
 from adapter_twin.service.metrics import STARVATION_THRESHOLD
 from adapter_twin.tables import datasets
 from adapter_twin.workload.files import run_to_workload
@@ -193,7 +194,12 @@ def test_the_page_shows_the_flags_of_what_it_recommends(page: Page, table: pd.Da
     )
     assert workload["ranks"] == "16"
     command = page.inner_text("[data-part=vllm]").replace("\\\n", "")
-    assert command.split() == ["vllm", "serve", "MODEL", *vllm_args(engine)]
+    assert command.split() == [
+        "vllm",
+        "serve",
+        "MODEL",
+        *vllm_args(engine, load_calibration("auto", engine.model)),
+    ]
 
 
 @pytest.mark.parametrize("figure", explorer.FIGURES)

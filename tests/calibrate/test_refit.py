@@ -9,12 +9,12 @@ import pytest
 from adapter_twin.calibrate.from_tables import calibrate_tables
 from adapter_twin.calibrate.published_fit import TABLES, fitted_runs, unsaturated_runs
 from adapter_twin.laws import Calibration, list_calibrations, load_calibration
-from adapter_twin.laws.calibration import FOLDER
 from adapter_twin.laws.emitted_lengths import EarlyStopLaw, LengthLaw
 from adapter_twin.laws.loading import LoadingLaw
 from adapter_twin.laws.memory import MemoryLaw
 from adapter_twin.laws.scheduling import SchedulingLaw, of_scheduler_runs
 from adapter_twin.tables import datasets
+from adapter_twin.workload.calibration_files import FOLDER
 from adapter_twin.workload.models import model_shape
 
 DATA = datasets.REPOSITORY / "data"

@@ -233,7 +233,9 @@ def test_a_wrong_manifest_does_not_pass(
     import kubernetes_validate
 
     asked, _, placement = placed
-    deployment, _ = manifest("replica-0", asked, placement.replicas[0], "0.8.5")
+    deployment, _ = manifest(
+        "replica-0", asked, placement.replicas[0], load_calibration("auto", LLAMA)
+    )
     deployment["spec"]["replicas"] = "one"
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(deployment, "1.30", strict=True)

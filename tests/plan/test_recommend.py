@@ -19,8 +19,9 @@ from adapter_twin.plan.candidates import (
     Candidates,
     candidate_slots,
 )
+from adapter_twin.plan.commands import sglang_args, vllm_args
 from adapter_twin.plan.demand import Demand, load_demand
-from adapter_twin.plan.recommend import recommend, sglang_args, vllm_args
+from adapter_twin.plan.recommend import recommend
 from adapter_twin.plan.search import largest_subset
 from adapter_twin.plan.steady_state import (
     TWIN_ERROR,
@@ -180,11 +181,13 @@ def test_the_same_demand_gets_the_same_answer(served: tuple[Demand, dict[str, An
 
 def test_flags_are_those_of_the_engines() -> None:
     engine = demand(12, 0.1).engine_with(8)
-    words = " ".join(vllm_args(engine))
+    words = " ".join(vllm_args(engine, load_calibration("auto", LLAMA)))
     assert words.startswith("--enable-lora --max-loras 8 --max-cpu-loras 12 --max-lora-rank 16 ")
     assert "--max-num-seqs 2048 --max-num-batched-tokens 2048" in words
+    assert words.endswith("--max-model-len 131072 --no-enable-prefix-caching")
     words = " ".join(sglang_args(engine, base_model=True))  # it counts as an adapter there
     assert words.startswith("--enable-lora --max-loras-per-batch 9 --max-loaded-loras 13 ")
+    assert "--lora-target-modules all" in words  # without it SGLang does not start
 
 
 def test_candidates_go_up_to_the_number_of_adapters() -> None:

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter_twin.errors import AdapterTwinError
+from adapter_twin.laws import load_calibration
+from adapter_twin.plan.commands import vllm_args
 from adapter_twin.plan.criterion import MARGIN, Criterion
 from adapter_twin.plan.grid import GRID, MAX_NUM_SEQS
 from adapter_twin.plan.optimum import optimum
-from adapter_twin.plan.recommend import vllm_args
 from adapter_twin.tables import datasets
 from adapter_twin.workload.scenario import EngineConfig, Slo
 from study import explorer
@@ -142,8 +143,12 @@ def test_the_page_knows_the_flags_and_the_rule(page: dict[str, Any]) -> None:
     engine = EngineConfig(
         model=LLAMA, max_loras=64, max_cpu_loras=96, max_lora_rank=32, max_num_seqs=MAX_NUM_SEQS
     )
-    flags = page["vllm"].format(adapter_slots=64, served_adapters=96, max_lora_rank=32)
-    assert flags.replace("\\\n", "").split()[3:] == vllm_args(engine)
+    flags = page["vllm"].format(
+        adapter_slots=64, served_adapters=96, max_lora_rank=32, max_model_len=131072
+    )
+    assert flags.replace("\\\n", "").split()[3:] == vllm_args(
+        engine, load_calibration("auto", LLAMA)
+    )
     with_slo = page["criterion"]["slo"].format(percentile="99.9")
     assert with_slo == str(Criterion(margin=MARGIN, slo=STRICT))
     assert page["criterion"]["plain"] == str(Criterion(margin=MARGIN))

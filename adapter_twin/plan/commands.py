@@ -1,0 +1,71 @@
+"""The commands that start an engine as it was planned."""
+
+from __future__ import annotations
+
+from adapter_twin.laws import Calibration
+from adapter_twin.laws.memory import GIB
+from adapter_twin.workload.scenario import EngineConfig, ServeFlags
+
+
+def vllm_args(engine: EngineConfig, calibration: Calibration) -> list[str]:
+    """Return the flags for ``vllm serve MODEL``: all that the answer hangs on.
+
+    Parameters
+    ----------
+    engine : EngineConfig
+    calibration : Calibration
+        Of the version that is started. Where that takes an estimate of its CUDA graphs off the KV
+        cache, or runs on a CPU, the size of the KV cache is given as well.
+    """
+    memory, version = calibration.memory, calibration.version
+    loras = ["--enable-lora"]
+    for name in ("max_loras", "max_cpu_loras", "max_lora_rank"):
+        loras += _flag(name, getattr(engine, name))
+    flags = {
+        **{name: getattr(engine, name) for name in ("max_num_seqs", "max_num_batched_tokens")},
+        "block_size": engine.block_size,
+        "gpu_memory_utilization": engine.gpu_memory_utilization,
+        "max_model_len": memory.max_model_len(engine),
+        "enable_prefix_caching": bool(engine.enable_prefix_caching),
+    }
+    if "async_scheduling" not in version.lacks:
+        flags["async_scheduling"] = bool(engine.async_scheduling)
+    if version.estimates_graphs or memory.slots_ != "segments":
+        flags["kv_cache_memory_bytes"] = int(memory.kv_cache_gib(engine) * GIB)
+    left_out = ServeFlags()
+    for name in ("kv_cache_dtype", "lora_target_modules", "fully_sharded_loras",
+                 "enable_chunked_prefill", "long_prefill_token_threshold",
+                 "scheduling_policy"):  # fmt: skip
+        if getattr(engine, name) != getattr(left_out, name):
+            flags[name] = getattr(engine, name)
+    words = loras if engine.max_loras else []
+    return [*words, *(word for name, value in flags.items() for word in _flag(name, value))]
+
+
+def _flag(name: str, value: object) -> list[str]:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+
+
+def sglang_args(engine: EngineConfig, *, base_model: bool) -> list[str]:
+    """Return the flags for ``python -m sglang.launch_server --model-path MODEL`` that correspond.
+
+    SGLang counts the base model among the adapters of a batch. Its token budgets and memory shares
+    mean something else than vLLM's, and the expected service is vLLM's.
+
+    Parameters
+    ----------
+    engine : EngineConfig
+    base_model : bool
+        It has requests of its own.
+    """
+    return [
+        "--enable-lora",
+        *("--max-loras-per-batch", str(engine.max_loras + base_model)),
+        *("--max-loaded-loras", str(engine.max_cpu_loras + base_model)),
+        *("--max-lora-rank", str(engine.max_lora_rank)),
+        *("--lora-target-modules", *(engine.lora_target_modules or ["all"])),
+        *("--max-running-requests", str(engine.max_num_seqs)),
+    ]

@@ -1,0 +1,90 @@
+"""Which file a calibration's name stands for, and what vLLM itself would do on its GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from adapter_twin.errors import AdapterTwinError, require
+from adapter_twin.workload.engine_versions import engine_version
+from adapter_twin.workload.gpus import gpu_memory_gib, gpu_name
+from adapter_twin.workload.models import same_model
+from adapter_twin.workload.shipped import SHIPPED
+from adapter_twin.workload.strict import suggestion
+
+FOLDER = SHIPPED / "calibrations"
+"""The calibrations that come with the package lie in this folder."""
+
+
+def list_calibrations() -> list[str]:
+    """Return the names of the calibrations that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def calibration_path(name: str, model: str) -> Path:
+    """Return the file of a calibration.
+
+    Parameters
+    ----------
+    name : str
+        A name, the path of a ``.json`` file, or ``auto``: the first one of the model.
+    model : str
+
+    Raises
+    ------
+    AdapterTwinError
+        There is none.
+    """
+    names = list_calibrations()
+    known = ", ".join(names)
+    if name == "auto":
+        name = next((known for known in names if same_model(known.split("@")[0], model)), "")
+        require(bool(name), f"model: {model!r} has no calibration; there are {known}")
+    is_file = name.endswith(".json")
+    require(is_file or name in names, f"calibration: {name!r} is unknown; use auto or {known}")
+    return Path(name) if is_file else FOLDER / f"{name}.json"
+
+
+def flags_left_out(calibration: str, model: str) -> dict[str, Any]:
+    """Return what ``vllm serve`` takes for flags left out, on a calibration's GPU and version.
+
+    Parameters are those of `calibration_path`.
+
+    Raises
+    ------
+    AdapterTwinError
+        There is no such calibration, or its GPU is not known.
+
+    Examples
+    --------
+    >>> flags_left_out("auto", "llama-3.1-8b-instruct")["max_num_batched_tokens"]
+    2048
+    """
+    path = calibration_path(calibration, model)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        gpu, version = str(content["gpu"]), str(content["engine_version"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise AdapterTwinError(f"calibration: {path} is no calibration") from None
+    require(gpu != "cpu", "engine.defaults: vLLM's own are known for GPUs; leave it out on a CPU")
+    return engine_version(version).flags_left_out(gpu_name(gpu), gpu_memory_gib(gpu))
+
+
+def complete(engine: dict[str, Any], calibration: str, model: str) -> dict[str, Any]:
+    """Return an ``engine:`` mapping without ``defaults``, with what that stands for.
+
+    Parameters
+    ----------
+    engine : dict
+        As in a file. ``defaults: vllm`` takes vLLM's own for flags left out, ``study`` or nothing
+        the reference study's.
+    calibration, model : str
+        As for `calibration_path`.
+    """
+    defaults = engine.get("defaults", "study")
+    choices = ("study", "vllm")
+    named = defaults in choices
+    require(named, f"engine.defaults: got {defaults!r}{suggestion(defaults, choices)}")
+    told = {name: value for name, value in engine.items() if name != "defaults"}
+    return (flags_left_out(calibration, model) if defaults == "vllm" else {}) | told
