@@ -19,9 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
@@ -32,9 +32,6 @@ from adapter_twin.laws import Calibration
 from adapter_twin.service.metrics import is_starved
 from adapter_twin.service.predict import load_calibrations
 from adapter_twin.workload.scenario import EngineConfig, Workload
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Floats = NDArray[np.float64]
 
@@ -85,8 +82,6 @@ def predict_analytic(runs: pd.DataFrame, calibration: str | Calibration = "auto"
     2   N=192 G=4     True
     3  N=192 G=64    False
     """
-    import pandas as pd
-
     calibrations = load_calibrations(calibration, runs["model"])
     pairs = read_runs(runs)
     parts, rows = [], []
@@ -133,8 +128,6 @@ def analyse_each(
 
     Rows that share a `Traffic` object are faster. See `analyse` for the columns.
     """
-    import pandas as pd
-
     groups = max((len(traffic.rates) for _, traffic in pairs), default=0)
     size = max(CELLS // max(groups, NODES), 1)
     parts = [
@@ -147,8 +140,6 @@ def analyse_each(
 def _analyse_few(
     pairs: Sequence[tuple[EngineConfig, Traffic]], calibration: Calibration
 ) -> pd.DataFrame:
-    import pandas as pd
-
     mix = Mix.of([traffic for _, traffic in pairs], calibration)
     batches = Batches.of([engine for engine, _ in pairs], mix, calibration)
     state, delays = _settle(mix, batches, calibration)

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from adapter_twin.errors import AdapterTwinError, require
@@ -18,9 +19,6 @@ from adapter_twin.laws.emitted_lengths import EarlyStopLaw
 from adapter_twin.workload.files import parse_ranks, parse_rates, records, run_to_workload
 from adapter_twin.workload.lengths import LengthMarginals, draw_lengths
 from adapter_twin.workload.scenario import EngineConfig, Lengths, ServeFlags, Workload
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Floats = NDArray[np.float64]
 

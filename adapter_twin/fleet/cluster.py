@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import simpy
 from numpy.typing import NDArray
 
@@ -28,9 +28,6 @@ from adapter_twin.twin.session import check_lengths
 from adapter_twin.twin.simulate import draw_requests
 from adapter_twin.workload.scenario import Adapter, EngineConfig, Slo, Workload
 from adapter_twin.workload.trace import Trace, generators
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 NOWHERE = -1
 """A request that no replica was up for has this one."""
@@ -130,8 +127,6 @@ class ClusterRun:
         pandas.DataFrame
             ``replica``, and `adapter_twin.service.metrics.service` of what it was given.
         """
-        import pandas as pd
-
         own = [self.records[self.replica == index] for index in range(len(self.engines))]
         told = map(service, own, self.gaps, [self.duration_s] * len(own))
         return pd.DataFrame({"replica": index, **each} for index, each in enumerate(told))

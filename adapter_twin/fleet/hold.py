@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import joblib
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from adapter_twin.errors import AdapterTwinError
@@ -21,9 +22,6 @@ from adapter_twin.service.metrics import service_of, tpot_s, waits_ms
 from adapter_twin.twin.simulate import draw_requests
 from adapter_twin.workload.scenario import Slo, Workload
 from adapter_twin.workload.trace import Trace
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 GPU_FIGURES = (
     *("offered_tokens_per_s", "total_throughput", "mean_ttft_ms", "p99_ttft_ms", "mean_itl_ms"),
@@ -106,8 +104,6 @@ def split_trace(trace: Trace, placement: Placement, seed: int) -> NDArray[np.int
     -------
     int32, shape (requests,)
     """
-    import pandas as pd
-
     homes: dict[int, list[tuple[int, float]]] = {}
     for index, plan in enumerate(placement.replicas):
         for adapter, share in zip(plan.adapters, plan.shares, strict=True):
@@ -154,8 +150,6 @@ def check_placement(
         percentile, the requests' ``slo_ttft_ms``, counting what still waits with its wait so far,
         and ``slo_itl_ms``.
     """
-    import pandas as pd
-
     trace = draw_requests(demand.workload(duration_s), calibration, seed=seed)
     replica = split_trace(trace, placement, seed)
     tasks = []

@@ -23,9 +23,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 
@@ -41,9 +41,6 @@ from adapter_twin.plan.grid import slot_rank
 from adapter_twin.plan.steady_state import warmed_up
 from adapter_twin.service.metrics import STARVATION_THRESHOLD
 from adapter_twin.workload.scenario import EngineConfig
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Floats = NDArray[np.float64]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from adapter_twin import __version__
 from adapter_twin.fleet.hold import GPU_FIGURES, Held
@@ -16,9 +18,6 @@ from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.explanation import NOTABLE_WAIT_MS
 from adapter_twin.plan.steady_state import warmed_up
 from adapter_twin.workload.scenario import config_hash
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SERVICE = (*GPU_FIGURES, "slo_attainment")
 """The answer tells these figures of each GPU."""

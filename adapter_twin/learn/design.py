@@ -10,9 +10,10 @@ import math
 from collections.abc import Iterator
 from itertools import combinations, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
+import pandas as pd
 from pydantic import Strict
 
 from adapter_twin.errors import require
@@ -21,10 +22,6 @@ from adapter_twin.workload.files import parse_ranks, read_yaml
 from adapter_twin.workload.models import model_shape
 from adapter_twin.workload.scenario import LengthDistribution, MeanTokens, ServeFlags, Slo
 from adapter_twin.workload.strict import Count, NotNegative, Positive, Some, Whole, dataclass, read
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 Range = Annotated[tuple[NotNegative, NotNegative], Strict(False)]
 PositiveRange = Annotated[tuple[Positive, Positive], Strict(False)]
@@ -191,8 +188,6 @@ class Design:
 
     def workloads(self) -> pd.DataFrame:
         """Return one row per workload: ``workload_id`` and the configuration but N and G."""
-        import pandas as pd
-
         rows: list[dict[str, Any]] = []
         for part in (self.factorial, self.space_filling):
             rows += part.draw(self.seed) if part is not None else []

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from adapter_twin.laws.memory import slots_gib
 from adapter_twin.workload.engine_versions import engine_version
 from adapter_twin.workload.files import parse_ranks, parse_rates
 from adapter_twin.workload.models import model_shape
 from adapter_twin.workload.scenario import EngineConfig
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 PAPER = [
     *(f"{statistic}_rate" for statistic in ("max", "min", "mean", "std")),
@@ -43,8 +41,6 @@ MANY_SLOTS = 64
 
 def paper_features(workloads: pd.DataFrame) -> pd.DataFrame:
     """Return `PAPER` for workloads whose rates and ranks are dealt, one row each."""
-    import pandas as pd
-
     pairs = zip(workloads.rates_per_adapter, workloads.ranks, strict=True)
     rows = [
         _statistics(parse_rates(rates)) + _statistics(parse_ranks(ranks)) for rates, ranks in pairs
@@ -68,8 +64,6 @@ def traffic_features(workloads: pd.DataFrame) -> pd.DataFrame:
         tokens that are output; ``request_tokens``: mean tokens of a request; ``zipf_exponent``;
         ``arrival_cv``.
     """
-    import pandas as pd
-
     rows = np.array([_traffic(row) for row in workloads.itertuples()])
     return pd.DataFrame(rows, columns=TRAFFIC, index=workloads.index)
 

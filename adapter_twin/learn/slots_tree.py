@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from adapter_twin.learn.features import traffic_features
@@ -15,9 +16,6 @@ from adapter_twin.learn.sweep import read_sweep, run_sweep
 from adapter_twin.plan.candidates import candidate_slots
 from adapter_twin.plan.criterion import MARGIN, Criterion
 from adapter_twin.plan.demand import Demand
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MODEL = "decision tree"
 """The tree is this one of `adapter_twin.learn.surrogates.MODELS`."""
@@ -63,8 +61,6 @@ def _describe(demand: Demand) -> NDArray[np.float64]:
     A sweep's popularity is even or follows Zipf's law; a demand gets the exponent of a straight
     line through its rates on logarithmic axes.
     """
-    import pandas as pd
-
     rates = np.sort([adapter.request_rate for adapter in demand.adapters])[::-1]
     used = rates[rates > 0]
     place = np.log(np.arange(1, len(used) + 1))

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from adapter_twin import __version__
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.learn.surrogates import feature_array
 from adapter_twin.tables.datasets import replacing
 from adapter_twin.workload.strict import dataclass, read
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 TRUSTED = (
     "adapter_twin.learn.surrogates.logarithms",

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import joblib
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.compose import TransformedTargetRegressor
@@ -34,9 +35,6 @@ from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 from adapter_twin.learn.features import configuration_features, paper_features, traffic_features
 from adapter_twin.plan.criterion import Criterion
 from adapter_twin.service.metrics import half_smape, mape
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Floats = NDArray[np.float64]
 
@@ -191,8 +189,6 @@ def compare(parts: Split, models: Sequence[str] = tuple(MODELS), *, jobs: int = 
         ``target, features, model``; ``cv_half_smape`` and ``cv_mape`` of workloads left out in
         training, which models are chosen by; ``test_half_smape``, ``test_mape``; in percent.
     """
-    import pandas as pd
-
     tasks = (
         joblib.delayed(_errors)(parts, target, features, model)
         for target, features, model in product(TARGETS, FEATURES, models)
@@ -275,8 +271,6 @@ def compare_classifiers(
         ``test_macro_f1``; of the test runs, in percent, ``served_wrongly`` (said to be served, but
         starve) and ``starved_wrongly``.
     """
-    import pandas as pd
-
     tasks = (joblib.delayed(_verdict_errors)(parts, name) for name in names)
     return pd.DataFrame(joblib.Parallel(jobs)(tasks))
 

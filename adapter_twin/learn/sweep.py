@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import joblib
+import pandas as pd
 
 from adapter_twin import __version__
 from adapter_twin.errors import require
@@ -17,9 +18,6 @@ from adapter_twin.plan.grid import FIGURES, evaluate, grid_runs
 from adapter_twin.tables.datasets import read_table, replacing, write_table
 from adapter_twin.workload.files import records
 from adapter_twin.workload.scenario import config_hash
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 DESIGN = "design.yaml"
 PARTS = "parts"
@@ -87,8 +85,6 @@ def read_sweep(path: Path) -> pd.DataFrame:
     AdapterTwinError
         There are none, or the table is not of a sweep.
     """
-    import pandas as pd
-
     from adapter_twin.tables.schemas import SWEEP, validate
 
     if path.suffix == ".parquet":
@@ -161,8 +157,6 @@ def _predict(
     row: dict[str, Any], design: Design, calibration: Calibration
 ) -> tuple[str, str, pd.DataFrame]:
     """Return the runs of one workload over the grid, a row per configuration and replication."""
-    import pandas as pd
-
     runs = grid_runs(row, design.served_adapters, design.adapter_slots, design.duration_s)
     tables = [
         evaluate(runs, calibration, seed=seed, slo=design.slo).assign(seed=seed)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from sklearn.model_selection import GroupKFold
 
 from adapter_twin import __version__
@@ -31,9 +32,6 @@ from adapter_twin.learn.surrogates import (
 from adapter_twin.learn.sweep import label
 from adapter_twin.plan.criterion import Criterion
 from adapter_twin.tables.datasets import write_table
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 CONFIDENCE = 0.9
 """An interval holds this share of the unseen workloads."""
@@ -81,8 +79,6 @@ def train(
     AdapterTwinError
         Too few workloads to split, or no run starves.
     """
-    import pandas as pd
-
     labels = label(runs, criterion)
     of_language: dict[str, tuple[pd.DataFrame, pd.DataFrame]] = {}
     for language in sorted(labels["model"].unique()):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from adapter_twin.errors import AdapterTwinError
@@ -25,7 +26,6 @@ from adapter_twin.workload.trace import Trace
 
 if TYPE_CHECKING:
     import aiohttp
-    import pandas as pd
 
 MAX_CONNECTIONS = 20_000
 """Requests in flight at once: below the 28,000 ports that Linux lends to clients."""
@@ -200,8 +200,6 @@ class _Client:
             self.window.reschedule(asyncio.get_running_loop().time() + _FAILING_S)
 
     def table(self, trace: Trace) -> pd.DataFrame:
-        import pandas as pd
-
         due = slice(0, len(self.sent_s))
         columns = {
             "request": np.arange(len(self.sent_s)),

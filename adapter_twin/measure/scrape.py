@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
+import pandas as pd
+
 from adapter_twin.errors import AdapterTwinError, require
 
 if TYPE_CHECKING:
     import aiohttp
-    import pandas as pd
     from prometheus_client.samples import Sample
 
 METRICS = {
@@ -127,7 +128,6 @@ async def record_series(
         left out, and there are none after it died.
     """
     import aiohttp
-    import pandas as pd
 
     rows: list[dict[str, float]] = []
     timeout = aiohttp.ClientTimeout(total=max(10 * period_s, 10.0))

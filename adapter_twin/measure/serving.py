@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.measure.client import Replay, ScheduleError, replay, settled_memory
@@ -16,9 +17,6 @@ from adapter_twin.service.client_records import to_gaps, to_records
 from adapter_twin.service.metrics import summarize
 from adapter_twin.tables.run_folder import summarize_series
 from adapter_twin.workload.trace import BASE_MODEL, Trace
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _LEAD_S = 0.5
 _WARM_UP_WITHIN_S = 120.0

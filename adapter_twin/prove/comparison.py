@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from scipy.special import stdtrit
 
 from adapter_twin.prove.outcome import RUN
 from adapter_twin.prove.rivals import TWIN
 from adapter_twin.service.metrics import mean_interval
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def choices(runs: pd.DataFrame, picks: pd.DataFrame) -> pd.DataFrame:
@@ -36,8 +33,6 @@ def choices(runs: pd.DataFrame, picks: pd.DataFrame) -> pd.DataFrame:
         configuration that serves. Choices that do not start lose everything; a method that names
         no configuration has no row.
     """
-    import pandas as pd
-
     tables = [_arms(own).assign(workload=name) for name, own in runs.groupby("workload")]
     arms = pd.concat(tables, ignore_index=True)
     named = picks.dropna(subset=["adapter_slots"]).astype({"adapter_slots": int})
@@ -97,8 +92,6 @@ def methods(chosen: pd.DataFrame, workloads: int, seed: int = 0) -> pd.DataFrame
         in percent, with ``low`` and ``high`` (95 %, bootstrap over workloads); ``worst_regret``;
         ``ttft_ratio``, the geometric mean over those that start.
     """
-    import pandas as pd
-
     rows = []
     for method, own in chosen.groupby("method", sort=False):
         regret = own.regret.to_numpy()

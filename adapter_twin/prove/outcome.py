@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from adapter_twin.errors import require
 from adapter_twin.laws import load_calibration
@@ -22,9 +23,6 @@ from adapter_twin.tables import datasets
 from adapter_twin.twin.records import Records
 from adapter_twin.workload.scenario import Slo
 from adapter_twin.workload.strict import read
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 WARM_UP = 0.25
 """Starvation is judged after this share of a window. Over a whole short window even a server that
@@ -92,8 +90,6 @@ def read_outcome(folder: str | Path) -> Outcome:
     AdapterTwinError
         It holds no study, or one of which nothing is measured yet.
     """
-    import pandas as pd
-
     path = Path(folder, PLAN)
     require(path.is_file(), f"{path}: missing; `adapter-twin prove` writes it")
     workloads = json.loads(path.read_text(encoding="utf-8"))["workloads"]
@@ -130,8 +126,6 @@ def service(outcome: Outcome) -> pd.DataFrame:
         meets the SLO), `FIGURES`; and the same with the prefix ``predicted_``. All are those of
         `adapter_twin.service.metrics.service`; starvation is judged after the `WARM_UP`.
     """
-    import pandas as pd
-
     rows = []
     for _, run in outcome.runs.iterrows():
         slo, duration_s = outcome.demands[run.workload].slo, float(run.duration_s)

@@ -42,6 +42,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linprog
 from scipy.sparse import block_array, coo_array, eye_array
@@ -162,8 +163,6 @@ def gpus_for(prices: Floats) -> int:
 
 def _types(oracle: Oracle, similar: float) -> tuple[Floats, Ints, Floats]:
     """Return the rates, ranks and numbers of parts that are alike: the highest rate of each."""
-    import pandas as pd
-
     rate, rank = pd.Series(oracle.parts.rate), oracle.parts.rank
     alike = rate.groupby([rank, np.floor(np.log(rate) / similar)]).agg(["max", "size"])
     ranks = alike.index.get_level_values(0).to_numpy(np.int64)
