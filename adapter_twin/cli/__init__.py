@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer import Option, Typer
 
 from adapter_twin import __version__
 from adapter_twin.cli import measure_verbs, plan_verbs, predict_verbs
 from adapter_twin.errors import AdapterTwinError
 
-app = typer.Typer(
+app = Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="A digital twin of a GPU that serves many LoRA adapters with vLLM.",
@@ -65,9 +66,7 @@ def _print_version(wanted: bool) -> None:
 def leading_options(
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
-        ),
+        Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     """Take the options that stand before a verb."""

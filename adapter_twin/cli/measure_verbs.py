@@ -6,19 +6,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import Argument, Option, Typer
 
+from adapter_twin.cli import report
 from adapter_twin.cli.options import JOBS, JSON, RESUMED
-from adapter_twin.cli.report import (
-    check_target,
-    print_each,
-    print_json,
-    print_table,
-    print_text,
-    working,
-)
 from adapter_twin.errors import require
 
-verbs = typer.Typer()
+verbs = Typer()
 
 CHOICE = ["workload", "method", "adapter_slots", "serves", "regret", "low", "high", "mean_ttft_ms"]
 """Columns of a choice that fit on a terminal."""
@@ -29,16 +23,14 @@ CHOICE = ["workload", "method", "adapter_slots", "serves", "regret", "low", "hig
     "--model llama-3.1-8b-instruct"
 )
 def calibrate(
-    tables: Annotated[Path, typer.Argument(metavar="TABLES", help="Folder of measured tables.")],
-    out: Annotated[Path, typer.Option(metavar="CAL.json", help="Where the calibration goes.")],
+    tables: Annotated[Path, Argument(metavar="TABLES", help="Folder of measured tables.")],
+    out: Annotated[Path, Option(metavar="CAL.json", help="Where the calibration goes.")],
     model: Annotated[
-        str | None, typer.Option(help="Model to calibrate, where the tables hold several.")
+        str | None, Option(help="Model to calibrate, where the tables hold several.")
     ] = None,
-    gpu: Annotated[
-        str | None, typer.Option(help="Device of the measurements, for the name.")
-    ] = None,
+    gpu: Annotated[str | None, Option(help="Device of the measurements, for the name.")] = None,
     engine_version: Annotated[
-        str | None, typer.Option(help="vLLM of the measurements, where they do not tell.")
+        str | None, Option(help="vLLM of the measurements, where they do not tell.")
     ] = None,
     jobs: JOBS = -1,
 ) -> None:
@@ -46,9 +38,9 @@ def calibrate(
     from adapter_twin.calibrate.from_tables import calibrate_tables
     from adapter_twin.tables import datasets
 
-    check_target(out, ".json")
+    report.check_target(out, ".json")
     require(tables.is_dir(), f"{tables}: no such folder; give the folder of the measured tables")
-    with working("calibrating"):
+    with report.working("calibrating"):
         fitted = calibrate_tables(tables, model, gpu=gpu, engine_version=engine_version, jobs=jobs)
     with datasets.replacing(out) as temporary:
         temporary.write_text(fitted.to_json())
@@ -58,7 +50,7 @@ def calibrate(
 @verbs.command(epilog="Example: adapter-twin profile experiments/campaigns/smoke.yaml --out smoke")
 def profile(
     campaign: Annotated[
-        Path, typer.Argument(metavar="CAMPAIGN.yaml", help="What to measure, and in what time.")
+        Path, Argument(metavar="CAMPAIGN.yaml", help="What to measure, and in what time.")
     ],
     out: RESUMED,
     as_json: JSON = False,
@@ -68,10 +60,10 @@ def profile(
 
     from adapter_twin.measure.run_campaign import run_campaign
 
-    check_target(out)
+    report.check_target(out)
     summary = run_campaign(campaign, out)
     if as_json:
-        print_json({"out": str(out), **asdict(summary)})
+        report.print_json({"out": str(out), **asdict(summary)})
         return
     for piece, reason in summary.failed.items():
         print(f"{piece} failed: {reason}")
@@ -86,11 +78,9 @@ def profile(
 )
 def prove(
     workload: Annotated[
-        Path, typer.Argument(metavar="WORKLOAD.yaml", help="A workload, or a study of several.")
+        Path, Argument(metavar="WORKLOAD.yaml", help="A workload, or a study of several.")
     ],
-    engine: Annotated[
-        Literal["cpu", "cuda"], typer.Option(help="The build of vLLM on this machine.")
-    ],
+    engine: Annotated[Literal["cpu", "cuda"], Option(help="The build of vLLM on this machine.")],
     out: RESUMED,
     as_json: JSON = False,
 ) -> None:
@@ -102,10 +92,10 @@ def prove(
     from adapter_twin.prove.rivals import PLAN
     from adapter_twin.prove.run_study import run_study
 
-    check_target(out)
+    report.check_target(out)
     summary = run_study(workload, engine, out)
     if "runs" not in summary.rows or not (out / PLAN).is_file():
-        print_text(summary.stopped or "nothing is measured yet")
+        report.print_text(summary.stopped or "nothing is measured yet")
         return
     measured = read_outcome(out)
     runs = service(measured)
@@ -115,16 +105,16 @@ def prove(
     if as_json:
         tables = {"methods": methods, "choices": chosen, "verdicts": verdicts, "runs": runs}
         content = {name: table.to_dict("records") for name, table in tables.items()}
-        print_json({"out": str(out), **asdict(summary), **content})
+        report.print_json({"out": str(out), **asdict(summary), **content})
         return
-    print_each(chosen[CHOICE], "workload", "Choices, as measured")
-    print_table(methods, "Methods, over all workloads")
-    print_text(
+    report.print_each(chosen[CHOICE], "workload", "Choices, as measured")
+    report.print_table(methods, "Methods, over all workloads")
+    report.print_text(
         f"verdicts: {int(verdicts.right.sum())} of {len(verdicts)} runs bear out what was said; "
         "regret is throughput lost against the best configuration run, in percent (95 %)"
     )
     if summary.stopped is not None:
-        print_text(summary.stopped)
+        report.print_text(summary.stopped)
     print(f"{out}: {summary.complete} of {summary.pieces} runs")
 
 
@@ -132,12 +122,12 @@ def prove(
 def data(
     repository: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--import", metavar="REPO_FOLDER", help="Import a clone of the authors' repository."
         ),
     ] = None,
     fetch: Annotated[
-        bool, typer.Option("--fetch", help="Fetch that repository with git, then import it.")
+        bool, Option("--fetch", help="Fetch that repository with git, then import it.")
     ] = False,
     as_json: JSON = False,
 ) -> None:
@@ -151,24 +141,26 @@ def data(
             repository is None or repository.is_dir(),
             f"import: {repository} is no folder; give a clone of the repository",
         )
-        with working("importing the repository"):
+        with report.working("importing the repository"):
             import_repository(repository)
     tables = datasets.inventory()
     if as_json:
-        print_json({"roots": list(map(str, datasets.roots())), "tables": tables.to_dict("records")})
+        report.print_json(
+            {"roots": list(map(str, datasets.roots())), "tables": tables.to_dict("records")}
+        )
         return
     places = tables["file"].map(lambda file: str(Path(file).parents[1]) if file else "")
     sizes = tables.pop("size_bytes").map(lambda size: f"{size / 1e3:,.0f} kB" if size else "")
     shown = tables.drop(columns="file").assign(size=sizes, found_in=places)
-    print_table(shown, f"Measured data: {datasets.DATASET}")
+    report.print_table(shown, f"Measured data: {datasets.DATASET}")
     if (tables["checksum"] == "absent").any():
         print("absent tables are looked for in:", *datasets.roots(), sep="\n  ")
-        print_text(
+        report.print_text(
             "point ADAPTER_TWIN_DATA to data/ in a clone of this repository; runs and series come "
             "from the authors' repository as well (`adapter-twin data --fetch`)"
         )
     if repository is not None or fetch:
-        print_text(f"ADAPTER_TWIN_DATA={datasets.EXTERNAL} reads the imported tables first")
+        report.print_text(f"ADAPTER_TWIN_DATA={datasets.EXTERNAL} reads the imported tables first")
 
 
 @verbs.command(epilog="Example: adapter-twin doctor --json")
@@ -181,7 +173,7 @@ def doctor(as_json: JSON = False) -> None:
     checks = examine()
     ok = works(checks)
     if as_json:
-        print_json({"works": ok, "checks": [asdict(check) for check in checks]})
+        report.print_json({"works": ok, "checks": [asdict(check) for check in checks]})
     else:
         marks = {(True, True): "ok", (True, False): "ok", (False, True): "MISSING"}
         for check in checks:

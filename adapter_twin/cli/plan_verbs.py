@@ -5,21 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Context, Option, Typer
 
+from adapter_twin.cli import report
 from adapter_twin.cli.options import CALIBRATION, JOBS, JSON, MARGIN, SEED, WORKLOAD
-from adapter_twin.cli.report import (
-    check_target,
-    print_each,
-    print_json,
-    print_mapping,
-    print_table,
-    print_text,
-    working,
-)
 from adapter_twin.errors import require
 
-verbs = typer.Typer()
+verbs = Typer()
 
 
 @verbs.command(
@@ -31,15 +23,15 @@ verbs = typer.Typer()
     "--fully-sharded-loras, --lora-target-modules; left out, they are vLLM's own.",
 )
 def memory(
-    context: typer.Context,
+    context: Context,
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A name, or a folder with a config.json.")
+        str, Argument(metavar="MODEL", help="A name, or a folder with a config.json.")
     ],
     gpu: Annotated[
-        str, typer.Option(metavar="NAME|GIB", help="A GPU, as l40s, or its memory in GiB.")
+        str, Option(metavar="NAME|GIB", help="A GPU, as l40s, or its memory in GiB.")
     ],
     engine: Annotated[
-        str | None, typer.Option(metavar="vllm-X", help="Version of vLLM; left out, the newest.")
+        str | None, Option(metavar="vllm-X", help="Version of vLLM; left out, the newest.")
     ] = None,
     as_json: JSON = False,
 ) -> None:
@@ -52,14 +44,14 @@ def memory(
     flags.pop("enable_lora", None)
     found = what_fits(model, gpu, flags, version=engine)
     if as_json:
-        print_json(found)
+        report.print_json(found)
         return
     reason = found.pop("reason")
     for name in ("flags", "largest_max_loras_by_rank"):
         found[name] = ", ".join(f"{key}: {value}" for key, value in found[name].items())
-    print_mapping(found, model)
+    report.print_mapping(found, model)
     if reason is not None:
-        print_text(f"vLLM does not start. {reason}")
+        report.print_text(f"vLLM does not start. {reason}")
 
 
 @verbs.command(
@@ -67,28 +59,25 @@ def memory(
     "--ranks 8-16 --json"
 )
 def optimum(
-    model: Annotated[str, typer.Option(help="Model with a calibration.")],
-    rates: Annotated[
-        str, typer.Option(metavar="R-R-...", help="Requests/s, dealt over the adapters.")
-    ],
-    ranks: Annotated[str, typer.Option(metavar="R-R-...", help="Ranks, dealt alike.")],
+    model: Annotated[str, Option(help="Model with a calibration.")],
+    rates: Annotated[str, Option(metavar="R-R-...", help="Requests/s, dealt over the adapters.")],
+    ranks: Annotated[str, Option(metavar="R-R-...", help="Ranks, dealt alike.")],
     calibration: CALIBRATION = "auto",
     served_grid: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="Served adapters to choose from.")
+        str | None, Option(metavar="N,N,...", help="Served adapters to choose from.")
     ] = None,
     slots_grid: Annotated[
-        str | None, typer.Option(metavar="G,G,...", help="Adapter slots to choose from.")
+        str | None, Option(metavar="G,G,...", help="Adapter slots to choose from.")
     ] = None,
     slo: Annotated[
-        Path | None,
-        typer.Option(metavar="CONFIG.yaml", help="File with ttft_ms, itl_ms, percentile."),
+        Path | None, Option(metavar="CONFIG.yaml", help="File with ttft_ms, itl_ms, percentile.")
     ] = None,
     margin: MARGIN = None,
     mean_input_tokens: Annotated[
-        float | None, typer.Option(help="Mean prompt length; left out, the reference study's.")
+        float | None, Option(help="Mean prompt length; left out, the reference study's.")
     ] = None,
     mean_output_tokens: Annotated[
-        float | None, typer.Option(help="Mean output length, likewise.")
+        float | None, Option(help="Mean output length, likewise.")
     ] = None,
     seed: SEED = 0,
     jobs: JOBS = -1,
@@ -123,39 +112,36 @@ def optimum(
         jobs=jobs,
     )
     if as_json:
-        print_json(found)
+        report.print_json(found)
         return
     alternatives = pd.DataFrame(found.pop("alternatives"))
-    print_mapping(found, f"{model}, {rates} requests/s, ranks {ranks}")
-    print_table(alternatives, "Alternatives")
+    report.print_mapping(found, f"{model}, {rates} requests/s, ranks {ranks}")
+    report.print_table(alternatives, "Alternatives")
 
 
 @verbs.command(epilog="Example: adapter-twin recommend examples/recommend.yaml --json")
-def recommend(
-    workload: WORKLOAD,
-    as_json: JSON = False,
-) -> None:
+def recommend(workload: WORKLOAD, as_json: JSON = False) -> None:
     """Choose slots and flags for a set of adapters, and tell the service to expect."""
     import pandas as pd
 
     from adapter_twin.plan.demand import load_demand
     from adapter_twin.plan.recommend import recommend
 
-    with working("simulating"):
+    with report.working("simulating"):
         answer = recommend(load_demand(workload))
     if as_json:
-        print_json(answer)
+        report.print_json(answer)
         return
     reason, vllm, sglang = (answer.pop(key) for key in ("reason", "vllm_args", "sglang_args"))
     what_if = pd.DataFrame(answer.pop("what_if"))
     expected = pd.DataFrame(answer.pop("expected")).T.rename_axis("figure").reset_index()
     worst = answer.pop("worst_served")
-    print_mapping(answer, str(workload))
-    print_table(expected, "Expected service, with 95 % intervals")
+    report.print_mapping(answer, str(workload))
+    report.print_table(expected, "Expected service, with 95 % intervals")
     if worst is not None:
-        print_mapping(worst, "Worst-served adapter")
-    print_table(what_if, "What if")
-    print_text(reason)
+        report.print_mapping(worst, "Worst-served adapter")
+    report.print_table(what_if, "What if")
+    report.print_text(reason)
     print("vllm serve MODEL", *vllm)
     print("python -m sglang.launch_server --model-path MODEL", *sglang)
 
@@ -166,17 +152,17 @@ def recommend(
 def place(
     workload: WORKLOAD,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="Use exactly n GPUs, for the shortest waits.")
+        int | None, Option(min=1, help="Use exactly n GPUs, for the shortest waits.")
     ] = None,
     replicate_above: Annotated[
-        float, typer.Option(help="Share of a GPU above which an adapter is on several.")
+        float, Option(help="Share of a GPU above which an adapter is on several.")
     ] = 1.0,
     margin: MARGIN = None,
     manifests: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Also write Kubernetes manifests there.")
+        Path | None, Option(metavar="DIR", help="Also write Kubernetes manifests there.")
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Also draw the packing.")
+        Path | None, Option(metavar="FILE.png", help="Also draw the packing.")
     ] = None,
     jobs: JOBS = -1,
     as_json: JSON = False,
@@ -190,10 +176,10 @@ def place(
     from adapter_twin.plan import criterion
     from adapter_twin.plan.demand import load_demand
 
-    check_target(manifests)
-    check_target(picture, ".png", ".svg", ".pdf")
+    report.check_target(manifests)
+    report.check_target(picture, ".png", ".svg", ".pdf")
     demand = load_demand(workload)
-    with working("placing"):
+    with report.working("placing"):
         answer, placement = place_adapters(
             demand,
             gpus=gpus,
@@ -211,38 +197,38 @@ def place(
         with replacing(picture) as temporary:
             packing(demand, placement).savefig(temporary, format=picture.suffix[1:], dpi=150)
     if as_json:
-        print_json(answer)
+        report.print_json(answer)
         return
     replicas, advice = answer.pop("replicas"), answer.pop("advice")
-    print_mapping(answer, str(workload))
+    report.print_mapping(answer, str(workload))
     table = pd.DataFrame(replicas).assign(adapters=[len(row["adapters"]) for row in replicas])
     # What 80 columns do not hold is in the JSON.
     left_out = ["shares", "vllm_args", "kv_cache_tokens", "offered_tokens_per_s"]
     left_out += ["worst_adapter", "worst_adapter_mean_ttft_ms"]
-    print_table(table.drop(columns=left_out).rename_axis("gpu").reset_index(), "GPUs")
+    report.print_table(table.drop(columns=left_out).rename_axis("gpu").reset_index(), "GPUs")
     for number, row in enumerate(replicas):
         print(f"GPU {number}: vllm serve MODEL", *row["vllm_args"])
     if advice is not None:
-        print_text(advice)
+        report.print_text(advice)
 
 
 @verbs.command(
     epilog="Example: adapter-twin sweep experiments/designs/quick.yaml --out data/external/quick"
 )
 def sweep(
-    design: Annotated[Path, typer.Argument(metavar="DESIGN.yaml", help="What to predict.")],
+    design: Annotated[Path, Argument(metavar="DESIGN.yaml", help="What to predict.")],
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder for the parts; run again to go on in it.")
+        Path, Option(metavar="DIR", help="Folder for the parts; run again to go on in it.")
     ],
     calibration: CALIBRATION = "auto",
     jobs: JOBS = -1,
     scheduler: Annotated[
         str | None,
-        typer.Option(metavar="tcp://HOST:PORT", help="Dask scheduler whose workers do the work."),
+        Option(metavar="tcp://HOST:PORT", help="Dask scheduler whose workers do the work."),
     ] = None,
     table: Annotated[
         Path | None,
-        typer.Option(metavar="TABLE.parquet", help="Also write all of it as one compact table."),
+        Option(metavar="TABLE.parquet", help="Also write all of it as one compact table."),
     ] = None,
     as_json: JSON = False,
 ) -> None:
@@ -250,8 +236,8 @@ def sweep(
     from adapter_twin.learn.sweep import compact, read_sweep, run_sweep
     from adapter_twin.tables import datasets
 
-    check_target(out)
-    check_target(table, ".parquet")
+    report.check_target(out)
+    report.check_target(table, ".parquet")
     done = run_sweep(design, out, calibration=calibration, jobs=jobs, scheduler=scheduler)
     runs = read_sweep(out)
     if table is not None:
@@ -264,17 +250,17 @@ def sweep(
         "simulated": int(runs["simulated"].sum()),
     }
     if as_json:
-        print_json(content)
+        report.print_json(content)
     else:
-        print_mapping(content, str(design))
+        report.print_mapping(content, str(design))
 
 
 @verbs.command(epilog="Example: adapter-twin train data/sweeps/paper.parquet --out models")
 def train(
     sweep_table: Annotated[
-        Path, typer.Argument(metavar="SWEEP", help="Folder of a sweep, or a compact table.")
+        Path, Argument(metavar="SWEEP", help="Folder of a sweep, or a compact table.")
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the models.")],
+    out: Annotated[Path, Option(metavar="DIR", help="Folder for the models.")],
     margin: MARGIN = None,
     jobs: JOBS = -1,
     as_json: JSON = False,
@@ -285,12 +271,12 @@ def train(
     from adapter_twin.learn.training import train as fit_models
     from adapter_twin.plan import criterion
 
-    check_target(out)
+    report.check_target(out)
     asked = criterion.Criterion(margin=criterion.MARGIN if margin is None else margin)
-    with working("fitting"):
+    with report.working("fitting"):
         comparison, _ = fit_models(read_sweep(sweep_table), out, asked, jobs=jobs)
     best = chosen(comparison)
     if as_json:
-        print_json({"out": str(out), "chosen": best.to_dict("records")})
+        report.print_json({"out": str(out), "chosen": best.to_dict("records")})
     else:
-        print_each(best, "language_model", f"Chosen by cross-validation, in {out}")
+        report.print_each(best, "language_model", f"Chosen by cross-validation, in {out}")

@@ -5,19 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Argument, Option, Typer
 
+from adapter_twin.cli import report
 from adapter_twin.cli.options import CALIBRATION, JOBS, JSON, RUNS, SEED
-from adapter_twin.cli.report import (
-    check_target,
-    print_each,
-    print_json,
-    print_mapping,
-    print_table,
-)
 from adapter_twin.errors import require
 
-verbs = typer.Typer()
+verbs = Typer()
 
 
 @verbs.command(
@@ -25,26 +19,22 @@ verbs = typer.Typer()
 )
 def predict(
     runs: RUNS,
-    out: Annotated[Path, typer.Option(metavar="PRED.parquet", help="Where predictions go.")],
+    out: Annotated[Path, Option(metavar="PRED.parquet", help="Where predictions go.")],
     calibration: CALIBRATION = "auto",
     seed: SEED = 0,
     jobs: JOBS = -1,
     observer: Annotated[
         Literal["none", "recorded"],
-        typer.Option(help="The measurement's own effect: left out, or as recorded."),
+        Option(help="The measurement's own effect: left out, or as recorded."),
     ] = "recorded",
 ) -> None:
     """Predict a table of runs from its configuration columns alone."""
     from adapter_twin.service.predict import predict
     from adapter_twin.tables import datasets
 
-    check_target(out, ".parquet", ".csv")
+    report.check_target(out, ".parquet", ".csv")
     predictions = predict(
-        datasets.read_runs(runs),
-        calibration,
-        seed=seed,
-        jobs=jobs,
-        observer=observer == "recorded",
+        datasets.read_runs(runs), calibration, seed=seed, jobs=jobs, observer=observer == "recorded"
     )
     datasets.write_table(predictions, out)
     feasible = predictions["feasible_start"]
@@ -62,8 +52,7 @@ def validate(
     runs: RUNS,
     calibration: CALIBRATION = "auto",
     out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder for the predictions and the error tables."),
+        Path | None, Option(metavar="DIR", help="Folder for the predictions and the error tables.")
     ] = None,
     seed: SEED = 0,
     jobs: JOBS = -1,
@@ -74,7 +63,7 @@ def validate(
     from adapter_twin.service.validate import summary, validate_runs, write_validation
     from adapter_twin.tables import datasets
 
-    check_target(out)
+    report.check_target(out)
     measured = datasets.read_measured_runs(runs)
     predictions = predict(measured, calibration, seed=seed, jobs=jobs)
     starts = authors = None
@@ -89,31 +78,33 @@ def validate(
     if out is not None:
         write_validation(result, predictions, out)
     if as_json:
-        print_json(content)
+        report.print_json(content)
         return
     print(", ".join(f"{name.replace('_', ' ')} {n}" for name, n in result.counts.items()))
-    print_each(result.bars, "model", "Bars")
+    report.print_each(result.bars, "model", "Bars")
     is_split = (result.errors["regime"] != "all") & (result.errors["runs"] == "all")
     regimes = result.errors[is_split].pivot_table(
         index=["model", "regime", "figure", "n_runs"], columns="measure", values="value"
     )
-    print_each(regimes.reset_index(), "model", "Errors by regime, in percent")
+    report.print_each(regimes.reset_index(), "model", "Errors by regime, in percent")
     worst = result.worst.groupby(["model", "figure"]).head(1)
-    print_table(worst[["figure", "run_id", "regime", "measured", "predicted", "error"]], "Worst")
+    report.print_table(
+        worst[["figure", "run_id", "regime", "measured", "predicted", "error"]], "Worst"
+    )
 
 
 @verbs.command(epilog="Example: adapter-twin simulate examples/simulate.yaml --trace trace.json")
 def simulate(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to simulate.")],
+    config: Annotated[Path, Argument(metavar="CONFIG.yaml", help="What to simulate.")],
     trace: Annotated[
-        Path | None, typer.Option(metavar="OUT.json", help="Write a Perfetto trace.")
+        Path | None, Option(metavar="OUT.json", help="Write a Perfetto trace.")
     ] = None,
     records: Annotated[
-        Path | None, typer.Option(metavar="OUT.parquet", help="Write one row per request.")
+        Path | None, Option(metavar="OUT.parquet", help="Write one row per request.")
     ] = None,
     policy: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="'NAME [KEY=VALUE ...]'",
             help="In place of engine.policy: vllm, drain, cost_aware, unified_pool, merge, or your "
             "own as module:Class.",
@@ -121,7 +112,7 @@ def simulate(
     ] = None,
     vllm_args: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="'vllm serve ...'", help="A real command line in place of engine: its flags."
         ),
     ] = None,
@@ -137,8 +128,8 @@ def simulate(
     from adapter_twin.workload.files import load_scenario
     from adapter_twin.workload.named import parse_named
 
-    check_target(trace, ".json")
-    check_target(records, ".parquet", ".csv")
+    report.check_target(trace, ".json")
+    report.check_target(records, ".parquet", ".csv")
     scenario = load_scenario(config, vllm_args)
     if policy is not None:
         scenario = replace(scenario, policy=parse_named(policy))
@@ -156,6 +147,6 @@ def simulate(
         frame.attrs.update({name: content[name] for name in told if name in content})
         datasets.write_table(frame, records)
     if as_json:
-        print_json(content)
+        report.print_json(content)
     else:
-        print_mapping(content, str(config))
+        report.print_mapping(content, str(config))

@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic_core import to_jsonable_python
+
 from adapter_twin.errors import require
 
 # rich is imported late: `--help` does not need its tables.
@@ -57,17 +59,8 @@ def working(text: str) -> AbstractContextManager[Any]:
 
 def print_json(content: Any) -> None:
     """Print strict JSON: what is not finite is null."""
-    print(json.dumps(_plain(content), indent=2, allow_nan=False))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    value = value.item() if hasattr(value, "item") else value
-    is_finite = not isinstance(value, float) or abs(value) < float("inf")
-    return value if is_finite else None
+    plain = to_jsonable_python(content, inf_nan_mode="null", fallback=lambda number: number.item())
+    print(json.dumps(plain, indent=2, allow_nan=False))
 
 
 def print_table(table: pd.DataFrame, title: str) -> None:
