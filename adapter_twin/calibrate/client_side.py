@@ -36,6 +36,7 @@ RESAMPLES = 1000
 class Observed(NamedTuple):
     """A measured run as the twin serves it; running requests are the mean over its steps."""
 
+    total_throughput: float
     median_ttft_ms: float
     running: float
     pauses: Any  # recarray of `adapter_twin.twin.clock.PAUSES`
@@ -106,7 +107,8 @@ def observe(calibration: Calibration, runs: pd.DataFrame, jobs: int) -> list[Obs
 def _observe(calibration: Calibration, row: dict[str, Any]) -> Observed:
     run = simulate_run(row, calibration)
     summary = summarize(run.records, run.gaps, run.duration_s)
-    return Observed(summary["median_ttft_ms"], float(run.steps.running.mean()), run.pauses)
+    told = summary["total_throughput"], summary["median_ttft_ms"]
+    return Observed(*told, float(run.steps.running.mean()), run.pauses)
 
 
 def fit_overhead(calibration: Calibration, runs: pd.DataFrame, seen: list[Observed]) -> None:

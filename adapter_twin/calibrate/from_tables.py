@@ -54,7 +54,9 @@ def calibrate_tables(
         measured = datasets.read_campaign(folder)
         for name in campaign_fit.TABLES:
             require(name in measured, f"{folder}: {name}.parquet is missing; finish the campaign")
-        machine = read_machine(folder)
+        path = folder / "machine.json"
+        require(path.is_file(), f"{path}: missing; `adapter-twin profile` writes it")
+        machine = json.loads(path.read_text())
         return campaign_fit.calibrate_campaign(
             measured,
             _choose_model(measured["runs"], model),
@@ -78,14 +80,6 @@ def calibrate_tables(
         source=source,
         jobs=jobs,
     )
-
-
-def read_machine(folder: Path) -> dict[str, Any]:
-    """Read what a campaign says of the machine it ran on."""
-    path = folder / "machine.json"
-    require(path.is_file(), f"{path}: missing; `adapter-twin profile` writes it")
-    machine: dict[str, Any] = json.loads(path.read_text())
-    return machine
 
 
 def device_name(machine: dict[str, Any]) -> str:

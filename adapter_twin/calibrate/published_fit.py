@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed
 
 from adapter_twin import __version__
 from adapter_twin.calibrate.client_side import fit_first_use, fit_overhead, fit_scrapes, observe
@@ -22,8 +21,6 @@ from adapter_twin.laws.loading import LoadingLaw
 from adapter_twin.laws.memory import MemoryLaw
 from adapter_twin.laws.scheduling import SchedulingLaw, of_scheduler_runs
 from adapter_twin.laws.step_time import StepTimeLaw
-from adapter_twin.service.metrics import summarize
-from adapter_twin.twin.simulate import simulate_run
 from adapter_twin.workload.gpus import gpu_memory_gib
 from adapter_twin.workload.lengths import LengthMarginals
 from adapter_twin.workload.models import model_shape
@@ -218,10 +215,8 @@ def _choose_longest_output(
     }
     errors = {}
     for longest, candidate in candidates.items():
-        served = Parallel(n_jobs=jobs)(
-            delayed(_served)(candidate, row) for row in rows.to_dict("records")
-        )
-        errors[longest] = 100 * np.abs(np.array(served) / rows.total_throughput - 1)
+        served = np.array([run.total_throughput for run in observe(candidate, rows, jobs)])
+        errors[longest] = 100 * np.abs(served / rows.total_throughput - 1)
     means = {longest: float(error.mean()) for longest, error in errors.items()}
     best = min(means, key=means.__getitem__)
     # One standard error: the least change to the histogram that does about as well as the best.
@@ -229,8 +224,3 @@ def _choose_longest_output(
     chosen = candidates[next(longest for longest in means if means[longest] <= enough)]
     chosen.lengths.throughput_error_percent_ = means
     return chosen
-
-
-def _served(calibration: Calibration, row: dict[str, Any]) -> float:
-    run = simulate_run(row, calibration)
-    return summarize(run.records, run.gaps, run.duration_s)["total_throughput"]

@@ -10,7 +10,7 @@ the adapters that came first keep their slots, and the others get none.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -34,8 +34,7 @@ TOLERANCE = 1.001
 """Adapters that are active may exceed the slots by this ratio: the wait is rounded."""
 
 
-@dataclass(frozen=True, slots=True)
-class Visits:
+class Visits(NamedTuple):
     """How adapters take turns; n configurations, g groups of adapters with equal rates.
 
     Attributes
@@ -64,24 +63,6 @@ class Visits:
     variance: Floats
 
 
-def share_slots(
-    slots: Floats, rates: Floats, adapters: Floats, residence_s: Floats, longest_wait_s: Floats
-) -> Visits:
-    """Solve for the wait at which just as many adapters are active as there are slots.
-
-    Parameters
-    ----------
-    slots : float64, shape (n,)
-    rates, adapters : float64, shape (n, g)
-        Requests/s of one adapter of a group, and adapters in it; a group may be empty.
-    residence_s : float64, shape (n,)
-        Mean time for which a request runs.
-    longest_wait_s : float64, shape (n,)
-        Waits in a window that ends cannot be longer.
-    """
-    return Visits(*_share_slots(slots, rates, adapters, residence_s, longest_wait_s))
-
-
 @numba.njit(cache=True, error_model="numpy")
 def visits_s(rates: Floats, residence_s: Floats, head_wait_s: float) -> Floats:
     """Return the mean lengths in s of adapters' visits to a slot that they have waited for.
@@ -105,10 +86,21 @@ def visits_s(rates: Floats, residence_s: Floats, head_wait_s: float) -> Floats:
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _share_slots(
+def share_slots(
     slots: Floats, rates: Floats, adapters: Floats, residence_s: Floats, longest_wait_s: Floats
-) -> tuple[Floats, Floats, Floats, Floats, Floats, Floats, Floats]:
-    """Return the fields of `Visits`."""
+) -> Visits:
+    """Solve for the wait at which just as many adapters are active as there are slots.
+
+    Parameters
+    ----------
+    slots : float64, shape (n,)
+    rates, adapters : float64, shape (n, g)
+        Requests/s of one adapter of a group, and adapters in it; a group may be empty.
+    residence_s : float64, shape (n,)
+        Mean time for which a request runs.
+    longest_wait_s : float64, shape (n,)
+        Waits in a window that ends cannot be longer.
+    """
     n, groups = rates.shape
     head_wait_s, per_s, burst, variance = np.zeros(n), np.zeros(n), np.zeros(n), np.zeros(n)
     all_active = np.zeros(n)
@@ -142,7 +134,7 @@ def _share_slots(
         if active.sum() > TOLERANCE * slots[i]:
             last_s = _last_admission_s(slots[i], rates[i], active)
             admitted[i] = -np.expm1(-rates[i] * last_s)
-    return head_wait_s, admitted, wait_s, per_s, burst, all_active, variance
+    return Visits(head_wait_s, admitted, wait_s, per_s, burst, all_active, variance)
 
 
 @numba.njit(cache=True, error_model="numpy")
