@@ -21,13 +21,13 @@ import pandas as pd
 
 from adapter_twin import __version__
 from adapter_twin.laws import Calibration, load_calibration
-from adapter_twin.learn.stored import write_text
 from adapter_twin.parallel import track
 from adapter_twin.plan.commands import vllm_args
 from adapter_twin.plan.criterion import MARGIN, TIE, Criterion
 from adapter_twin.plan.grid import GRID, STARVING_UTILISATION, evaluate, grid_runs, slot_rank
 from adapter_twin.service.metrics import STARVATION_THRESHOLD
 from adapter_twin.tables import datasets
+from adapter_twin.tables.datasets import write_text
 from adapter_twin.tables.schemas import (
     BOOL,
     MODELS,

@@ -1,7 +1,5 @@
 """The command line. Each verb imports what it needs, so that ``--help`` stays quick."""
 
-from __future__ import annotations
-
 import logging
 import signal
 import sys

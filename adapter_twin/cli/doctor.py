@@ -1,7 +1,5 @@
 """A check of the installation: what is there, what is missing and how to get it."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

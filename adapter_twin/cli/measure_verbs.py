@@ -1,7 +1,5 @@
 """Verbs that measure: calibrate, profile, data, doctor."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -42,8 +40,7 @@ def calibrate(
     require(tables.is_dir(), f"{tables}: no such folder; give the folder of the measured tables")
     with report.working("calibrating"):
         fitted = calibrate_tables(tables, model, gpu=gpu, engine_version=engine_version, jobs=jobs)
-    with datasets.replacing(out) as temporary:
-        temporary.write_text(fitted.to_json())
+    datasets.write_text(out, fitted.to_json())
     print(f"{out}: {fitted.name}")
 
 

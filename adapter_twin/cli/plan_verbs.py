@@ -1,7 +1,5 @@
 """Verbs that plan: memory, optimum, recommend, place, sweep, train."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Verbs that predict runs: predict, validate, simulate."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """Kubernetes manifests of a placement: a Deployment and a Service for each GPU."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ from adapter_twin.fleet.placement import Placement, ReplicaPlan
 from adapter_twin.laws import Calibration
 from adapter_twin.plan.commands import vllm_args
 from adapter_twin.plan.demand import Demand
-from adapter_twin.tables.datasets import replacing
+from adapter_twin.tables.datasets import write_text
 
 PORT = 8000
 MODELS, ADAPTERS = "/models", "/adapters"
@@ -40,8 +38,7 @@ def write_manifests(
         documents = manifest(name, demand, plan, calibration)
         text = yaml.safe_dump_all(documents, sort_keys=False, width=1000)
         files.append(folder / f"{name}.yaml")
-        with replacing(files[-1]) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(files[-1], text)
     return files
 
 

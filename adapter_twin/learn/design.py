@@ -4,8 +4,6 @@ A ``DESIGN.yaml`` holds the keys of `Design`. Its workloads are a factorial of r
 space-filling sample (scrambled Sobol points), or both.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from itertools import combinations, product

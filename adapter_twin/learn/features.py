@@ -1,7 +1,5 @@
 """The features of a traffic mix, and of a configuration, that the interpretable models see."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from typing import Any

@@ -1,7 +1,5 @@
 """A tree that has learnt from the twin which slots serve a given set of adapters best."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Trained models on disk, without pickle: only code of the types named here runs on loading."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +10,7 @@ import pandas as pd
 from adapter_twin import __version__
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.learn.surrogates import feature_array
-from adapter_twin.tables.datasets import replacing
+from adapter_twin.tables.datasets import replacing, write_text
 from adapter_twin.workload.strict import dataclass, read
 
 TRUSTED = (
@@ -70,12 +68,6 @@ class Trained:
         value = self.estimator.predict(feature_array(self.about.features, workloads))
         factor = self.about.interval_factor
         return value, value / factor, value * factor
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def store(trained: Trained, folder: Path) -> None:

@@ -6,8 +6,6 @@ that share their rates are never split: they differ in ranks only, and one of th
 others away. A fifth of the rates is a test set that no choice has seen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import product
@@ -17,7 +15,6 @@ import joblib
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from sklearn.base import clone
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.ensemble import (
     HistGradientBoostingClassifier,
@@ -35,8 +32,7 @@ from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 from adapter_twin.learn.features import configuration_features, paper_features, traffic_features
 from adapter_twin.plan.criterion import Criterion
 from adapter_twin.service.metrics import half_smape, mape
-
-Floats = NDArray[np.float64]
+from adapter_twin.workload.lengths import Floats
 
 TARGETS = ("served_adapters", "adapter_slots", "total_throughput")
 """The models predict these of an optimum: N*, G*, and the throughput there in tokens/s."""
@@ -68,11 +64,6 @@ def logarithms(values: Any) -> Any:
 def linear(model: Any) -> Any:
     """Return a linear model of standardised logarithms."""
     return make_pipeline(FunctionTransformer(logarithms), StandardScaler(), model)
-
-
-def _bent(model: Any) -> Any:
-    """Let each feature act along a line with bends: optima stop growing at the grid's edges."""
-    return make_pipeline(SplineTransformer(n_knots=8, degree=1), model)
 
 
 BOOSTING = {
@@ -109,7 +100,10 @@ def _trees(tree: Any, forest: Any, boosting: Any, gam: str) -> dict[str, Callabl
 MODELS: dict[str, Callable[[], Any]] = {
     "linear": lambda: linear(LinearRegression()),
     "ridge": lambda: linear(RidgeCV(np.logspace(-3, 3, 13))),
-    "piecewise linear": lambda: linear(_bent(RidgeCV(np.logspace(-3, 3, 13)))),
+    # Each feature acts along a line with bends: optima stop growing at the grid's edges.
+    "piecewise linear": lambda: linear(
+        make_pipeline(SplineTransformer(n_knots=8, degree=1), RidgeCV(np.logspace(-3, 3, 13)))
+    ),
     **_trees(
         DecisionTreeRegressor,
         RandomForestRegressor,
@@ -153,6 +147,13 @@ def split(table: pd.DataFrame, seed: int = 0) -> Split:
     return Split(table.iloc[train], table.iloc[test])
 
 
+def _left_out(model: Any, seen: Floats, train: pd.DataFrame, target: str) -> Floats:
+    """Return what a model predicts for each row from what it has learnt without the row's rates."""
+    folds = GroupKFold(FOLDS)
+    groups = train.rates_per_adapter
+    return np.asarray(cross_val_predict(model, seen, train[target], groups=groups, cv=folds))
+
+
 def cross_validate(train: pd.DataFrame, features: str, target: str, model: str) -> Floats:
     """Return predictions for every workload by a model that has not seen its rates.
 
@@ -161,15 +162,7 @@ def cross_validate(train: pd.DataFrame, features: str, target: str, model: str) 
     train, features, target, model
         As for `fit`.
     """
-    return np.asarray(
-        cross_val_predict(
-            make_model(model),
-            feature_array(features, train),
-            train[target],
-            groups=train.rates_per_adapter,
-            cv=GroupKFold(FOLDS),
-        )
-    )
+    return _left_out(make_model(model), feature_array(features, train), train, target)
 
 
 def compare(parts: Split, models: Sequence[str] = tuple(MODELS), *, jobs: int = -1) -> pd.DataFrame:
@@ -230,7 +223,7 @@ def fit(train: pd.DataFrame, features: str, target: str, model: str) -> Any:
     features, target, model : str
         Of `FEATURES`, `TARGETS` and `MODELS`.
     """
-    return clone(make_model(model)).fit(feature_array(features, train), train[target])
+    return make_model(model).fit(feature_array(features, train), train[target])
 
 
 def to_grid(values: Floats, grid: Iterable[int]) -> NDArray[np.int64]:
@@ -248,7 +241,7 @@ def verdicts(runs: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
 
 def fit_classifier(train: pd.DataFrame, name: str) -> Any:
     """Fit one of `CLASSIFIERS` to runs with a verdict."""
-    return clone(CLASSIFIERS[name]()).fit(configuration_features(train).to_numpy(), train.serves)
+    return CLASSIFIERS[name]().fit(configuration_features(train).to_numpy(), train.serves)
 
 
 def compare_classifiers(
@@ -277,13 +270,8 @@ def compare_classifiers(
 
 def _verdict_errors(parts: Split, name: str) -> dict[str, Any]:
     train, test = parts.train, parts.test
-    left_out = cross_val_predict(
-        CLASSIFIERS[name](),
-        configuration_features(train).to_numpy(),
-        train.serves,
-        groups=train.rates_per_adapter,
-        cv=GroupKFold(FOLDS),
-    )
+    seen = configuration_features(train).to_numpy()
+    left_out = _left_out(CLASSIFIERS[name](), seen, train, "serves")
     unseen = fit_classifier(train, name).predict(configuration_features(test).to_numpy())
     truth = test.serves.to_numpy()
     return {

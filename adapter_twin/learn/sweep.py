@@ -1,7 +1,5 @@
 """Sweeps: written as they come, resumed after a kill, on many cores or machines; their optima."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from adapter_twin.learn.design import Design, load_design
 from adapter_twin.parallel import track, workers
 from adapter_twin.plan.criterion import Criterion
 from adapter_twin.plan.grid import FIGURES, evaluate, grid_runs
-from adapter_twin.tables.datasets import read_table, replacing, write_table
+from adapter_twin.tables.datasets import read_table, write_table, write_text
 from adapter_twin.workload.files import records
 from adapter_twin.workload.scenario import config_hash
 
@@ -139,7 +137,7 @@ def compact(runs: pd.DataFrame) -> pd.DataFrame:
     """Return a sweep that packs small: figures to four digits, text as categories."""
     import numpy as np
 
-    def rounded(figure: pd.Series[float]) -> Any:
+    def rounded(figure: "pd.Series[float]") -> Any:
         digits = 3 - np.floor(np.log10(figure.where(figure > 0, 1)))
         return (np.rint(figure * 10**digits) / 10**digits).astype("float32")
 
@@ -179,5 +177,4 @@ def _open(out: Path, file: Path, design: Design, calibrations: dict[str, Calibra
         require(before == stamp, f"{out}: holds another sweep ({before}); give another --out")
     for model in design.models:
         (out / PARTS / model).mkdir(parents=True, exist_ok=True)
-    with replacing(copy) as temporary:
-        temporary.write_text(f"{stamp}\n" + file.read_text(encoding="utf-8"), encoding="utf-8")
+    write_text(copy, f"{stamp}\n" + file.read_text(encoding="utf-8"))

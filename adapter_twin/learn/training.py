@@ -1,7 +1,5 @@
 """Training of the interpretable models on a sweep; beside them lie their errors, card and rules."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,26 +10,12 @@ from sklearn.model_selection import GroupKFold
 
 from adapter_twin import __version__
 from adapter_twin.errors import require
-from adapter_twin.learn.stored import About, Trained, store, store_estimator, write_text
-from adapter_twin.learn.surrogates import (
-    FEATURES,
-    FOLDS,
-    MODELS,
-    TARGETS,
-    chosen,
-    chosen_classifier,
-    compare,
-    compare_classifiers,
-    feature_array,
-    fit,
-    fit_classifier,
-    make_model,
-    split,
-    verdicts,
-)
+from adapter_twin.learn import surrogates
+from adapter_twin.learn.stored import About, Trained, store, store_estimator
+from adapter_twin.learn.surrogates import FEATURES, FOLDS, MODELS, TARGETS, feature_array, fit
 from adapter_twin.learn.sweep import label
 from adapter_twin.plan.criterion import Criterion
-from adapter_twin.tables.datasets import write_table
+from adapter_twin.tables.datasets import write_table, write_text
 
 CONFIDENCE = 0.9
 """An interval holds this share of the unseen workloads."""
@@ -91,18 +75,18 @@ def train(
             "sweep more",
         )
         require(
-            verdicts(of_language[language][1], criterion).serves.nunique() == 2,
+            surrogates.verdicts(of_language[language][1], criterion).serves.nunique() == 2,
             f"{language}: no simulated run starves; sweep higher rates or more served adapters",
         )
-    comparisons, classifiers = [], []
-    for language, tables in of_language.items():
-        comparison, of_runs = _train_one(*tables, out / language, criterion, jobs)
-        comparisons.append(comparison.assign(language_model=language))
-        classifiers.append(of_runs.assign(language_model=language))
-    both = pd.concat(comparisons, ignore_index=True), pd.concat(classifiers, ignore_index=True)
-    for table, name in zip(both, ("comparison", "classifiers"), strict=True):
-        write_table(table, out / f"{name}.csv")
-    return both
+    trained = [
+        _train_one(*tables, out / language, criterion, jobs)
+        for language, tables in of_language.items()
+    ]
+    both = zip(*trained, strict=True)
+    comparison, classifiers = (pd.concat(parts, ignore_index=True) for parts in both)
+    write_table(comparison, out / "comparison.csv")
+    write_table(classifiers, out / "classifiers.csv")
+    return comparison, classifiers
 
 
 def _train_one(
@@ -110,21 +94,22 @@ def _train_one(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train and store the models of one language model."""
     folder.mkdir(parents=True, exist_ok=True)
-    comparison = compare(split(labelled), jobs=jobs)
-    for _, row in chosen(comparison).iterrows():
+    comparison = surrogates.compare(surrogates.split(labelled), jobs=jobs)
+    for _, row in surrogates.chosen(comparison).iterrows():
         store(train_chosen(row, labelled), folder)
-    judged = verdicts(runs, criterion)
-    classifiers = compare_classifiers(split(judged), jobs=jobs)
-    name = chosen_classifier(classifiers)
-    store_estimator(fit_classifier(judged, name), folder / "serves.skops")
+    judged = surrogates.verdicts(runs, criterion)
+    classifiers = surrogates.compare_classifiers(surrogates.split(judged), jobs=jobs)
+    name = surrogates.chosen_classifier(classifiers)
+    store_estimator(surrogates.fit_classifier(judged, name), folder / "serves.skops")
     write_text(folder / "rules.txt", small_trees(labelled))
     write_text(
         folder / "README.md", _card(folder.name, comparison, classifiers, len(labelled), criterion)
     )
-    return comparison, classifiers
+    language = folder.name
+    return comparison.assign(language_model=language), classifiers.assign(language_model=language)
 
 
-def train_chosen(row: pd.Series[Any], labelled: pd.DataFrame) -> Trained:
+def train_chosen(row: "pd.Series[Any]", labelled: pd.DataFrame) -> Trained:
     """Fit a chosen model to all workloads, and measure what its interval covers of unseen ones.
 
     Parameters
@@ -181,7 +166,7 @@ def interval_factor(train: pd.DataFrame, features: str, target: str, model: str)
 
     x, groups = feature_array(features, train), train.rates_per_adapter
     conformal = CrossConformalRegressor(
-        make_model(model).regressor,
+        surrogates.make_model(model).regressor,
         confidence_level=CONFIDENCE,
         method="base",
         cv=GroupKFold(FOLDS),
@@ -248,9 +233,9 @@ def _card(
     rows = "\n".join(
         f"| {row.target} | {row.model} | {row.features} | {row.cv_half_smape:.2f} | "
         f"{row.test_half_smape:.2f} | {row.test_mape:.2f} |"
-        for row in chosen(comparison).itertuples()
+        for row in surrogates.chosen(comparison).itertuples()
     )
-    best = classifiers.set_index("model").loc[chosen_classifier(classifiers)]
+    best = classifiers.set_index("model").loc[surrogates.chosen_classifier(classifiers)]
     return f"""# Surrogates of the optimum of {name}
 
 **What they answer**: how many adapters, on how many slots, at which throughput, for a traffic mix.

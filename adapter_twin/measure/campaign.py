@@ -1,8 +1,7 @@
 """A campaign of measurements on this machine, read from strict YAML."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from adapter_twin.laws.memory import layer_slots_bytes
 from adapter_twin.measure.engine_flags import GIB, EngineFlags
 from adapter_twin.measure.micro_plan import MicroPlan
 from adapter_twin.measure.model_folder import check_model
+from adapter_twin.measure.pieces import MicroPiece, Piece, ServingPiece
 from adapter_twin.workload.files import read_yaml
 from adapter_twin.workload.models import model_shape, shipped_models
 from adapter_twin.workload.scenario import EngineConfig, Lengths, LoraRank, Workload, deal_adapters
@@ -26,7 +26,6 @@ from adapter_twin.workload.strict import (
     read,
     suggestion,
 )
-from adapter_twin.workload.trace import Trace, generate, generators
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,36 +109,6 @@ class Serving:
     runs: Some[ServingRun]
 
 
-def draw_trace(workload: Workload, seed: int) -> Trace:
-    """Draw the requests that a client sends: those that the twin draws from the same seed."""
-    marginals = None
-    if workload.lengths.distribution == "sharegpt":
-        from adapter_twin.tables.datasets import sharegpt_lengths
-
-        marginals = sharegpt_lengths()
-    return generate(workload, generators(seed)[0], marginals)
-
-
-def check_trace(workload: Workload, seed: int, max_model_len: int) -> None:
-    """Raise `AdapterTwinError` if a run would send no request, or one that is too long.
-
-    Parameters
-    ----------
-    workload : Workload
-    seed : int
-    max_model_len : int
-        In tokens.
-    """
-    trace = draw_trace(workload, seed)
-    require(len(trace) > 0, "rates: not one request falls into the window; raise the rates")
-    longest = int((trace.prompt_tokens + trace.output_tokens).max())
-    require(
-        longest <= max_model_len,
-        f"rates: a request of {longest} tokens exceeds engine.max_model_len = {max_model_len}; "
-        "raise it or lower the lengths",
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Campaign:
     """The content of a campaign file.
@@ -176,26 +145,7 @@ class Campaign:
     def __post_init__(self) -> None:
         has_pieces = self.micro is not None or self.serving is not None
         require(has_pieces, "micro: nothing to measure; give micro, serving or both")
-        engines = self.micro.engines if self.micro else ()
-        runs = self.serving.runs if self.serving else ()
-        checks: list[tuple[str, Callable[[Any], object], object]] = [
-            *((f"micro.engines[{i}]", self.sized, engine) for i, engine in enumerate(engines)),
-            *((f"serving.runs[{i}]", self._check_run, i) for i in range(len(runs))),
-        ]
-        for place, check, what in checks:
-            try:
-                check(what)
-            except AdapterTwinError as error:
-                raise AdapterTwinError(f"{place}.{error}") from None
-
-    def _check_run(self, index: int) -> None:
-        self.flags(index)
-        check_trace(self.workload(index), self.run_seed(index), self.engine.max_model_len)
-
-    @property
-    def model_name(self) -> str:
-        """The model's name in the tables."""
-        return self.model if self.model in shipped_models() else Path(self.model).name
+        self.pieces()  # an error tells where it is
 
     def sized(self, flags: EngineFlags) -> EngineFlags:
         """Return an engine's flags with the KV cache that its slots leave of `cpu_memory_gib`."""
@@ -216,32 +166,61 @@ class Campaign:
         )
         return replace(flags, cpu_kv_cache_gib=self.cpu_memory_gib - slots)
 
-    def flags(self, index: int) -> EngineFlags:
-        """Return the flags of a serving run's server."""
-        assert self.serving is not None
-        run = self.serving.runs[index]
-        return self.sized(
-            replace(
+    def pieces(self) -> list[Piece]:
+        """Return what is to be measured; repeats of a serving run serve the same requests."""
+        return [*self._micro_pieces(), *self._serving_pieces()]
+
+    def _micro_pieces(self) -> Iterator[Piece]:
+        if self.micro is None:
+            return
+        for index, flags in enumerate(self.micro.engines):
+            with _naming(f"micro.engines[{index}]"):
+                yield MicroPiece(
+                    piece_id=f"micro-{index:02d}",
+                    flags=self.sized(flags),
+                    plan=self.micro.plan,
+                    adapter_ranks=self.micro.adapter_ranks(),
+                    seed=self.seed + index,
+                )
+
+    def _serving_pieces(self) -> Iterator[Piece]:
+        if self.serving is None:
+            return
+        lengths, duration_s = self.serving.lengths, self.serving.duration_s
+        for index, run in enumerate(self.serving.runs):
+            place = f"serving.runs[{index}]"
+            flags = replace(
                 self.engine,
                 max_loras=run.adapter_slots,
                 max_lora_rank=run.max_lora_rank,
                 max_cpu_loras=run.served_adapters,
             )
-        )
+            adapters = deal_adapters(run.served_adapters, run.rates, run.ranks)
+            model = self.model if self.model in MODEL_CONFIGS else Path(self.model).name
+            for repeat in range(run.repeats):
+                told = {"held_out": run.held_out, "repeat": repeat, "source_path": place}
+                with _naming(place):
+                    yield ServingPiece(
+                        campaign=self.name,
+                        piece_id=f"run-{index:03d}-{repeat}",
+                        flags=self.sized(flags),
+                        workload=Workload(
+                            adapters=adapters, duration_s=duration_s, lengths=lengths
+                        ),
+                        rates=run.rates,
+                        ranks=run.ranks,
+                        seed=self.seed + index,
+                        told={"model": model, **told},
+                    )
 
-    def workload(self, index: int) -> Workload:
-        """Return a serving run's adapters and their traffic."""
-        assert self.serving is not None
-        run = self.serving.runs[index]
-        return Workload(
-            adapters=deal_adapters(run.served_adapters, run.rates, run.ranks),
-            duration_s=self.serving.duration_s,
-            lengths=self.serving.lengths,
-        )
 
-    def run_seed(self, index: int) -> int:
-        """Return the seed of a serving run's traffic; repeats of it serve the same requests."""
-        return self.seed + index
+@contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """Have an error name its place in the file."""
+    try:
+        yield
+    except AdapterTwinError as error:
+        raise AdapterTwinError(f"{place}.{error}") from None
 
 
 _SLOTLESS = {"max_loras": 0, "max_lora_rank": 8, "max_cpu_loras": 0}

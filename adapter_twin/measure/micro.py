@@ -4,8 +4,6 @@ Every engine runs in a child process of its own (`adapter_twin.measure.micro_eng
 is given back when it ends, and a refused start or a crash is a row with its reason.
 """
 
-from __future__ import annotations
-
 import json
 import signal
 import sys
@@ -25,9 +23,6 @@ from adapter_twin.measure.vllm_cli import kill_group, start_child
 from adapter_twin.measure.vllm_server import telling_line
 from adapter_twin.tables.campaign_schemas import CAMPAIGN_TABLES
 
-_MEASURED_AT_START = (
-    *("kv_cache_tokens", "block_size", "weights_gib", "slots_gib", "startup_s", "capture_s"),
-)
 _ASKED_AT_START = (
     *("gpu_memory_utilization", "cpu_kv_cache_gib"),
     *("max_num_batched_tokens", "max_num_seqs", "max_model_len"),
@@ -121,7 +116,8 @@ def _collect(results: Path, flags: EngineFlags, failure: str | None) -> EnginePr
     engine = {"adapter_slots": flags.max_loras, "max_lora_rank": flags.max_lora_rank}
     start = {
         **engine,
-        **dict.fromkeys(_MEASURED_AT_START),
+        **dict.fromkeys(("kv_cache_tokens", "block_size", "startup_s", "capture_s")),
+        **dict.fromkeys(("weights_gib", "slots_gib")),
         "server_failure": failure,
         **{name: getattr(flags, name) for name in _ASKED_AT_START},
         **measured,

@@ -4,14 +4,11 @@
 ``start.json``, ``steps.jsonl`` and ``loads.jsonl`` there, rows as soon as they are measured.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, cycle, islice
 from pathlib import Path
@@ -138,10 +135,10 @@ def _start_engine(model: str, flags: EngineFlags) -> tuple[Any, dict[str, Any]]:
     """Start an engine, and return it with what its start measured."""
     from vllm import EngineArgs, LLMEngine
 
-    with _capture_times() as capture_s:
-        begin = perf_counter()
-        engine = LLMEngine.from_engine_args(EngineArgs(model=model, **flags.arguments()))
-        startup_s = perf_counter() - begin
+    capture_s = _time_captures()
+    begin = perf_counter()
+    engine = LLMEngine.from_engine_args(EngineArgs(model=model, **flags.arguments()))
+    startup_s = perf_counter() - begin
     cache = engine.vllm_config.cache_config
     weights, slots = _memory_bytes(model_runner(engine).model)
     return engine, {
@@ -169,15 +166,13 @@ def _memory_bytes(model: Any) -> tuple[int, int]:
     return size(model.parameters()), size(stacked)
 
 
-@contextmanager
-def _capture_times() -> Iterator[list[float]]:
-    """Collect the seconds that CUDA-graph captures take; none on a CPU."""
+def _time_captures() -> list[float]:
+    """Collect the seconds that CUDA-graph captures in this process take; none on a CPU."""
     import torch
 
     elapsed_s: list[float] = []
     if not torch.cuda.is_available():
-        yield elapsed_s
-        return
+        return elapsed_s
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as FirstRunner
 
@@ -191,14 +186,9 @@ def _capture_times() -> Iterator[list[float]]:
 
         return capture_model
 
-    originals = {runner: runner.capture_model for runner in (FirstRunner, SecondRunner)}
-    for runner, capture in originals.items():
-        runner.capture_model = timed(capture)
-    try:
-        yield elapsed_s
-    finally:
-        for runner, capture in originals.items():
-            runner.capture_model = capture
+    for runner in (FirstRunner, SecondRunner):
+        runner.capture_model = timed(runner.capture_model)
+    return elapsed_s
 
 
 def visits(points: int, repeats: int, rng: np.random.Generator) -> Iterator[tuple[int, int]]:

@@ -1,7 +1,5 @@
 """The designed experiment of a micro-profile: the batches that the engine is made to run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from itertools import product
 from typing import NamedTuple

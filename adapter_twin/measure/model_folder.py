@@ -5,8 +5,6 @@ An adapter's weights are written once per rank and hard-linked, so that hundreds
 Real model folders and real adapters are accepted in their place.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_twin.errors import AdapterTwinError, one_line, require
-from adapter_twin.tables.datasets import replacing
+from adapter_twin.tables.datasets import replacing, write_text
 from adapter_twin.workload.models import model_config, shipped_models
 from adapter_twin.workload.strict import suggestion
 
@@ -53,8 +51,7 @@ def write_model(shape: str, folder: Path) -> Path:
         )
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "tokenizer.json") as temporary:
-        temporary.write_text(_tokenizer(config["vocab_size"]), encoding="utf-8")
+    write_text(folder / "tokenizer.json", _tokenizer(config["vocab_size"]))
     # every one is named: what a tokenizer class adds of its own would lie beyond the vocabulary
     tokenizer = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -256,10 +253,8 @@ def _tokenizer(vocabulary: int) -> str:
 
 def _write_json(content: dict[str, Any], path: Path) -> None:
     text = json.dumps(content, indent=2) + "\n"
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
-        return
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
 
 
 def _read_json(path: Path, kind: str) -> dict[str, Any]:

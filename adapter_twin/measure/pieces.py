@@ -1,19 +1,18 @@
 """The pieces of a campaign, and the order in which they are measured."""
 
-from __future__ import annotations
-
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
-from adapter_twin.measure.campaign import Campaign, draw_trace
+from adapter_twin.errors import require
 from adapter_twin.measure.engine_flags import EngineFlags
 from adapter_twin.measure.micro_plan import MicroPlan
 from adapter_twin.workload.scenario import Workload
-from adapter_twin.workload.trace import Trace
+from adapter_twin.workload.trace import Trace, generate, generators
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +52,11 @@ class ServingPiece:
         Of its traffic.
     told : dict
         Further columns of its row in the table ``runs``.
+
+    Raises
+    ------
+    AdapterTwinError
+        It would send no request, or one that is too long for the engine.
     """
 
     campaign: str
@@ -64,15 +68,26 @@ class ServingPiece:
     seed: int
     told: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        trace, most = self.trace(), self.flags.max_model_len
+        require(len(trace) > 0, "rates: not one request falls into the window; raise the rates")
+        longest = int((trace.prompt_tokens + trace.output_tokens).max())
+        require(
+            longest <= most,
+            f"rates: a request of {longest} tokens exceeds engine.max_model_len = {most}; "
+            "raise it or lower the lengths",
+        )
+
     @property
     def adapter_ranks(self) -> tuple[int, ...]:
         """Rank of every adapter that is served."""
         return tuple(adapter.rank for adapter in self.workload.adapters)
 
     @property
-    def server(self) -> Hashable:
-        """What decides a server: runs with equal ones can share it."""
-        return self.flags, self.adapter_ranks
+    def server(self) -> tuple[Any, ...]:
+        """What decides a campaign's server: runs with equal ones share it."""
+        flags = self.flags
+        return flags.max_cpu_loras, flags.max_loras, flags.max_lora_rank, self.adapter_ranks
 
     @property
     def run_id(self) -> str:
@@ -106,71 +121,32 @@ class ServingPiece:
         }
 
     def trace(self) -> Trace:
-        """Draw the requests: those that the twin draws from the same seed."""
-        return draw_trace(self.workload, self.seed)
+        """Draw the requests that a client sends: those that the twin draws from the same seed."""
+        marginals = None
+        if self.workload.lengths.distribution == "sharegpt":
+            from adapter_twin.tables.datasets import sharegpt_lengths
+
+            marginals = sharegpt_lengths()
+        return generate(self.workload, generators(self.seed)[0], marginals)
 
 
 Piece = MicroPiece | ServingPiece
 
 
-def groups(campaign: Campaign) -> list[list[Piece]]:
+def groups(pieces: Sequence[Piece], seed: int) -> list[list[Piece]]:
     """Return the pieces that share one engine, in the random order in which engines start.
 
     The order follows from the campaign's seed, so that a drift of the machine meets all factors
     alike, and a resumed campaign goes on in the same order.
     """
-    rng = np.random.default_rng(campaign.seed)
-    engines: list[list[Piece]] = [[piece] for piece in _micro_pieces(campaign)]
-    for _, shared in groupby(_serving_pieces(campaign), key=lambda piece: piece.server):
-        runs = list(shared)
-        engines.append([runs[place] for place in rng.permutation(len(runs))])
+    rng = np.random.default_rng(seed)
+    engines: list[list[Piece]] = [[piece] for piece in pieces if isinstance(piece, MicroPiece)]
+    runs = [piece for piece in pieces if isinstance(piece, ServingPiece)]
+    by_server = attrgetter("server")
+    for _, shared in groupby(sorted(runs, key=by_server), by_server):
+        own = list(shared)
+        engines.append([own[place] for place in rng.permutation(len(own))])
     return [engines[place] for place in rng.permutation(len(engines))]
-
-
-def _micro_pieces(campaign: Campaign) -> list[MicroPiece]:
-    micro = campaign.micro
-    if micro is None:
-        return []
-    return [
-        MicroPiece(
-            piece_id=f"micro-{index:02d}",
-            flags=campaign.sized(flags),
-            plan=micro.plan,
-            adapter_ranks=micro.adapter_ranks(),
-            seed=campaign.seed + index,
-        )
-        for index, flags in enumerate(micro.engines)
-    ]
-
-
-def _serving_pieces(campaign: Campaign) -> list[ServingPiece]:
-    """Return the serving runs, those of equal servers next to each other."""
-    runs = enumerate(campaign.serving.runs if campaign.serving else ())
-    pieces = [
-        ServingPiece(
-            campaign=campaign.name,
-            piece_id=f"run-{index:03d}-{repeat}",
-            flags=campaign.flags(index),
-            workload=campaign.workload(index),
-            rates=run.rates,
-            ranks=run.ranks,
-            seed=campaign.run_seed(index),
-            told={
-                "model": campaign.model_name,
-                "held_out": run.held_out,
-                "repeat": repeat,
-                "source_path": f"serving.runs[{index}]",
-            },
-        )
-        for index, run in runs
-        for repeat in range(run.repeats)
-    ]
-    return sorted(pieces, key=_place)
-
-
-def _place(piece: ServingPiece) -> tuple[Any, ...]:
-    flags = piece.flags
-    return flags.max_cpu_loras, flags.max_loras, flags.max_lora_rank, piece.ranks
 
 
 def _joined(values: Sequence[float]) -> str:

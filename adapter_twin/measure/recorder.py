@@ -3,10 +3,8 @@
 The recorder puts itself around four methods of one in-process engine; it infers nothing.
 """
 
-from __future__ import annotations
-
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
 
@@ -42,83 +40,67 @@ class Recorder:
         self._engine, self._core = engine, engine.engine_core.engine_core
         self._ranks = ranks
         self._scheduled: deque[dict[str, Any]] = deque()
-        self._last_end = 0.0
+        self._last_end = self._core_ms = 0.0
         self._loads_before_step = 0
-        scheduler = self._core.scheduler
-        scheduler.schedule = self._around_schedule(scheduler.schedule)
-        scheduler.update_from_output = self._around_update(scheduler.update_from_output)
-        manager = worker_adapters(engine)
-        if manager is not None:
-            manager.add_adapter = self._around_load(manager.add_adapter, manager)
+        core, scheduler = self._core, self._core.scheduler
+        self._step_fn, core.step_fn = core.step_fn, self._timed_step
+        self._schedule, scheduler.schedule = scheduler.schedule, self._recorded_schedule
+        self._update = scheduler.update_from_output
+        scheduler.update_from_output = self._recorded_update
+        self._manager: Any = worker_adapters(engine)
+        if self._manager is not None:
+            self._load, self._manager.add_adapter = self._manager.add_adapter, self._recorded_load
 
     def step(self) -> None:
         """Run the engine's step and record what it did."""
-        core_ms = 0.0
-        step_fn, ended = self._core.step_fn, len(self.steps)
-
-        def timed_step() -> Any:
-            nonlocal core_ms
-            begin = perf_counter()
-            try:
-                return step_fn()
-            finally:
-                core_ms = (perf_counter() - begin) * 1e3
-
-        self._core.step_fn = timed_step
-        begin = perf_counter()
-        try:
-            self._engine.step()
-        finally:
-            self._core.step_fn = step_fn
-        output_ms = (perf_counter() - begin) * 1e3 - core_ms
+        ended, begin = len(self.steps), perf_counter()
+        self._engine.step()
+        output_ms = (perf_counter() - begin) * 1e3 - self._core_ms
         for row in self.steps[ended:]:
             row["output_ms"] = output_ms
 
-    def _around_schedule(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            begin = perf_counter()
-            output = schedule(*args, **kwargs)
-            elapsed_ms = (perf_counter() - begin) * 1e3
-            row = self._batch(output) | {"_begin": begin, "schedule_ms": elapsed_ms}
-            self._scheduled.append(row)
-            self._loads_before_step = len(self.loads)
-            return output
+    def _timed_step(self) -> Any:
+        begin = perf_counter()
+        result = self._step_fn()
+        self._core_ms = (perf_counter() - begin) * 1e3
+        return result
 
-        return recorded
+    def _recorded_schedule(self, *args: Any, **kwargs: Any) -> Any:
+        begin = perf_counter()
+        output = self._schedule(*args, **kwargs)
+        elapsed_ms = (perf_counter() - begin) * 1e3
+        row = self._batch(output) | {"_begin": begin, "schedule_ms": elapsed_ms}
+        self._scheduled.append(row)
+        self._loads_before_step = len(self.loads)
+        return output
 
-    def _around_update(self, update: Callable[..., Any]) -> Callable[..., Any]:
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            begin = perf_counter()
-            result = update(*args, **kwargs)
-            end = perf_counter()
-            row = self._scheduled.popleft()
-            started = max(row.pop("_begin"), self._last_end)
-            row["step_ms"] = (end - started) * 1e3
-            row["schedule_ms"] += (end - begin) * 1e3
-            row["loads"] = len(self.loads) - self._loads_before_step
-            self._last_end = end
-            if row["batched_tokens"]:
-                self.steps.append(row)
-            return result
+    def _recorded_update(self, *args: Any, **kwargs: Any) -> Any:
+        begin = perf_counter()
+        result = self._update(*args, **kwargs)
+        end = perf_counter()
+        row = self._scheduled.popleft()
+        started = max(row.pop("_begin"), self._last_end)
+        row["step_ms"] = (end - started) * 1e3
+        row["schedule_ms"] += (end - begin) * 1e3
+        row["loads"] = len(self.loads) - self._loads_before_step
+        self._last_end = end
+        if row["batched_tokens"]:
+            self.steps.append(row)
+        return result
 
-        return recorded
-
-    def _around_load(self, add_adapter: Callable[..., Any], manager: Any) -> Callable[..., Any]:
-        def recorded(lora_request: Any) -> Any:
-            adapter = lora_request.lora_int_id
-            if adapter in manager._adapter_manager._active_adapters:
-                return add_adapter(lora_request)
-            source = "memory" if adapter in manager.list_adapters() else "disk"
-            # Copies to an accelerator return before they are done.
-            _wait_for_accelerator()
-            begin = perf_counter()
-            result = add_adapter(lora_request)
-            _wait_for_accelerator()
-            row = {"rank": self._ranks[adapter], "source": source, "index": len(self.loads)}
-            self.loads.append(row | {"load_ms": (perf_counter() - begin) * 1e3})
-            return result
-
-        return recorded
+    def _recorded_load(self, lora_request: Any) -> Any:
+        adapter, manager = lora_request.lora_int_id, self._manager
+        if adapter in manager._adapter_manager._active_adapters:
+            return self._load(lora_request)
+        source = "memory" if adapter in manager.list_adapters() else "disk"
+        # Copies to an accelerator return before they are done.
+        _wait_for_accelerator()
+        begin = perf_counter()
+        result = self._load(lora_request)
+        _wait_for_accelerator()
+        row = {"rank": self._ranks[adapter], "source": source, "index": len(self.loads)}
+        self.loads.append(row | {"load_ms": (perf_counter() - begin) * 1e3})
+        return result
 
     def _batch(self, output: Any) -> dict[str, Any]:
         """Describe a scheduled batch; a decode is a request whose whole prompt is computed."""

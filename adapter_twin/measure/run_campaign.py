@@ -1,7 +1,5 @@
 """Campaigns, run piece by piece in random order: within a time budget, resumable after a kill."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import time
@@ -97,7 +95,7 @@ def run_campaign(file: Path, out: Path) -> Summary:
         budget_s=campaign.budget_s,
         store=store,
     )
-    return session.measure(groups(campaign))
+    return session.measure(groups(campaign.pieces(), campaign.seed))
 
 
 class BudgetSpent(Exception):

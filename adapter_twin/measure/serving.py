@@ -1,7 +1,5 @@
 """Serving runs: a trace sent to a running server, timed by the client, sampled on the server."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from adapter_twin.errors import AdapterTwinError, require
-from adapter_twin.measure.client import Replay, ScheduleError, replay, settled_memory
+from adapter_twin.measure.client import Replay, replay, settled_memory
 from adapter_twin.measure.scrape import record_series, wait_until_idle
 from adapter_twin.service.client_records import to_gaps, to_records
 from adapter_twin.service.metrics import summarize
@@ -23,29 +21,23 @@ _WARM_UP_WITHIN_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class ServedRun:
-    """Measurements of a serving run.
+class ServedRun(Replay):
+    """Measurements of a serving run: what the client saw, and besides.
+
+    Look at ``schedule.warning`` before trusting the figures. Of a `failure`,
+    `adapter_twin.measure.vllm_server.Server.failure` may tell more.
 
     Attributes
     ----------
     row : dict
         The measured columns of the table ``runs``. Where the server died, ``duration_s`` is the
         time until then and ``status`` is ``failed:server_died``.
-    requests : pandas.DataFrame
-        As `adapter_twin.measure.client.Replay.requests`.
     series : pandas.DataFrame
         As `adapter_twin.measure.scrape.record_series`; counters start at 0 with the window.
-    schedule : ScheduleError
-        Look at its `warning` before trusting the figures.
-    failure : str or None
-        Why the run ended early; `adapter_twin.measure.vllm_server.Server.failure` may tell more.
     """
 
     row: dict[str, Any]
-    requests: pd.DataFrame
     series: pd.DataFrame
-    schedule: ScheduleError
-    failure: str | None
 
 
 def measure_run(
@@ -105,7 +97,7 @@ def measure_run(
     with settled_memory():
         seen, series = asyncio.run(measure())
     row = _summary(seen, series, trace)
-    return ServedRun(row, seen.requests, series, seen.schedule, seen.failure)
+    return ServedRun(seen.requests, seen.schedule, seen.ended_s, seen.failure, row, series)
 
 
 async def _warm_up(base_url: str, names: Sequence[str], vocabulary: int) -> None:
@@ -129,8 +121,6 @@ def _summary(replayed: Replay, series: pd.DataFrame, trace: Trace) -> dict[str, 
         "mean_input_tokens": trace.prompt_tokens.mean(),
         "mean_requested_output_tokens": trace.output_tokens.mean(),
         "sent_requests": int(replayed.requests["sent_s"].notna().sum()),
-        "sent_is_exact": True,
-        "client_collapsed": False,
         "input_tokens": int(records.prompt_tokens[done].sum()),
         "output_tokens": int(records.output_tokens[done].sum()),
         **summarize(records, to_gaps(replayed.requests), replayed.ended_s),

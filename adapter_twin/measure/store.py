@@ -1,7 +1,5 @@
 """Folders of campaigns: a subfolder per measured piece, there whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping
@@ -14,7 +12,7 @@ import yaml
 
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.tables.campaign_schemas import CAMPAIGN_TABLES
-from adapter_twin.tables.datasets import replacing, write_table
+from adapter_twin.tables.datasets import write_table, write_text
 from adapter_twin.tables.schemas import validate
 from adapter_twin.workload.files import read_yaml
 
@@ -69,10 +67,8 @@ class Store:
                     f"{self.out}: was measured with {part} {before.get(part)}, this is "
                     f"{machine.get(part)}; give another folder",
                 )
-        written = {copy: asked, described: json.dumps(machine, indent=2) + "\n"}
-        for path, text in written.items():
-            with replacing(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+        write_text(copy, asked)
+        write_text(described, json.dumps(machine, indent=2) + "\n")
 
     def complete(self) -> dict[str, dict[str, Any]]:
         """Return the facts of each complete piece by its id."""

@@ -9,8 +9,6 @@ differ from the script that vLLM installs:
   that process is no longer its parent. That also holds when the parent is killed outright.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """Servers (``vllm serve``): checked before they start, watched, and always stopped."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import re
@@ -13,6 +11,7 @@ import time
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Self
 
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.measure.engine_flags import EngineFlags, environment, require_engine
@@ -78,7 +77,7 @@ class Server:
         self.startup_s = float("nan")
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         check_model(self.model_folder)
         check_adapters(list(self.adapters.values()), self.flags.max_lora_rank)
         require(

@@ -1,7 +1,5 @@
 """Studies, run: this machine is calibrated, plans are made, every choice is served for real."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping
@@ -18,8 +16,6 @@ from adapter_twin.errors import require
 from adapter_twin.laws import load_calibration
 from adapter_twin.laws.calibration import Calibration
 from adapter_twin.learn.slots_tree import learn_slots
-from adapter_twin.learn.stored import write_text
-from adapter_twin.measure.campaign import check_trace
 from adapter_twin.measure.engine_flags import (
     EngineFlags,
     describe_machine,
@@ -30,26 +26,17 @@ from adapter_twin.measure.pieces import Piece, ServingPiece
 from adapter_twin.measure.run_campaign import Summary, WorkSession, run_campaign
 from adapter_twin.measure.store import Store
 from adapter_twin.plan.demand import Demand
-from adapter_twin.prove.rivals import (
-    CALIBRATION,
-    METHODS,
-    PLAN,
-    TREE,
-    Study,
-    load_study,
-    plain,
-    plan,
-)
+from adapter_twin.prove import rivals
+from adapter_twin.prove.rivals import CALIBRATION, PLAN, Study
+from adapter_twin.tables.datasets import write_text
 
 log = logging.getLogger(__name__)
 
 CAMPAIGN = "campaign"
 SWEEP = "sweep"
 
-Engine = Literal["cpu", "cuda"]
 
-
-def run_study(file: Path, engine: Engine, out: Path) -> Summary:
+def run_study(file: Path, engine: Literal["cpu", "cuda"], out: Path) -> Summary:
     """Measure what a study asks and is not in `out` yet.
 
     Parameters
@@ -74,9 +61,10 @@ def run_study(file: Path, engine: Engine, out: Path) -> Summary:
         A file is wrong, there is no such engine, the calibration is of another machine or engine,
         or `out` holds another study.
     """
-    study = load_study(file)
+    study = rivals.load_study(file)
     require_engine()
-    check_engine(engine)
+    here = "cpu" if is_cpu_build() else "cuda"
+    require(engine == here, f"engine: the vLLM installed here is for {here}; use --engine {here}")
     demands = study.demands()
     first = next(iter(demands.values()))
     if study.campaign is not None:
@@ -100,12 +88,6 @@ def run_study(file: Path, engine: Engine, out: Path) -> Summary:
         store=store,
     )
     return session.measure(pieces(study, demands, calibration, planned))
-
-
-def check_engine(engine: Engine) -> None:
-    """Raise `AdapterTwinError` unless the vLLM installed here is that build."""
-    here = "cpu" if is_cpu_build() else "cuda"
-    require(engine == here, f"engine: the vLLM installed here is for {here}; use --engine {here}")
 
 
 def check_calibration(calibration: Calibration, machine: Mapping[str, Any]) -> None:
@@ -138,12 +120,12 @@ def _plan(study: Study, demands: Mapping[str, Demand], out: Path) -> dict[str, A
         others = {}
         if study.design is not None:
             calibration = next(iter(demands.values())).calibration
-            others[TREE] = learn_slots(Path(study.design), out / SWEEP, calibration)
+            others[rivals.TREE] = learn_slots(Path(study.design), out / SWEEP, calibration)
         workloads = {}
         for name, demand in demands.items():
             log.info("planning %s", name)
-            planned = plan(demand, others, study.methods or METHODS)
-            workloads[name] = {"demand": plain(demand), **planned}
+            planned = rivals.plan(demand, others, study.methods or rivals.METHODS)
+            workloads[name] = {"demand": rivals.plain(demand), **planned}
         get_reusable_executor().shutdown()  # idle processes of the sweep would still wake up
         write_text(path, json.dumps({"workloads": workloads}, indent=1) + "\n")
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -177,35 +159,27 @@ def pieces(
         for slots in sorted({g for g in planned["workloads"][name]["picks"].values() if g})
     ]
     return [
-        [_piece(study, name, demands[name], calibration, slots, repeat)]
+        [
+            ServingPiece(
+                campaign=study.name,
+                piece_id=f"{name}-{slots:03d}-{repeat}",
+                flags=engine_flags(study, demands[name], calibration, slots),
+                workload=demands[name].workload(study.duration_s),
+                rates=[adapter.request_rate for adapter in demands[name].adapters],
+                ranks=[adapter.rank for adapter in demands[name].adapters],
+                seed=study.seed + repeat,
+                told={
+                    "model": demands[name].model,
+                    "arrival_cv": demands[name].arrivals.cv,
+                    "held_out": True,
+                    "repeat": repeat,
+                    "source_path": name,
+                },
+            )
+        ]
         for repeat in range(study.repeats)
         for name, slots in (arms[place] for place in rng.permutation(len(arms)))
     ]
-
-
-def _piece(
-    study: Study, name: str, demand: Demand, calibration: Calibration, slots: int, repeat: int
-) -> ServingPiece:
-    flags = engine_flags(study, demand, calibration, slots)
-    workload = demand.workload(study.duration_s)
-    seed = study.seed + repeat
-    check_trace(workload, seed, flags.max_model_len)
-    return ServingPiece(
-        campaign=study.name,
-        piece_id=f"{name}-{slots:03d}-{repeat}",
-        flags=flags,
-        workload=workload,
-        rates=[adapter.request_rate for adapter in demand.adapters],
-        ranks=[adapter.rank for adapter in demand.adapters],
-        seed=seed,
-        told={
-            "model": demand.model,
-            "arrival_cv": demand.arrivals.cv,
-            "held_out": True,
-            "repeat": repeat,
-            "source_path": name,
-        },
-    )
 
 
 def engine_flags(study: Study, demand: Demand, calibration: Calibration, slots: int) -> EngineFlags:

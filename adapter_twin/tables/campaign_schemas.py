@@ -3,8 +3,6 @@
 Columns not named here pass through unchecked.
 """
 
-from __future__ import annotations
-
 from pandera.pandas import DataFrameSchema
 
 from adapter_twin.tables.schemas import (

@@ -149,13 +149,9 @@ def inventory(dataset: str = DATASET) -> pd.DataFrame:
 
 
 def _count_rows(path: Path) -> int:
-    if path.suffix == ".csv":
-        return max(0, len(path.read_text().splitlines()) - 1)
-    from pyarrow import ArrowInvalid, parquet
-
     try:
-        return int(parquet.read_metadata(path).num_rows)
-    except ArrowInvalid:
+        return len(read_frame(path, columns=[]))
+    except AdapterTwinError:
         return 0  # The checksum already tells that the file is damaged.
 
 
@@ -274,6 +270,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise AdapterTwinError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file whole or not at all; raises as `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _require_suffix(path: Path) -> None:

@@ -1,7 +1,5 @@
 """Import the raw repository of the reference study into the tables ``runs`` and ``series``."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from pathlib import Path

@@ -10,8 +10,6 @@ nothing to tell when the hour began: it is taken to stop 15 s after the hour, as
 asks, and its counters to be missing.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 import re

@@ -5,8 +5,6 @@ here pass through unchecked: upstream tables carry more than this project reads.
 module imports pandera (about a second), so the rest of the package imports it late.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable
 from dataclasses import fields
@@ -17,19 +15,13 @@ from pandera.errors import SchemaErrors
 from pandera.pandas import Check, Column, DataFrameSchema
 
 from adapter_twin.errors import AdapterTwinError, require
+from adapter_twin.tables.run_folder import FAILURE_SIGNS
 from adapter_twin.workload.scenario import LORA_RANKS, ServeFlags
 
 MODELS = ("llama-3.1-8b-instruct", "qwen-2.5-7b-instruct")
 """The H100 campaigns served these models."""
 
-FAILURES = (
-    "kv_lt_max_seq_len",
-    "no_mem_cache_blocks",
-    "oom",
-    "illegal_mem_access",
-    "port_in_use",
-    "unknown",
-)
+FAILURES = (*FAILURE_SIGNS, "unknown")
 """These are the reasons why a server did not start, most telling first."""
 
 STATUSES = ("ok", "log_truncated_series_ok", *(f"failed:{failure}" for failure in FAILURES))
@@ -351,7 +343,7 @@ def _some(names: list[str]) -> str:
     return ", ".join([*names[:MOST_NAMED], f"{left} more"] if left > 1 else names)
 
 
-def _reject(bad: pd.Series[bool], values: pd.Series[Any], source: object, reason: str) -> None:
+def _reject(bad: "pd.Series[bool]", values: "pd.Series[Any]", source: object, reason: str) -> None:
     if bad.any():
         row, value = bad[bad].index[0], values[bad].iloc[0]
         raise AdapterTwinError(

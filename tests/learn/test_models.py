@@ -474,9 +474,9 @@ def sweep() -> pd.DataFrame:
 
 def compare_few(patch: pytest.MonkeyPatch) -> None:
     """Compare a few quick models only."""
-    patch.setattr(training, "compare", partial(compare, models=QUICK))
+    patch.setattr(training.surrogates, "compare", partial(compare, models=QUICK))
     few_classifiers = partial(compare_classifiers, names=QUICK_CLASSIFIERS)
-    patch.setattr(training, "compare_classifiers", few_classifiers)
+    patch.setattr(training.surrogates, "compare_classifiers", few_classifiers)
 
 
 @pytest.fixture

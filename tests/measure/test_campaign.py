@@ -22,11 +22,11 @@ from adapter_twin.calibrate.from_tables import calibrate_tables
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
 from adapter_twin.measure import run_campaign as runner
-from adapter_twin.measure.campaign import draw_trace, load_campaign
+from adapter_twin.measure.campaign import Campaign, load_campaign
 from adapter_twin.measure.client import ScheduleError
 from adapter_twin.measure.engine_flags import EngineFlags, describe_machine
 from adapter_twin.measure.micro import EngineProfile
-from adapter_twin.measure.pieces import groups
+from adapter_twin.measure.pieces import ServingPiece, groups
 from adapter_twin.measure.serving import ServedRun
 from adapter_twin.service.predict import predict
 from adapter_twin.tables import datasets
@@ -163,7 +163,8 @@ class Engine:
             series[name] = 1.0
         row = {"status": "failed:server_died" if died else "ok", "total_throughput": 12.0}
         failure = "server: stopped answering" if died else None
-        return ServedRun(row, requests, series, ScheduleError(0.0, self.late_ms, 0.0), failure)
+        schedule = ScheduleError(0.0, self.late_ms, 0.0)
+        return ServedRun(requests, schedule, duration_s, failure, row, series)
 
 
 @pytest.fixture
@@ -241,7 +242,8 @@ def test_a_run_serves_the_requests_that_the_twin_draws_from_its_seed(tmp_path: P
     changes = {"serving.lengths": lengths, "serving.runs": [run], "seed": 3}
     campaign = load_campaign(write(tmp_path, {"engine.max_model_len": 8192, **changes}))
     assert campaign.serving is not None
-    sent = draw_trace(campaign.workload(0), campaign.run_seed(0))
+    (piece,) = (each for each in campaign.pieces() if isinstance(each, ServingPiece))
+    sent = piece.trace()
     workload = Workload(
         adapters=deal_adapters(8, [0.5, 3], [8]),
         duration_s=10,
@@ -251,24 +253,26 @@ def test_a_run_serves_the_requests_that_the_twin_draws_from_its_seed(tmp_path: P
     engine = EngineConfig(
         model="llama-3.1-8b-instruct", max_loras=8, max_cpu_loras=8, max_lora_rank=16
     )
-    drawn = simulate(workload, engine, calibration, seed=campaign.run_seed(0)).records
+    drawn = simulate(workload, engine, calibration, seed=piece.seed).records
     for column in ("arrival_s", "adapter", "prompt_tokens"):
         np.testing.assert_array_equal(getattr(sent, column), getattr(drawn, column))
+
+
+def shuffled(campaign: Campaign) -> list[list[str]]:
+    """Return the names of the pieces by engine, in the order in which they are measured."""
+    return [[one.piece_id for one in group] for group in groups(campaign.pieces(), campaign.seed)]
 
 
 def test_runs_with_the_same_flags_share_a_server_and_engines_start_in_random_order(
     tmp_path: Path,
 ) -> None:
     campaign = load_campaign(write(tmp_path))
-    order = [[piece.piece_id for piece in group] for group in groups(campaign)]
+    order = shuffled(campaign)
     assert sorted(name for group in order for name in group) == PIECES
     assert {"run-000-0", "run-000-1", "run-002-0"} in map(set, order)
-    assert order == [[piece.piece_id for piece in group] for group in groups(campaign)]
+    assert order == shuffled(campaign)
     others = (load_campaign(write(tmp_path, {"seed": seed})) for seed in range(1, 5))
-    assert any(
-        [[piece.piece_id for piece in group] for group in groups(other)] != order
-        for other in others
-    )
+    assert any(shuffled(other) != order for other in others)
 
 
 def test_a_campaign_leaves_tables_that_meet_their_schemas(
@@ -406,8 +410,8 @@ def test_after_a_server_that_died_half_way_the_next_run_gets_a_new_one(
     assert set(runs) == {"ok"}
     requests = pd.read_parquet(out / "requests.parquet")
     assert (requests["run_id"] == "test/run-002-0").any()
-    shared = next(group for group in groups(load_campaign(write(tmp_path))) if len(group) == 3)
-    is_last = shared[-1].piece_id == "run-002-0"
+    shared = next(group for group in shuffled(load_campaign(write(tmp_path))) if len(group) == 3)
+    is_last = shared[-1] == "run-002-0"
     assert engine.starts.count(2) == (1 if is_last else 2)
 
 
@@ -542,9 +546,10 @@ def test_live_the_server_got_the_requests_of_the_trace_and_served_every_token(sm
     campaign = load_campaign(smoke / "campaign.yaml")
     requests = datasets.read_table(smoke / "requests.parquet", CAMPAIGN_TABLES["requests"])
     runs = pd.read_parquet(smoke / "runs.parquet").set_index("run_id")
-    for index in range(len(runs)):
-        run_id = f"smoke/run-{index:03d}-0"
-        trace = draw_trace(campaign.workload(index), campaign.run_seed(index))
+    for piece in campaign.pieces():
+        if not isinstance(piece, ServingPiece):
+            continue
+        run_id, trace = piece.run_id, piece.trace()
         sent = requests[requests["run_id"] == run_id]
         assert np.bincount(sent["adapter"]).tolist() == np.bincount(trace.adapter).tolist()
         np.testing.assert_array_equal(sent["output_tokens"], trace.output_tokens)

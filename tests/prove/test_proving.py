@@ -23,7 +23,6 @@ from adapter_twin.measure import run_campaign as campaign_runner
 from adapter_twin.measure.campaign import load_campaign
 from adapter_twin.measure.client import ScheduleError
 from adapter_twin.measure.engine_flags import EngineFlags
-from adapter_twin.measure.pieces import groups
 from adapter_twin.measure.serving import ServedRun
 from adapter_twin.plan.candidates import candidate_slots
 from adapter_twin.plan.demand import Demand, load_demand
@@ -120,6 +119,7 @@ class TwinAsEngine:
             requests=as_requests(records, self.slow),
             series=pd.DataFrame(),
             schedule=ScheduleError(0.0, 0.0, 0.0),
+            ended_s=duration_s,
             failure=None,
         )
 
@@ -583,12 +583,10 @@ def test_a_tree_sees_the_skew_of_a_demand(
 def test_slots_and_kv_cache_share_a_cpus_memory_to_the_byte(tmp_path: Path) -> None:
     campaign = load_campaign(datasets.REPOSITORY / "experiments" / "campaigns" / "cpu-memory.yaml")
     shape = model_shape("small")
-    for group in groups(campaign):
-        for piece in group:
-            flags = piece.flags
-            slots = small_engine(flags.max_loras, flags.max_lora_rank)
-            taken = layer_slots_bytes(slots, shape) / 2**30
-            assert flags.cpu_kv_cache_gib + taken == pytest.approx(campaign.cpu_memory_gib)
+    for piece in campaign.pieces():
+        slots = small_engine(piece.flags.max_loras, piece.flags.max_lora_rank)
+        taken = layer_slots_bytes(slots, shape) / 2**30
+        assert piece.flags.cpu_kv_cache_gib + taken == pytest.approx(campaign.cpu_memory_gib)
     content = yaml.safe_load(
         (datasets.REPOSITORY / "experiments" / "campaigns" / "cpu-memory.yaml").read_text()
     )
