@@ -4,8 +4,6 @@ The engine's laws come from the micro-profiles, where the batch of every step is
 front end's overhead needs serving runs, and takes those that were not held out.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The client's side: laws fitted to what the twin of the engine leaves unexplained of a run."""
 
-from __future__ import annotations
-
 from copy import copy
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -9,13 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
-from numpy.typing import NDArray
 
 from adapter_twin.laws.calibration import Calibration
 from adapter_twin.service.metrics import summarize
 from adapter_twin.twin.simulate import simulate_run
-
-Floats = NDArray[np.float64]
+from adapter_twin.workload.lengths import Floats
 
 SETTLED_S = 300.0
 """First uses disturb the scrapes before this time."""

@@ -1,7 +1,5 @@
 """Calibrations from a folder of measured tables: the published ones, or those of a campaign."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The fit of a calibration to the published tables of one-hour runs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime

@@ -5,15 +5,12 @@ measurement tells the copies apart. The twin makes each copy from the configurat
 copies are taken out of what the step-time law is fitted to, and the law is fitted again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
-from numpy.typing import NDArray
 
 from adapter_twin.laws.calibration import Calibration
 from adapter_twin.laws.emitted_lengths import LengthLaw
@@ -22,10 +19,8 @@ from adapter_twin.laws.scheduling import SchedulingLaw
 from adapter_twin.laws.step_time import StepObservations, batch_features
 from adapter_twin.twin.simulate import simulate_run
 from adapter_twin.workload.files import records, run_to_engine, run_to_workload
-from adapter_twin.workload.lengths import draw_lengths
+from adapter_twin.workload.lengths import Floats, draw_lengths
 from adapter_twin.workload.scenario import Lengths
-
-Floats = NDArray[np.float64]
 
 Copies = Mapping[str, tuple[Floats, Floats]]
 """By run: the end of each step, and the time spent on copies before it (one more), in s."""
@@ -159,7 +154,7 @@ def whole_hours(runs: pd.DataFrame, series: pd.DataFrame, memory: MemoryLaw) -> 
     return hours[_steady(hours)]
 
 
-def _steady(rows: pd.DataFrame) -> pd.Series[bool]:
+def _steady(rows: pd.DataFrame) -> "pd.Series[bool]":
     return rows.running_sd < 0.3 * rows.running + 3
 
 

@@ -15,14 +15,12 @@ It puts three classic results together:
 - **A polling queue for the slots**: see `adapter_twin.capacity.slot_sharing`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Self
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from adapter_twin.capacity.batches import NODES, Batches
@@ -31,9 +29,8 @@ from adapter_twin.capacity.traffic_mix import Mix, Traffic, read_runs
 from adapter_twin.laws import Calibration
 from adapter_twin.service.metrics import is_starved
 from adapter_twin.service.predict import load_calibrations
+from adapter_twin.workload.lengths import Floats
 from adapter_twin.workload.scenario import EngineConfig, Workload
-
-Floats = NDArray[np.float64]
 
 CELLS = 1 << 16
 """This number of rows x groups of adapters is worked on together: more would only fill caches."""
@@ -217,13 +214,13 @@ class Delays:
     queue_s: Floats
     scanning: Floats
 
-    def halfway_to(self, other: Delays) -> Delays:
+    def halfway_to(self, other: Self) -> Self:
         """Return the means of both: whole steps overshoot, for slow steps fill the batch.
 
         A full batch, for one, ends the scans of the queue that slowed the steps down.
         """
         pairs = ((getattr(self, one.name), getattr(other, one.name)) for one in fields(self))
-        return Delays(*((mine + theirs) / 2 for mine, theirs in pairs))
+        return type(self)(*((mine + theirs) / 2 for mine, theirs in pairs))
 
 
 def _settle(mix: Mix, batches: Batches, calibration: Calibration) -> tuple[Balance, Delays]:

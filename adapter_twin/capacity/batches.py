@@ -5,10 +5,9 @@ tokens`` per step. The mean of the step-time law over what joins is evaluated on
 running, evenly spaced in their logarithm.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numba
 import numpy as np
@@ -17,9 +16,8 @@ from numpy.typing import NDArray
 from adapter_twin.capacity.traffic_mix import Mix
 from adapter_twin.laws import Calibration
 from adapter_twin.laws.step_time import TILE, StepTimeLaw
+from adapter_twin.workload.lengths import Floats
 from adapter_twin.workload.scenario import EngineConfig
-
-Floats = NDArray[np.float64]
 
 NODES = 40
 """The step time is evaluated at this number of numbers of running requests."""
@@ -57,7 +55,7 @@ class Batches:
     bound: NDArray[np.str_]
 
     @classmethod
-    def of(cls, engines: Sequence[EngineConfig], mix: Mix, calibration: Calibration) -> Batches:
+    def of(cls, engines: Sequence[EngineConfig], mix: Mix, calibration: Calibration) -> Self:
         """Evaluate a calibration's laws."""
         slots = np.array([engine.max_loras for engine in engines], float)
         ranks = np.array([engine.max_lora_rank for engine in engines], float)

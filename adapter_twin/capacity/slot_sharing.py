@@ -8,15 +8,12 @@ their number only, so waiting is what makes room. Where even the longest wait do
 the adapters that came first keep their slots, and the others get none.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numba
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from adapter_twin.workload.lengths import Floats
 
 STATES = 64
 """The length of an adapter's visit is computed exactly up to this number of its requests."""

@@ -1,26 +1,22 @@
 """Traffic in the analytic model's terms: the adapters of each rate, and moments of lengths."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws import Calibration
 from adapter_twin.laws.emitted_lengths import EarlyStopLaw
 from adapter_twin.workload.files import parse_ranks, parse_rates, records, run_to_workload
-from adapter_twin.workload.lengths import LengthMarginals, draw_lengths
+from adapter_twin.workload.lengths import Floats, LengthMarginals, draw_lengths
 from adapter_twin.workload.scenario import EngineConfig, Lengths, ServeFlags, Workload
-
-Floats = NDArray[np.float64]
 
 PROMPTS = 6
 """Up to this number of prompts in one step are told apart; more are taken together."""
@@ -117,7 +113,7 @@ class Traffic(NamedTuple):
     duration_s: float
 
     @classmethod
-    def of(cls, workload: Workload) -> Traffic:
+    def of(cls, workload: Workload) -> Self:
         """Count a workload's adapters of each rate."""
         counted = Counter(adapter.request_rate for adapter in workload.adapters)
         return cls(
@@ -238,7 +234,7 @@ class Mix:
     prompts: Floats
 
     @classmethod
-    def of(cls, traffic: Sequence[Traffic], calibration: Calibration) -> Mix:
+    def of(cls, traffic: Sequence[Traffic], calibration: Calibration) -> Self:
         """Lay out traffic; a row with fewer groups than others gets empty ones."""
         # Rows that share their traffic have the same object.
         different = {id(one): one for one in traffic}

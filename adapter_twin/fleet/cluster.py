@@ -4,8 +4,6 @@ Each replica is the very server of `adapter_twin.twin`, one step at a time. A cl
 gives the records of `adapter_twin.twin.simulate.simulate`, bit for bit.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, fields

@@ -1,7 +1,5 @@
 """A server of a cluster: it serves what it is given, may fail, and comes back empty."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Generator
 from dataclasses import dataclass, field

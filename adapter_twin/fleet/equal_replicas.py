@@ -1,7 +1,5 @@
 """The fleet of a scenario: equal replicas of its engine behind a router."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from adapter_twin import __version__

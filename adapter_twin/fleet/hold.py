@@ -1,7 +1,5 @@
 """Placements in the twin: every GPU is simulated, and one that starves gives adapters away."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -18,8 +18,6 @@ slots at once. A number of slots serves a set when
 - with any SLO, the load is at most `SLO_UTILISATION` of the capacity, to keep these waits short.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -40,9 +38,8 @@ from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import slot_rank
 from adapter_twin.plan.steady_state import warmed_up
 from adapter_twin.service.metrics import STARVATION_THRESHOLD
+from adapter_twin.workload.lengths import Floats
 from adapter_twin.workload.scenario import EngineConfig
-
-Floats = NDArray[np.float64]
 
 SLO_UTILISATION = 0.9
 """Above this utilisation, with an SLO, waits that the model does not know are no longer short."""
@@ -295,7 +292,7 @@ class Oracle:
         told = (table.utilisation, table.mean_itl_ms, table.slot_wait_s)
         return Verdict(engines[best], *(float(figure[best]) for figure in told))
 
-    def _may_be_good(self, table: pd.DataFrame, patience: float = 1.0) -> pd.Series[bool]:
+    def _may_be_good(self, table: pd.DataFrame, patience: float = 1.0) -> "pd.Series[bool]":
         return (
             self.criterion.feasible(table)
             & (table.utilisation <= self.most_utilisation)
@@ -305,7 +302,7 @@ class Oracle:
 
     def _good(
         self, table: pd.DataFrame, adapters: int, engines: Sequence[EngineConfig]
-    ) -> pd.Series[bool]:
+    ) -> "pd.Series[bool]":
         good, slo = self._may_be_good(table), self.demand.slo
         if slo is None or slo.ttft_ms is None:
             return good

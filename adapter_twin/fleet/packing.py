@@ -12,8 +12,6 @@ order; where that leaves less, it is kept. "Less" is by the prices that prove th
 takes.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -21,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin.fleet.oracle import Oracle
+from adapter_twin.workload.lengths import Floats
 
-Floats = NDArray[np.float64]
 Order = NDArray[np.int64]
 Groups = list[list[int]]
 """Indices into an oracle's parts, one list per GPU."""

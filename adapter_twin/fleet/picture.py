@@ -1,18 +1,13 @@
 """The picture of a placement."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-if TYPE_CHECKING:
-    from adapter_twin.fleet.placement import Placement
-    from adapter_twin.plan.demand import Demand
+from adapter_twin.fleet.placement import Placement
+from adapter_twin.plan.demand import Demand
 
 MOST_DRAWN = 60
 """Of more GPUs, the picture shows the first ones."""

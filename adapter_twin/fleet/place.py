@@ -1,7 +1,5 @@
 """Placement of a demand: which adapters go to which GPU, of the fewest or of a given number."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """Placements of a demand, and what they are made of: engines, and parts of adapters."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from dataclasses import dataclass as plain_dataclass
@@ -16,7 +14,7 @@ from adapter_twin.errors import require
 from adapter_twin.laws import Calibration
 from adapter_twin.plan.candidates import HOUR_S
 from adapter_twin.plan.demand import Demand
-from adapter_twin.workload.scenario import Adapter, EngineConfig, Workload
+from adapter_twin.workload.scenario import EngineConfig, Workload
 from adapter_twin.workload.strict import Some, Whole, dataclass
 
 TOLERANCE = 1e-6
@@ -107,12 +105,7 @@ def replica_workload(demand: Demand, plan: ReplicaPlan, duration_s: float = HOUR
     own = zip((demand.adapters[i] for i in plan.adapters), plan.shares, strict=True)
     return Workload(
         adapters=tuple(
-            adapter
-            if share == 1
-            else Adapter(
-                name=adapter.name, rank=adapter.rank, request_rate=share * adapter.request_rate
-            )
-            for adapter, share in own
+            replace(adapter, request_rate=share * adapter.request_rate) for adapter, share in own
         ),
         duration_s=duration_s,
         lengths=demand.lengths,

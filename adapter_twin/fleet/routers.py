@@ -1,7 +1,5 @@
 """Routers of a cluster: rules that choose the replica of a request."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -25,6 +23,7 @@ class Router:
 
     def start(self, workload: Workload, placement: Placement) -> None:
         """Take note of what a run is about, before its first request."""
+        self._workload = workload
 
     def route(self, adapter: int, candidates: Replicas, rng: Generator) -> Replica:
         """Choose among the replicas that are up and serve the adapter; there is at least one."""
@@ -109,13 +108,9 @@ class RankAware(Router):
 
     tolerance: Tolerance = 2.0
 
-    def start(self, workload: Workload, placement: Placement) -> None:
-        """Note the adapters' ranks."""
-        self._adapters = workload.adapters
-
     def route(self, adapter: int, candidates: Replicas, rng: Generator) -> Replica:
         """Choose by slot width, then by load."""
-        rank = 0 if adapter == BASE_MODEL else self._adapters[adapter].rank
+        rank = 0 if adapter == BASE_MODEL else self._workload.adapters[adapter].rank
         fitting = [r for r in candidates if r.engine.max_lora_rank >= rank]
         width = min(replica.engine.max_lora_rank for replica in fitting)
         narrow = [r for r in fitting if r.engine.max_lora_rank == width]

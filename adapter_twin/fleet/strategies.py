@@ -1,15 +1,14 @@
 """Placement strategies: the fewest GPUs, or the shortest waits on a given number of them."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import ArrayLike
 
 from adapter_twin.errors import require
 from adapter_twin.fleet.hold import Held, NotServed, check_placement, hold, learn_spread
 from adapter_twin.fleet.oracle import Oracle
-from adapter_twin.fleet.packing import Floats, Groups, best_greedy, improve
+from adapter_twin.fleet.packing import Groups, best_greedy, improve
 from adapter_twin.fleet.proof.bound import gpus_for, prices_of
+from adapter_twin.workload.lengths import Floats
 
 ATTEMPTS = 6
 """An SLO is placed for this many times; after each miss its percentile is learned from the twin."""

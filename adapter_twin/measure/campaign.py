@@ -196,7 +196,7 @@ class Campaign:
                 max_cpu_loras=run.served_adapters,
             )
             adapters = deal_adapters(run.served_adapters, run.rates, run.ranks)
-            model = self.model if self.model in MODEL_CONFIGS else Path(self.model).name
+            model = self.model if self.model in shipped_models() else Path(self.model).name
             for repeat in range(run.repeats):
                 told = {"held_out": run.held_out, "repeat": repeat, "source_path": place}
                 with _naming(place):

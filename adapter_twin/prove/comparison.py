@@ -1,7 +1,5 @@
 """Verdicts on a study: the regret of every method's choices, and the promises that were kept."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The outcome of a study, run by run, beside what the twin predicts of the same requests."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,13 +61,13 @@ class Outcome:
     runs: pd.DataFrame
     requests: pd.DataFrame
 
-    def measured(self, run: pd.Series[Any]) -> Records | None:
+    def measured(self, run: "pd.Series[Any]") -> Records | None:
         """Return what the client saw of a run, a row of `runs`; None where it failed."""
         if run.status != "ok":
             return None
         return to_records(self.requests[self.requests.run_id == run.run_id])
 
-    def predicted(self, run: pd.Series[Any]) -> Records | None:
+    def predicted(self, run: "pd.Series[Any]") -> Records | None:
         """Predict a run from its configuration and the seed of its load generator.
 
         None where no engine starts with its slots.

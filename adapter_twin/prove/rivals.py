@@ -1,7 +1,5 @@
 """Studies: workloads whose recommended configuration is measured, and its rivals."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace

@@ -36,8 +36,6 @@ of the step change with its tokens, ITL may fall as load grows; that is measured
 (`adapter_twin.fleet.proof.envelope`). Tests try random sets.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -49,8 +47,8 @@ from scipy.sparse import block_array, coo_array, eye_array
 
 from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.proof.envelope import Levels, levels_of
+from adapter_twin.workload.lengths import Floats
 
-Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 SIMILAR_RATES = 0.03

@@ -4,8 +4,6 @@ The oracle's model is asked for capacities and running requests; `Levels` keeps 
 tells from them what part of a GPU an adapter takes at least.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +15,9 @@ from numpy.typing import NDArray
 from adapter_twin.capacity.slot_sharing import visits_s
 from adapter_twin.fleet.oracle import TRACE, Oracle
 from adapter_twin.plan.candidates import HOUR_S
+from adapter_twin.workload.lengths import Floats
 from adapter_twin.workload.scenario import EngineConfig
 
-Floats = NDArray[np.float64]
 Capacities = Mapping[int, tuple[Floats, Floats]]
 
 FINE, COARSE = 86, 14
