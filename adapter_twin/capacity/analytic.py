@@ -16,8 +16,7 @@ It puts three classic results together:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Self
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -139,10 +138,10 @@ def _analyse_few(
 ) -> pd.DataFrame:
     mix = Mix.of([traffic for _, traffic in pairs], calibration)
     batches = Batches.of([engine for engine, _ in pairs], mix, calibration)
-    state, delays = _settle(mix, batches, calibration)
+    state, served = _settle(mix, batches, calibration)
     visits = state.visits
     capacity = state.capacity_per_s * mix.tokens
-    throughput = np.minimum(delays.served * mix.request_rate * mix.tokens, capacity)
+    throughput = np.minimum(served * mix.request_rate * mix.tokens, capacity)
     utilisation = mix.request_rate / state.capacity_per_s
     starved = is_starved(throughput, mix.request_rate * mix.offered_tokens)
     gated = starved & (throughput < capacity)
@@ -195,53 +194,31 @@ class Balance:
     visits: Visits
 
 
-@dataclass(frozen=True, slots=True)
-class Delays:
-    """What waiting does to the service; arrays of shape (n,).
+def _settle(mix: Mix, batches: Batches, calibration: Calibration) -> tuple[Balance, Floats]:
+    """Alternate between a state and the delays in it; return it and the share that is served.
 
-    Attributes
-    ----------
-    served : float64
-        Share of the requests that are served at all.
-    loads_s, queue_s : float64
-        Added to every step by loads, and to the window's last step by the queue.
-    scanning : float64
-        Share of the steps in which the scheduler scans the queue.
+    Whole steps overshoot, for slow steps fill the batch, so they go halfway: a full batch, for one,
+    ends the scans of the queue that slowed the steps down.
     """
-
-    served: Floats
-    loads_s: Floats
-    queue_s: Floats
-    scanning: Floats
-
-    def halfway_to(self, other: Self) -> Self:
-        """Return the means of both: whole steps overshoot, for slow steps fill the batch.
-
-        A full batch, for one, ends the scans of the queue that slowed the steps down.
-        """
-        pairs = ((getattr(self, one.name), getattr(other, one.name)) for one in fields(self))
-        return type(self)(*((mine + theirs) / 2 for mine, theirs in pairs))
-
-
-def _settle(mix: Mix, batches: Batches, calibration: Calibration) -> tuple[Balance, Delays]:
-    """Alternate between a state and the delays in it."""
     n = len(batches.slots)
-    delays = Delays(np.ones(n), *np.zeros((3, n)))
+    delays = np.stack([np.ones(n), np.zeros(n), np.zeros(n)])
     for one in range(ROUNDS):
-        state = _balance(mix, batches, delays)
+        state = _balance(mix, batches, *delays)
         found = _delays(mix, batches, state, calibration)
-        delays = found if one == 0 else delays.halfway_to(found)
-    return state, delays
+        delays = found if one == 0 else (delays + found) / 2
+    return state, delays[0]
 
 
-def _balance(mix: Mix, batches: Batches, delays: Delays) -> Balance:
+def _balance(
+    mix: Mix, batches: Batches, served: Floats, loads_s: Floats, queue_s: Floats
+) -> Balance:
     """Find the running requests at which as many complete as arrive, by Little's law."""
-    step_s = batches.step_s + delays.loads_s[:, None]
+    step_s = batches.step_s + loads_s[:, None]
     # The queue's part grows evenly from nothing: steps/s average to those of this step.
-    growth = np.maximum(delays.queue_s[:, None] / step_s, 1e-9)
+    growth = np.maximum(queue_s[:, None] / step_s, 1e-9)
     step_s = step_s * growth / np.log1p(growth)
     completed_per_s = batches.running / (mix.output_tokens[:, None] * step_s)
-    wanted = mix.request_rate * delays.served
+    wanted = mix.request_rate * served
     enough = completed_per_s >= wanted[:, None]
     high = np.where(enough.any(axis=1), enough.argmax(axis=1), NODES - 1)
     rows, low = np.arange(len(high)), np.maximum(high - 1, 0)
@@ -267,8 +244,12 @@ def _balance(mix: Mix, batches: Batches, delays: Delays) -> Balance:
     )
 
 
-def _delays(mix: Mix, batches: Batches, state: Balance, calibration: Calibration) -> Delays:
-    """Return what waits and is lost in a state, and what that adds to a step."""
+def _delays(mix: Mix, batches: Batches, state: Balance, calibration: Calibration) -> Floats:
+    """Return what waiting does to the service in a state, an array of shape (3, n).
+
+    Share of the requests that are served at all, and the seconds added to every step by loads, and
+    to the window's last step by the queue.
+    """
     visits, residence_s = state.visits, mix.output_tokens * state.step_s
     late = np.minimum((visits.wait_s + residence_s[:, None]) / mix.duration_s[:, None], 1)
     of_base_model = (1 - mix.load_share.sum(axis=1)) * (1 - residence_s / mix.duration_s)
@@ -282,7 +263,7 @@ def _delays(mix: Mix, batches: Batches, state: Balance, calibration: Calibration
     copies = _copies_per_step(visits, visits.per_s * state.step_s, batches.slots)
     loads_ms = calibration.loading.padded_slot_ms_ * copies
     has_to_load = batches.slots < mix.adapters.sum(axis=1)
-    return Delays(served, np.where(has_to_load, loads_ms, 0) / 1e3, queue_ms / 1e3, scanning)
+    return np.stack([served, np.where(has_to_load, loads_ms, 0) / 1e3, queue_ms / 1e3])
 
 
 def _copies_per_step(visits: Visits, joining: Floats, slots: Floats) -> Floats:

@@ -9,12 +9,10 @@ from adapter_twin.fleet.hold import GPU_FIGURES, Held
 from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.placement import Placement
 from adapter_twin.fleet.strategies import place_and_hold, shortest_wait
-from adapter_twin.laws import load_calibration
 from adapter_twin.plan.commands import vllm_args
 from adapter_twin.plan.criterion import MARGIN
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.explanation import NOTABLE_WAIT_MS
-from adapter_twin.plan.steady_state import warmed_up
 from adapter_twin.workload.scenario import config_hash
 
 SERVICE = (*GPU_FIGURES, "slo_attainment")
@@ -70,8 +68,7 @@ def place(
     >>> answer["gpus"], answer["lower_bound"]
     (2, 2)
     """
-    calibration = warmed_up(load_calibration(demand.calibration, demand.model))
-    oracle = Oracle(demand, calibration, margin=margin, replicate_above=replicate_above)
+    oracle = Oracle(demand, margin=margin, replicate_above=replicate_above)
     if gpus is None:
         held = place_and_hold(oracle, jobs=jobs)
     else:
@@ -83,7 +80,7 @@ def place(
         "replicas": _replicas(held),
         "advice": _advice(demand, held.checked),
         "criterion": str(oracle.criterion),
-        "calibration": calibration.name,
+        "calibration": oracle.calibration.name,
         "seed": demand.seed,
         "version": __version__,
         "config_hash": config_hash(demand),

@@ -106,9 +106,8 @@ class SpaceFilling:
         """Yield the columns that describe a workload."""
         from scipy.stats import qmc
 
-        points = qmc.Sobol(len(_RANGES) + 1, seed=seed).random_base2(
-            max(math.ceil(math.log2(self.workloads)), 0)
-        )
+        power = math.ceil(math.log2(self.workloads))
+        points = qmc.Sobol(len(_RANGES) + 1, seed=seed).random_base2(power)
         for point in points[: self.workloads]:
             value = {name: self._scale(name, u) for name, u in zip(_RANGES, point, strict=False)}
             yield {

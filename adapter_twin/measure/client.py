@@ -200,22 +200,18 @@ class _Client:
             self.window.reschedule(asyncio.get_running_loop().time() + _FAILING_S)
 
     def table(self, trace: Trace) -> pd.DataFrame:
-        due = slice(0, len(self.sent_s))
-        columns = {
-            "request": np.arange(len(self.sent_s)),
-            "adapter": trace.adapter[due],
-            "prompt_tokens": trace.prompt_tokens[due],
-            "output_tokens": trace.output_tokens[due],
-            "reported_prompt_tokens": self.reported_tokens[:, 0],
-            "reported_output_tokens": self.reported_tokens[:, 1],
-            "scheduled_s": trace.arrival_s[due],
-            "sent_s": self.sent_s,
-            "first_token_s": self.first_token_s,
-            "end_s": self.end_s,
-            "itl_ms": pd.Series(self.itl_ms, dtype=object),
-            "error": pd.Series(self.error, dtype=object),
-        }
-        return pd.DataFrame(columns)
+        due = len(self.sent_s)
+        asked = trace.to_frame().head(due).rename(columns={"arrival_s": "scheduled_s"})
+        return asked.assign(
+            request=np.arange(due),
+            reported_prompt_tokens=self.reported_tokens[:, 0],
+            reported_output_tokens=self.reported_tokens[:, 1],
+            sent_s=self.sent_s,
+            first_token_s=self.first_token_s,
+            end_s=self.end_s,
+            itl_ms=pd.Series(self.itl_ms, dtype=object),
+            error=pd.Series(self.error, dtype=object),
+        )
 
 
 _TOKEN = b'"choices":[{'  # cannot occur in a text, whose quotes are escaped

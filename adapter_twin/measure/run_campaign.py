@@ -295,18 +295,14 @@ class WorkSession:
             name = hashlib.sha256(repr(tuple(ranks)).encode()).hexdigest()[:8]
             return write_adapters(model, self.store.out / "work" / "adapters" / name, ranks)
         own = [folder for folder in sorted(Path(self.adapters).iterdir()) if folder.is_dir()]
-        of_rank = {folder: adapter_rank(folder) for folder in own}
+        of_rank = {rank: [f for f in own if adapter_rank(f) == rank] for rank in set(ranks)}
         for rank, needed in Counter(ranks).items():
             require(
-                needed <= list(of_rank.values()).count(rank),
+                needed <= len(of_rank[rank]),
                 f"adapters: {needed} of rank {rank} are needed, and {self.adapters} has fewer; "
                 "add some or ask for fewer",
             )
-        chosen = []
-        for rank in ranks:
-            chosen.append(next(folder for folder in own if of_rank[folder] == rank))
-            own.remove(chosen[-1])
-        return chosen
+        return [of_rank[rank].pop(0) for rank in ranks]
 
 
 def _adapters_on_slots(piece: ServingPiece) -> str:
