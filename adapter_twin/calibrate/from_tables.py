@@ -52,9 +52,7 @@ def calibrate_tables(
         measured = datasets.read_campaign(folder)
         for name in campaign_fit.TABLES:
             require(name in measured, f"{folder}: {name}.parquet is missing; finish the campaign")
-        path = folder / "machine.json"
-        require(path.is_file(), f"{path}: missing; `adapter-twin profile` writes it")
-        machine = json.loads(path.read_text())
+        machine = read_machine(folder)
         return campaign_fit.calibrate_campaign(
             measured,
             _choose_model(measured["runs"], model),
@@ -78,6 +76,14 @@ def calibrate_tables(
         source=source,
         jobs=jobs,
     )
+
+
+def read_machine(folder: Path) -> dict[str, Any]:
+    """Read what a campaign says of the machine it ran on."""
+    path = folder / "machine.json"
+    require(path.is_file(), f"{path}: missing; `adapter-twin profile` writes it")
+    machine: dict[str, Any] = json.loads(path.read_text())
+    return machine
 
 
 def device_name(machine: dict[str, Any]) -> str:

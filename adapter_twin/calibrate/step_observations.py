@@ -166,12 +166,7 @@ def _distinct_adapters(row: dict[Any, Any]) -> float:
 
 
 def _of_windows(
-    w: pd.DataFrame,
-    weight: float,
-    lengths: LengthLaw,
-    scheduling: SchedulingLaw,
-    *,
-    decides: bool,
+    w: pd.DataFrame, weight: float, lengths: LengthLaw, scheduling: SchedulingLaw, *, decides: bool
 ) -> StepObservations:
     """Stretches of whole runs.
 

@@ -172,9 +172,8 @@ def doctor(as_json: JSON = False) -> None:
     if as_json:
         report.print_json({"works": ok, "checks": [asdict(check) for check in checks]})
     else:
-        marks = {(True, True): "ok", (True, False): "ok", (False, True): "MISSING"}
         for check in checks:
-            mark = marks.get((check.found, check.needed), "absent")
+            mark = "ok" if check.found else "MISSING" if check.needed else "absent"
             print(f"{mark:8} {check.name}: {check.detail}")
         print("the core works" if ok else "the core does not work; install what is MISSING")
     raise typer.Exit(0 if ok else 1)

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.fleet.oracle import Oracle, Spread
+from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.packing import Groups
 from adapter_twin.fleet.placement import Placement, ReplicaPlan, replica_workload
 from adapter_twin.laws import Calibration
@@ -239,7 +239,7 @@ def learn_spread(oracle: Oracle, missed: NotServed) -> Oracle:
     ITL misses the SLO; single ones are repaired. Where TTFT is missed, more adapters than expected
     have requests at a time.
     """
-    slo, spread = oracle.demand.slo, oracle.spread
+    slo = oracle.demand.slo
     assert slo is not None
     ratios, late = list[float](), False
     services = missed.checked.to_dict("records")
@@ -250,13 +250,13 @@ def learn_spread(oracle: Oracle, missed: NotServed) -> Oracle:
         late |= slo.ttft_ms is not None and service["slo_ttft_ms"] > REACHED * slo.ttft_ms
         if slo.itl_ms is not None and service["slo_itl_ms"] > REACHED * slo.itl_ms:
             ratios.append(service["slo_itl_ms"] / verdict.mean_itl_ms)
-    itl = max(float(np.quantile(ratios, 0.75)), spread.itl) if ratios else spread.itl
-    active = spread.active * (WIDENING if late or not ratios else 1.0)
+    needed = float(np.quantile(ratios, 0.75)) if ratios else 0.0
     return Oracle(
         oracle.demand,
         oracle.calibration,
         margin=oracle.criterion.margin,
-        spread=Spread(itl, active),
+        itl_spread=max(needed, oracle.itl_spread),
+        active_spread=oracle.active_spread * (WIDENING if late or not ratios else 1.0),
         replicate_above=oracle.replicate_above,
     )
 

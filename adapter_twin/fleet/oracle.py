@@ -10,10 +10,10 @@ slots at once. A number of slots serves a set when
 - no adapter waits for a slot for more than what may be lost of the window, so that a rare adapter
   does not starve where the sum over all hides it. The share that is left of an adapter's requests
   is thus above the threshold for each of them;
-- with an SLO on ITL, `Spread.itl` times the mean ITL is within the limit;
+- with an SLO on ITL, `itl_spread` times the mean ITL is within the limit;
 - with an SLO on TTFT, a step and the wait for a slot are within the limit, also while more adapters
   than the mean have requests: the SLO's percentile of their number, as if normally distributed with
-  `Spread.active` times its deviation. Those without a slot wait for as many visits to end. The
+  `active_spread` times its deviation. Those without a slot wait for as many visits to end. The
   model knows neither waits for KV blocks and prompts ahead, nor the front end's time;
 - with any SLO, the load is at most `SLO_UTILISATION` of the capacity, to keep these waits short.
 """
@@ -72,24 +72,6 @@ class Verdict:
     slot_wait_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """An SLO's percentile by the means that the model knows; the twin tells it.
-
-    See `adapter_twin.fleet.hold.learn_spread`.
-
-    Attributes
-    ----------
-    itl : float
-        Percentile of the requests' mean ITL by its mean over all.
-    active : float
-        Deviation of the number of adapters with requests, by that of independent ones.
-    """
-
-    itl: float = 1.0
-    active: float = 1.0
-
-
 class Oracle:
     """Verdicts on sets of adapters on one GPU.
 
@@ -100,8 +82,10 @@ class Oracle:
         Left out, the demand's, of a server on which every adapter has been used.
     margin : float
         See `adapter_twin.plan.criterion.Criterion`.
-    spread : Spread
-        Counts with an SLO only.
+    itl_spread, active_spread : float
+        An SLO's percentile of the requests' mean ITL by its mean over all, and the deviation of the
+        number of adapters with requests by that of independent ones. They count with an SLO only;
+        the twin tells them, see `adapter_twin.fleet.hold.learn_spread`.
     replicate_above : float
         An adapter that takes more than this share of a GPU is on several, by default one that is
         too much for one. Its parts are on GPUs of their own.
@@ -132,7 +116,8 @@ class Oracle:
         calibration: Calibration | None = None,
         *,
         margin: float = MARGIN,
-        spread: Spread = Spread(),
+        itl_spread: float = 1.0,
+        active_spread: float = 1.0,
         replicate_above: float = 1.0,
     ) -> None:
         require(
@@ -144,7 +129,8 @@ class Oracle:
             "base_model_request_rate: only adapters are placed; serve the base model on GPUs of "
             "its own and leave it out",
         )
-        self.demand, self.spread, self.replicate_above = demand, spread, replicate_above
+        self.demand, self.replicate_above = demand, replicate_above
+        self.itl_spread, self.active_spread = itl_spread, active_spread
         self.calibration = calibration or warmed_up(
             load_calibration(demand.calibration, demand.model)
         )
@@ -154,7 +140,7 @@ class Oracle:
         itl_ms, ttft_ms = (None, None) if slo is None else (slo.itl_ms, slo.ttft_ms)
         self.most_utilisation = 1 - margin if slo is None else SLO_UTILISATION
         self.longest_wait_s = lost_s if ttft_ms is None else min(lost_s, ttft_ms / 1e3)
-        self.itl_limit_ms = math.inf if itl_ms is None else itl_ms / spread.itl
+        self.itl_limit_ms = math.inf if itl_ms is None else itl_ms / itl_spread
         self.calls = 0
         self._known: dict[tuple[int, bytes], Verdict | None] = {}
         self._most_alone: dict[int, float] = {}
@@ -306,7 +292,7 @@ class Oracle:
         good, slo = self._may_be_good(table), self.demand.slo
         if slo is None or slo.ttft_ms is None:
             return good
-        deviations = self.spread.active * norm.ppf(slo.percentile / 100)
+        deviations = self.active_spread * norm.ppf(slo.percentile / 100)
         wanted = table.active_adapters + deviations * np.sqrt(table.active_variance)
         lacking = np.minimum(wanted, adapters) - [engine.max_loras for engine in engines]
         wait_s = table.slot_wait_s + np.maximum(lacking, 0) / table.visits_per_s

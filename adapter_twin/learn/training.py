@@ -1,6 +1,6 @@
 """Training of the interpretable models on a sweep; beside them lie their errors, card and rules."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,7 @@ SMALL_TREES = [name for name in MODELS if name.startswith("small tree")]
 
 
 def train(
-    runs: pd.DataFrame,
-    out: Path,
-    criterion: Criterion,
-    *,
-    jobs: int = -1,
+    runs: pd.DataFrame, out: Path, criterion: Criterion, *, jobs: int = -1
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Fit every model to the optima of a sweep, keep the best of each target, and describe it.
 
@@ -196,21 +192,19 @@ def rules(tree: Any, names: Sequence[str]) -> str:
     names : sequence of str
         Of the features.
     """
-    lines: list[str] = []
-    _describe(tree.tree_, 0, names, "", lines)
-    return "\n".join(lines) + "\n"
+    return "\n".join(_described(tree.tree_, 0, names, "")) + "\n"
 
 
-def _describe(tree: Any, node: int, names: Sequence[str], indent: str, lines: list[str]) -> None:
+def _described(tree: Any, node: int, names: Sequence[str], indent: str) -> Iterator[str]:
     low, high = _range(tree, node)
     if high <= low * (1 + MERGED_WITHIN):
         value = float(np.exp(tree.value[node].item()))
-        lines.append(f"{indent}: {value:.4g}  ({int(tree.n_node_samples[node])} workloads)")
+        yield f"{indent}: {value:.4g}  ({int(tree.n_node_samples[node])} workloads)"
         return
     name, threshold = names[tree.feature[node]], tree.threshold[node]
     for sign, child in (("<=", tree.children_left[node]), (">", tree.children_right[node])):
-        lines.append(f"{indent}{name} {sign} {threshold:.4g}")
-        _describe(tree, child, names, f"{indent}|   ", lines)
+        yield f"{indent}{name} {sign} {threshold:.4g}"
+        yield from _described(tree, child, names, f"{indent}|   ")
 
 
 def _range(tree: Any, node: int) -> tuple[float, float]:

@@ -48,11 +48,7 @@ class EngineProfile:
 
 
 def profile_engine(
-    model_folder: Path,
-    adapters: Sequence[Path],
-    flags: EngineFlags,
-    plan: MicroPlan,
-    seed: int,
+    model_folder: Path, adapters: Sequence[Path], flags: EngineFlags, plan: MicroPlan, seed: int
 ) -> EngineProfile:
     """Start an engine in a child process and measure its steps and adapter loads.
 

@@ -16,12 +16,7 @@ from adapter_twin.errors import AdapterTwinError, one_line, require
 from adapter_twin.measure.campaign import load_campaign
 from adapter_twin.measure.engine_flags import describe_machine, require_engine
 from adapter_twin.measure.micro import profile_engine
-from adapter_twin.measure.model_folder import (
-    adapter_rank,
-    check_model,
-    write_adapters,
-    write_model,
-)
+from adapter_twin.measure.model_folder import adapter_rank, check_model, write_adapters, write_model
 from adapter_twin.measure.pieces import MicroPiece, Piece, ServingPiece, groups
 from adapter_twin.measure.scrape import kv_cache
 from adapter_twin.measure.serving import measure_run
@@ -259,11 +254,7 @@ class WorkSession:
         self._say(f"{piece_id}: {line}")
 
     def _end(
-        self,
-        piece_id: str,
-        tables: dict[str, pd.DataFrame],
-        failure: str | None,
-        **took_s: float,
+        self, piece_id: str, tables: dict[str, pd.DataFrame], failure: str | None, **took_s: float
     ) -> None:
         self.store.store(piece_id, tables, {"failure": failure, "took_s": took_s})
         ended = f"failed ({failure})" if failure else "measured"

@@ -193,10 +193,8 @@ def plan(
 
 def analytic_slots(candidates: Candidates) -> int | None:
     """Return what the analytic model chooses; it knows no percentiles, so no SLO."""
-    bounds = candidates.bounds()
-    names = map(str, bounds.columns)
-    told = {name: name.removeprefix("analytic_") for name in names if "analytic_" in name}
-    ranked = Criterion(margin=MARGIN).ranked(bounds.rename(columns=told))
+    bounds = candidates.bounds().rename(columns=lambda name: name.removeprefix("analytic_"))
+    ranked = Criterion(margin=MARGIN).ranked(bounds)
     return None if ranked.empty else int(ranked.adapter_slots.iloc[0])
 
 

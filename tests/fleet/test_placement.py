@@ -22,7 +22,7 @@ from adapter_twin.fleet.packing import (
     improve,
 )
 from adapter_twin.fleet.placement import Placement, ReplicaPlan, replica_workload
-from adapter_twin.fleet.proof.bound import certificate, lower_bound, measures
+from adapter_twin.fleet.proof.bound import best_weights, lower_bound, measures, priced, prices_of
 from adapter_twin.fleet.proof.envelope import active_share, levels_of
 from adapter_twin.plan.demand import Demand
 from adapter_twin.workload.scenario import Adapter, EngineConfig, Lengths, Slo
@@ -108,7 +108,7 @@ def test_no_set_that_the_oracle_accepts_is_more_than_a_gpu_by_any_measure(
     levels = levels_of(oracle)
     rate, rank = oracle.parts.rate, oracle.parts.rank
     measured = measures(levels, rate)
-    prices = certificate(oracle, levels).prices(rate, rank)
+    prices = priced(levels, best_weights(oracle, levels), rate, rank)
     rng = np.random.default_rng(0)
     dearest = 0.0
     for _ in range(30):
@@ -175,7 +175,7 @@ def test_a_program_with_too_many_patterns_still_has_a_placement_and_a_bound() ->
 def test_the_search_gets_rid_of_gpus_that_a_bad_placement_wastes() -> None:
     oracle = Oracle(drawn(30, 2.0, 0.5, "narrow", None))
     wasteful = [[part] for part in range(len(oracle.parts))]
-    prices = certificate(oracle, levels_of(oracle)).prices(oracle.parts.rate, oracle.parts.rank)
+    prices = prices_of(oracle)
     better = improve(oracle, wasteful, prices)
     assert holds_all(oracle, better)
     assert starving(oracle, better) == 0

@@ -37,7 +37,6 @@ of the step change with its tokens, ITL may fall as load grows; that is measured
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -65,32 +64,26 @@ STEPS = (1, 2, 3, 4, 5)
 GPU's load are two GPUs', and so on."""
 
 
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """Prices of which a set of adapters that one GPU serves has at most 1.
+def priced(levels: Levels, weights: Floats, rates: ArrayLike, ranks: ArrayLike) -> Floats:
+    """Return prices in GPUs, of which a set of adapters that one GPU serves has at most 1.
 
-    Attributes
+    Parameters
     ----------
     levels : Levels
     weights : float64, shape (measures, n)
         How much each of `measures` counts, level by level; they sum to 1.
+    rates, ranks : array_like
+        The adapters' requests/s, and ranks of slots.
     """
-
-    levels: Levels
-    weights: Floats
-
-    def prices(self, rates: ArrayLike, ranks: ArrayLike) -> Floats:
-        """Return the prices in GPUs of adapters with these requests/s and ranks of slots."""
-        rate, rank = np.asarray(rates, float), np.asarray(ranks, np.int64)
-        different, places = np.unique(rate, return_inverse=True)
-        measured = measures(self.levels, different)
-        by_level = (self.weights[:, :, None] * measured).sum(axis=0)
-        priced = np.full(len(rate), np.inf)
-        for width in np.unique(rank):
-            cheapest = by_level[self.levels.rank >= width].min(axis=0)
-            own = rank == width
-            priced[own] = cheapest[places[own]]
-        return priced
+    rate, rank = np.asarray(rates, float), np.asarray(ranks, np.int64)
+    different, places = np.unique(rate, return_inverse=True)
+    by_level = (weights[:, :, None] * measures(levels, different)).sum(axis=0)
+    prices = np.full(len(rate), np.inf)
+    for width in np.unique(rank):
+        cheapest = by_level[levels.rank >= width].min(axis=0)
+        own = rank == width
+        prices[own] = cheapest[places[own]]
+    return prices
 
 
 def measures(levels: Levels, rates: Floats) -> Floats:
@@ -110,8 +103,8 @@ def measures(levels: Levels, rates: Floats) -> Floats:
     return np.concatenate([np.stack([load, active, *stepped]), counted])
 
 
-def certificate(oracle: Oracle, levels: Levels) -> Certificate:
-    """Choose the prices that prove most for the oracle's demand."""
+def best_weights(oracle: Oracle, levels: Levels) -> Floats:
+    """Choose the weights of the prices that prove most for the oracle's demand."""
     rates, ranks, counts = _types(oracle, SIMILAR_RATES / levels.finer)
     measured = measures(levels, rates)
     level, kind = np.nonzero(levels.rank[:, None] >= ranks)
@@ -133,7 +126,7 @@ def certificate(oracle: Oracle, levels: Levels) -> Certificate:
     weights[0] = 1  # any weights prove something
     if solution.x is not None:
         weights = np.maximum(solution.x[len(rates) :].reshape(weights.shape), 0)
-    return Certificate(levels, weights / np.maximum(weights.sum(axis=0), 1))
+    return np.asarray(weights / np.maximum(weights.sum(axis=0), 1))
 
 
 def prices_of(oracle: Oracle, finer: int = 1) -> Floats:
@@ -145,8 +138,8 @@ def prices_of(oracle: Oracle, finer: int = 1) -> Floats:
     finer : int
         See `adapter_twin.fleet.proof.envelope.levels_of`.
     """
-    proven = certificate(oracle, levels_of(oracle, finer))
-    return proven.prices(oracle.parts.rate, oracle.parts.rank)
+    levels = levels_of(oracle, finer)
+    return priced(levels, best_weights(oracle, levels), oracle.parts.rate, oracle.parts.rank)
 
 
 def lower_bound(oracle: Oracle, finer: int = 1) -> int:
