@@ -4,22 +4,19 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from typer import Argument, Option, Typer
+from typer import Argument, Option
 
 from adapter_twin.cli import report
-from adapter_twin.cli.options import JOBS, JSON, RESUMED
+from adapter_twin.cli.options import JOBS, JSON, RESUMED, Verbs
 from adapter_twin.errors import require
 
-verbs = Typer()
+verbs = Verbs()
 
 CHOICE = ["workload", "method", "adapter_slots", "serves", "regret", "low", "high", "mean_ttft_ms"]
 """Columns of a choice that fit on a terminal."""
 
 
-@verbs.command(
-    epilog="Example: adapter-twin calibrate data/agullo2025 --out calibration.json "
-    "--model llama-3.1-8b-instruct"
-)
+@verbs.example("calibrate data/agullo2025 --out calibration.json --model llama-3.1-8b-instruct")
 def calibrate(
     tables: Annotated[Path, Argument(metavar="TABLES", help="Folder of measured tables.")],
     out: Annotated[Path, Option(metavar="CAL.json", help="Where the calibration goes.")],
@@ -44,7 +41,7 @@ def calibrate(
     print(f"{out}: {fitted.name}")
 
 
-@verbs.command(epilog="Example: adapter-twin profile experiments/campaigns/smoke.yaml --out smoke")
+@verbs.example("profile experiments/campaigns/smoke.yaml --out smoke")
 def profile(
     campaign: Annotated[
         Path, Argument(metavar="CAMPAIGN.yaml", help="What to measure, and in what time.")
@@ -70,9 +67,7 @@ def profile(
     print(f"{out}: {summary.complete} of {summary.pieces} pieces; rows: {rows or 'none'}")
 
 
-@verbs.command(
-    epilog="Example: adapter-twin prove experiments/studies/smoke.yaml --engine cpu --out proof"
-)
+@verbs.example("prove experiments/studies/smoke.yaml --engine cpu --out proof")
 def prove(
     workload: Annotated[
         Path, Argument(metavar="WORKLOAD.yaml", help="A workload, or a study of several.")
@@ -115,7 +110,7 @@ def prove(
     print(f"{out}: {summary.complete} of {summary.pieces} runs")
 
 
-@verbs.command(epilog="Example: adapter-twin data --import ~/GPULLMAdapterOptimization")
+@verbs.example("data --import ~/GPULLMAdapterOptimization")
 def data(
     repository: Annotated[
         Path | None,
@@ -160,7 +155,7 @@ def data(
         report.print_text(f"ADAPTER_TWIN_DATA={datasets.EXTERNAL} reads the imported tables first")
 
 
-@verbs.command(epilog="Example: adapter-twin doctor --json")
+@verbs.example("doctor --json")
 def doctor(as_json: JSON = False) -> None:
     """Check the installation and say what is missing."""
     from dataclasses import asdict

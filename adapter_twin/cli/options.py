@@ -1,9 +1,10 @@
-"""Arguments and options that several verbs take."""
+"""What several verbs take: arguments, options, and an example of their use."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, Option, Typer
 
 RUNS = Annotated[Path, Argument(metavar="RUNS", help="Table of runs, .parquet or .csv.")]
 CALIBRATION = Annotated[
@@ -17,3 +18,11 @@ MARGIN = Annotated[float | None, Option(help="Safety margin on the served share 
 RESUMED = Annotated[
     Path, Option(metavar="DIR", help="Folder for the tables; run again to go on in it.")
 ]
+
+
+class Verbs(Typer):
+    """Commands whose help ends with an example of their use."""
+
+    def example(self, line: str) -> Callable[..., Any]:
+        """Return the decorator of a command."""
+        return self.command(epilog=f"Example: adapter-twin {line}")

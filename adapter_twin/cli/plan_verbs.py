@@ -3,22 +3,22 @@
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Context, Option, Typer
+from typer import Argument, Context, Option
 
 from adapter_twin.cli import report
-from adapter_twin.cli.options import CALIBRATION, JOBS, JSON, MARGIN, SEED, WORKLOAD
+from adapter_twin.cli.options import CALIBRATION, JOBS, JSON, MARGIN, SEED, WORKLOAD, Verbs
 from adapter_twin.errors import require
 
-verbs = Typer()
+verbs = Verbs()
 
 
-@verbs.command(
+@verbs.example(
+    "memory Qwen/Qwen3-8B --gpu l40s --max-loras 32 --max-model-len 8192. Flags of vllm serve are "
+    "taken as they are: --max-loras, --max-lora-rank, --max-model-len, --gpu-memory-utilization, "
+    "--max-num-seqs, --max-num-batched-tokens, --kv-cache-dtype, --kv-cache-memory-bytes, "
+    "--block-size, --tensor-parallel-size, --fully-sharded-loras, --lora-target-modules; left "
+    "out, they are vLLM's own",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Example: adapter-twin memory Qwen/Qwen3-8B --gpu l40s --max-loras 32 --max-model-len "
-    "8192. Flags of vllm serve are taken as they are: --max-loras, --max-lora-rank, "
-    "--max-model-len, --gpu-memory-utilization, --max-num-seqs, --max-num-batched-tokens, "
-    "--kv-cache-dtype, --kv-cache-memory-bytes, --block-size, --tensor-parallel-size, "
-    "--fully-sharded-loras, --lora-target-modules; left out, they are vLLM's own.",
 )
 def memory(
     context: Context,
@@ -52,10 +52,7 @@ def memory(
         report.print_text(f"vLLM does not start. {reason}")
 
 
-@verbs.command(
-    epilog="Example: adapter-twin optimum --model llama-3.1-8b-instruct --rates 0.4-0.1-0.05 "
-    "--ranks 8-16 --json"
-)
+@verbs.example("optimum --model llama-3.1-8b-instruct --rates 0.4-0.1-0.05 --ranks 8-16 --json")
 def optimum(
     model: Annotated[str, Option(help="Model with a calibration.")],
     rates: Annotated[str, Option(metavar="R-R-...", help="Requests/s, dealt over the adapters.")],
@@ -117,7 +114,7 @@ def optimum(
     report.print_table(alternatives, "Alternatives")
 
 
-@verbs.command(epilog="Example: adapter-twin recommend examples/recommend.yaml --json")
+@verbs.example("recommend examples/recommend.yaml --json")
 def recommend(workload: WORKLOAD, as_json: JSON = False) -> None:
     """Choose slots and flags for a set of adapters, and tell the service to expect."""
     import pandas as pd
@@ -144,9 +141,7 @@ def recommend(workload: WORKLOAD, as_json: JSON = False) -> None:
     print("python -m sglang.launch_server --model-path MODEL", *sglang)
 
 
-@verbs.command(
-    epilog="Example: adapter-twin place examples/place.yaml --manifests k8s --picture packing.png"
-)
+@verbs.example("place examples/place.yaml --manifests k8s --picture packing.png")
 def place(
     workload: WORKLOAD,
     gpus: Annotated[
@@ -210,9 +205,7 @@ def place(
         report.print_text(advice)
 
 
-@verbs.command(
-    epilog="Example: adapter-twin sweep experiments/designs/quick.yaml --out data/external/quick"
-)
+@verbs.example("sweep experiments/designs/quick.yaml --out data/external/quick")
 def sweep(
     design: Annotated[Path, Argument(metavar="DESIGN.yaml", help="What to predict.")],
     out: Annotated[
@@ -253,7 +246,7 @@ def sweep(
         report.print_mapping(content, str(design))
 
 
-@verbs.command(epilog="Example: adapter-twin train data/sweeps/paper.parquet --out models")
+@verbs.example("train data/sweeps/paper.parquet --out models")
 def train(
     sweep_table: Annotated[
         Path, Argument(metavar="SWEEP", help="Folder of a sweep, or a compact table.")

@@ -3,18 +3,16 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from typer import Argument, Option, Typer
+from typer import Argument, Option
 
 from adapter_twin.cli import report
-from adapter_twin.cli.options import CALIBRATION, JOBS, JSON, RUNS, SEED
+from adapter_twin.cli.options import CALIBRATION, JOBS, JSON, RUNS, SEED, Verbs
 from adapter_twin.errors import require
 
-verbs = Typer()
+verbs = Verbs()
 
 
-@verbs.command(
-    epilog="Example: adapter-twin predict runs.parquet --calibration auto --out predictions.parquet"
-)
+@verbs.example("predict runs.parquet --calibration auto --out predictions.parquet")
 def predict(
     runs: RUNS,
     out: Annotated[Path, Option(metavar="PRED.parquet", help="Where predictions go.")],
@@ -43,9 +41,7 @@ def predict(
     )
 
 
-@verbs.command(
-    epilog="Example: adapter-twin validate runs.parquet --calibration auto --out validation"
-)
+@verbs.example("validate runs.parquet --calibration auto --out validation")
 def validate(
     runs: RUNS,
     calibration: CALIBRATION = "auto",
@@ -91,7 +87,7 @@ def validate(
     )
 
 
-@verbs.command(epilog="Example: adapter-twin simulate examples/simulate.yaml --trace trace.json")
+@verbs.example("simulate examples/simulate.yaml --trace trace.json")
 def simulate(
     config: Annotated[Path, Argument(metavar="CONFIG.yaml", help="What to simulate.")],
     trace: Annotated[
