@@ -186,27 +186,28 @@ class Campaign:
     def _serving_pieces(self) -> Iterator[Piece]:
         if self.serving is None:
             return
-        lengths, duration_s = self.serving.lengths, self.serving.duration_s
+        model = self.model if self.model in shipped_models() else Path(self.model).name
         for index, run in enumerate(self.serving.runs):
             place = f"serving.runs[{index}]"
-            flags = replace(
-                self.engine,
-                max_loras=run.adapter_slots,
-                max_lora_rank=run.max_lora_rank,
-                max_cpu_loras=run.served_adapters,
-            )
-            adapters = deal_adapters(run.served_adapters, run.rates, run.ranks)
-            model = self.model if self.model in shipped_models() else Path(self.model).name
-            for repeat in range(run.repeats):
-                told = {"held_out": run.held_out, "repeat": repeat, "source_path": place}
-                with _naming(place):
+            with _naming(place):
+                flags = replace(
+                    self.engine,
+                    max_loras=run.adapter_slots,
+                    max_lora_rank=run.max_lora_rank,
+                    max_cpu_loras=run.served_adapters,
+                )
+                workload = Workload(
+                    adapters=deal_adapters(run.served_adapters, run.rates, run.ranks),
+                    duration_s=self.serving.duration_s,
+                    lengths=self.serving.lengths,
+                )
+                for repeat in range(run.repeats):
+                    told = {"held_out": run.held_out, "repeat": repeat, "source_path": place}
                     yield ServingPiece(
                         campaign=self.name,
                         piece_id=f"run-{index:03d}-{repeat}",
                         flags=self.sized(flags),
-                        workload=Workload(
-                            adapters=adapters, duration_s=duration_s, lengths=lengths
-                        ),
+                        workload=workload,
                         rates=run.rates,
                         ranks=run.ranks,
                         seed=self.seed + index,

@@ -16,7 +16,7 @@ from adapter_twin.errors import AdapterTwinError, one_line, require
 from adapter_twin.measure.campaign import load_campaign
 from adapter_twin.measure.engine_flags import describe_machine, require_engine
 from adapter_twin.measure.micro import profile_engine
-from adapter_twin.measure.model_folder import adapter_rank, check_model, write_adapters, write_model
+from adapter_twin.measure.model_folder import adapter_rank, write_adapters, write_model
 from adapter_twin.measure.pieces import MicroPiece, Piece, ServingPiece, groups
 from adapter_twin.measure.scrape import kv_cache
 from adapter_twin.measure.serving import measure_run
@@ -198,15 +198,7 @@ class WorkSession:
         self._begin(piece.piece_id, line, _window_s(piece))
         try:
             memory = kv_cache(server.base_url)
-            served = measure_run(
-                server.base_url,
-                server.model_name,
-                piece.trace(),
-                workload.duration_s,
-                list(server.adapters),
-                check_model(server.model_folder)["vocab_size"],
-                seed=piece.seed,
-            )
+            served = measure_run(server, piece.trace(), workload.duration_s, seed=piece.seed)
         except (AdapterTwinError, OSError) as error:
             self._end_run(piece, {}, server.failure() or str(error), start=start_s)
         else:

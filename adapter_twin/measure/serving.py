@@ -10,7 +10,9 @@ import pandas as pd
 
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.measure.client import Replay, replay, settled_memory
+from adapter_twin.measure.model_folder import check_model
 from adapter_twin.measure.scrape import record_series, wait_until_idle
+from adapter_twin.measure.vllm_server import Server
 from adapter_twin.service.client_records import to_gaps, to_records
 from adapter_twin.service.metrics import summarize
 from adapter_twin.tables.run_folder import summarize_series
@@ -41,14 +43,7 @@ class ServedRun(Replay):
 
 
 def measure_run(
-    base_url: str,
-    model_name: str,
-    trace: Trace,
-    duration_s: float,
-    adapter_names: Sequence[str],
-    vocabulary: int,
-    seed: int,
-    period_s: float = 1.0,
+    server: Server, trace: Trace, duration_s: float, seed: int, period_s: float = 1.0
 ) -> ServedRun:
     """Send a trace to a running server and measure what becomes of it.
 
@@ -57,18 +52,13 @@ def measure_run(
 
     Parameters
     ----------
-    base_url : str
-    model_name : str
-        Of the base model.
+    server : Server
     trace : Trace
+        The server's adapters are counted from 0.
     duration_s : float
         Requests unfinished by then are dropped.
-    adapter_names : sequence of str
-        By the trace's index.
-    vocabulary : int
-        Prompts are random token ids below it.
     seed : int
-        Of the prompts.
+        Of the prompts, which are random token ids of the model's vocabulary.
     period_s : float
         Time between samples of the server's metrics.
 
@@ -79,10 +69,11 @@ def measure_run(
     """
     highest = int(trace.adapter.max(initial=BASE_MODEL))
     require(
-        highest < len(adapter_names),
-        f"trace: asks for adapter {highest}, but {len(adapter_names)} are served; count from 0",
+        highest < len(server.adapters),
+        f"trace: asks for adapter {highest}, but {len(server.adapters)} are served; count from 0",
     )
-    names = [*adapter_names, model_name]
+    base_url, names = server.base_url, [*server.adapters, server.model_name]
+    vocabulary = check_model(server.model_folder)["vocab_size"]
 
     async def measure() -> tuple[Replay, pd.DataFrame]:
         await _warm_up(base_url, names, vocabulary)

@@ -144,11 +144,11 @@ class Engine:
 
         return Server()
 
-    def measure(self, base_url, model_name, trace, duration_s, names, vocabulary, seed):
+    def measure(self, server, trace, duration_s, seed):
         if len(self.served) == self.interrupt_in:
             raise KeyboardInterrupt
         assert self.running is not None
-        assert names == [f"adapter-{i}" for i in range(4)]
+        assert list(server.adapters) == [f"adapter-{i}" for i in range(4)]
         self.served.append(seed)
         died = seed in self.die_in
         self.running.dead = died

@@ -19,7 +19,7 @@ from adapter_twin.measure.client import Replay, replay
 from adapter_twin.measure.engine_flags import EngineFlags
 from adapter_twin.measure.model_folder import check_model, write_adapters, write_model
 from adapter_twin.measure.scrape import sample
-from adapter_twin.measure.serving import ServedRun, measure_run
+from adapter_twin.measure.serving import measure_run
 from adapter_twin.measure.vllm_server import Server, free_port
 from adapter_twin.service.client_records import to_gaps, to_records
 from adapter_twin.service.metrics import summarize
@@ -48,7 +48,7 @@ def make_trace(requests: int, duration_s: float, adapters: int) -> Trace:
 def serve_fake(folder: Path, **behaviour: int) -> Server:
     model = folder / "model"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps(behaviour))
+    (model / "config.json").write_text(json.dumps(behaviour | {"vocab_size": 50}))
     return Server(model, {}, FLAGS, free_port(), folder / "log")
 
 
@@ -56,7 +56,7 @@ def serve_fake(folder: Path, **behaviour: int) -> Server:
 def test_a_run_fills_its_tables(tmp_path: Path) -> None:
     trace = make_trace(30, 1.0, adapters=0)
     with serve_fake(tmp_path) as server:
-        run = measure_run(server.base_url, "model", trace, 1.5, [], 50, seed=1, period_s=0.25)
+        run = measure_run(server, trace, 1.5, seed=1, period_s=0.25)
     assert run.failure is None
     validate(run.requests.assign(run_id="a"), REQUESTS, "requests")
     validate(run.series.assign(run_id="a"), CAMPAIGN_SERIES, "series")
@@ -78,7 +78,7 @@ def test_a_run_fills_its_tables(tmp_path: Path) -> None:
 def test_a_server_that_dies_leaves_what_was_measured(tmp_path: Path) -> None:
     trace = make_trace(60, 3.0, adapters=0)
     with serve_fake(tmp_path, dies_after=21) as server:
-        run = measure_run(server.base_url, "model", trace, 60.0, [], 50, seed=1, period_s=0.25)
+        run = measure_run(server, trace, 60.0, seed=1, period_s=0.25)
         assert "OutOfMemoryError: CUDA out of memory" in (server.failure() or "")
     assert run.failure is not None
     assert run.row["status"] == "failed:server_died"
@@ -91,15 +91,17 @@ def test_a_server_that_dies_leaves_what_was_measured(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("fake_vllm")
 def test_a_run_that_cannot_begin_says_why(tmp_path: Path) -> None:
     trace = make_trace(4, 1.0, adapters=1)
+    server = serve_fake(tmp_path)
     with pytest.raises(AdapterTwinError, match="trace: asks for adapter 0, but 0 are served"):
-        measure_run("http://127.0.0.1:9", "model", trace, 1.0, [], 50, seed=1)
+        measure_run(server, trace, 1.0, seed=1)
+    with server:
+        server.adapters = {"a": tmp_path}
+        with pytest.raises(
+            AdapterTwinError, match=r"a: the server did not answer \(HTTP 404: .*`a`"
+        ):
+            measure_run(server, trace, 1.0, seed=1)
     with pytest.raises(AdapterTwinError, match="model: the server did not answer"):
-        measure_run(f"http://127.0.0.1:{free_port()}", "model", trace, 1.0, ["a"], 50, seed=1)
-    with (
-        serve_fake(tmp_path) as server,
-        pytest.raises(AdapterTwinError, match=r"a: the server did not answer \(HTTP 404: .*`a`"),
-    ):
-        measure_run(server.base_url, "model", trace, 1.0, ["a"], 50, seed=1)
+        measure_run(server, trace, 1.0, seed=1)
 
 
 def requests_seen() -> pd.DataFrame:
@@ -192,18 +194,10 @@ def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-def measure_live(server: Server, trace: Trace, duration_s: float) -> ServedRun:
-    vocabulary = check_model(server.model_folder)["vocab_size"]
-    names = list(server.adapters)
-    return measure_run(
-        server.base_url, server.model_name, trace, duration_s, names, vocabulary, seed=1
-    )
-
-
 @pytest.mark.live
 def test_a_real_server_answers_with_the_tokens_and_adapters_asked_for(live_server: Server) -> None:
     trace = make_trace(24, 3.0, adapters=3)
-    run = measure_live(live_server, trace, 20.0)
+    run = measure_run(live_server, trace, 20.0, seed=1)
     requests = run.requests
     assert requests["error"].isna().all()
     assert (requests["reported_prompt_tokens"] == requests["prompt_tokens"]).all()
@@ -222,11 +216,11 @@ def test_a_real_server_loads_and_unloads_adapters_at_run_time(live_server: Serve
     trace = make_trace(4, 0.5, adapters=3)
     live_server.unload_adapter(name)
     with pytest.raises(AdapterTwinError, match=f"{name}: the server did not answer .*HTTP 404"):
-        measure_live(live_server, trace, 10.0)
+        measure_run(live_server, trace, 10.0, seed=1)
     live_server.load_adapter(name, folder)
     with pytest.raises(AdapterTwinError, match=f"{name}: the server did not load it .*already"):
         live_server.load_adapter(name, folder)
-    assert measure_live(live_server, trace, 10.0).row["completed_requests"] == 4
+    assert measure_run(live_server, trace, 10.0, seed=1).row["completed_requests"] == 4
 
 
 async def both_clients(server: Server, command: list[str], trace: Trace) -> Replay:

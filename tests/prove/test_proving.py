@@ -108,7 +108,7 @@ class TwinAsEngine:
     def refuses(self, flags: EngineFlags) -> bool:
         return False
 
-    def measure(self, base_url, model_name, trace, duration_s, names, vocabulary, seed):
+    def measure(self, server, trace, duration_s, seed):
         flags, _ = self.now
         hopeless = len(trace) > 1000
         demand = load_demand(self.folder / f"{'hopeless' if hopeless else 'light'}.yaml")
@@ -154,7 +154,6 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> TwinAsEngine:
     monkeypatch.setattr(campaign_runner, "Server", fake.server)
     monkeypatch.setattr(campaign_runner, "measure_run", fake.measure)
     monkeypatch.setattr(campaign_runner, "write_model", lambda shape, folder: folder)
-    monkeypatch.setattr(campaign_runner, "check_model", lambda folder: {"vocab_size": 100})
     monkeypatch.setattr(campaign_runner, "write_adapters", lambda model, folder, ranks: list(ranks))
     memory = {"kv_cache_tokens": 131072, "block_size": 128}
     monkeypatch.setattr(campaign_runner, "kv_cache", lambda base_url: memory)
