@@ -84,11 +84,7 @@ def run_campaign(file: Path, out: Path) -> Summary:
     store = Store(out)
     store.open(file.read_text(encoding="utf-8"), describe_machine(campaign.engine), file)
     session = WorkSession(
-        name=campaign.name,
-        model=campaign.model,
-        adapters=campaign.adapters,
-        budget_s=campaign.budget_s,
-        store=store,
+        campaign.name, campaign.model, campaign.adapters, campaign.budget_s, store
     )
     return session.measure(groups(campaign.pieces(), campaign.seed))
 
@@ -97,7 +93,7 @@ class BudgetSpent(Exception):
     """The next piece does not fit in what is left of the time budget."""
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class WorkSession:
     """One call's work.
 
@@ -116,7 +112,7 @@ class WorkSession:
 
     name: str
     model: str
-    adapters: str | None = None
+    adapters: str | None
     budget_s: float
     store: Store
     total: int = field(default=0, init=False)

@@ -80,13 +80,8 @@ def run_study(file: Path, engine: Literal["cpu", "cuda"], out: Path) -> Summary:
     write_text(own, calibration.to_json())
     demands = {name: replace(demand, calibration=str(own)) for name, demand in demands.items()}
     planned = _plan(study, demands, out)
-    session = WorkSession(
-        name=study.name,
-        model=study.model_folder or first.model,
-        adapters=study.adapters,
-        budget_s=study.budget_s,
-        store=store,
-    )
+    model = study.model_folder or first.model
+    session = WorkSession(study.name, model, study.adapters, study.budget_s, store)
     return session.measure(pieces(study, demands, calibration, planned))
 
 
