@@ -23,6 +23,6 @@ RESUMED = Annotated[
 class Verbs(Typer):
     """Commands whose help ends with an example of their use."""
 
-    def example(self, line: str) -> Callable[..., Any]:
+    def example(self, line: str, **options: Any) -> Callable[..., Any]:
         """Return the decorator of a command."""
-        return self.command(epilog=f"Example: adapter-twin {line}")
+        return self.command(epilog=f"Example: adapter-twin {line}", **options)

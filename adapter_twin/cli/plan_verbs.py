@@ -25,9 +25,7 @@ def memory(
     model: Annotated[
         str, Argument(metavar="MODEL", help="A name, or a folder with a config.json.")
     ],
-    gpu: Annotated[
-        str, Option(metavar="NAME|GIB", help="A GPU, as l40s, or its memory in GiB.")
-    ],
+    gpu: Annotated[str, Option(metavar="NAME|GIB", help="A GPU, as l40s, or its memory in GiB.")],
     engine: Annotated[
         str | None, Option(metavar="vllm-X", help="Version of vLLM; left out, the newest.")
     ] = None,
