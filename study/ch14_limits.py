@@ -24,6 +24,7 @@ from adapter_twin.parallel import workers
 from adapter_twin.plan.steady_state import TWIN_ERROR
 from adapter_twin.service.predict import predict
 from adapter_twin.service.validate import error_measures, pair_runs
+from adapter_twin.workload.models import model_shape
 from study.ch01_to_06 import configurations
 from study.ch07_campaign import FIGURES as SERVICE
 
@@ -286,6 +287,7 @@ def _calibrate_on(measured: Mapping[str, pd.DataFrame], steps: pd.DataFrame) -> 
         calibration = calibrate_campaign(
             {**measured, "micro_steps": steps},
             model,
+            model_shape(model),
             gpu="part",
             engine_version="0.32.0",
             memory_gib=0.0,

@@ -19,7 +19,7 @@ from adapter_twin.laws.loading import LoadingLaw
 from adapter_twin.laws.memory import MemoryLaw
 from adapter_twin.laws.scheduling import SchedulingLaw
 from adapter_twin.laws.step_time import StepObservations, StepTimeLaw, batch_features
-from adapter_twin.workload.models import model_shape
+from adapter_twin.workload.models import ModelShape
 
 TABLES = ("runs", "micro_steps", "adapter_loads", "engine_starts")
 """A calibration is fitted to these tables."""
@@ -31,6 +31,7 @@ BATCH = ["engine_id", "point", "batched_tokens", "decodes", "prompts", "distinct
 def calibrate_campaign(
     tables: dict[str, pd.DataFrame],
     model: str,
+    shape: ModelShape,
     *,
     gpu: str,
     engine_version: str,
@@ -45,6 +46,7 @@ def calibrate_campaign(
     tables : dict of DataFrame
         `TABLES`, by name, as `adapter_twin.tables.campaign_schemas` has them.
     model : str
+    shape : ModelShape
     gpu, engine_version : str
         What the name of the calibration says.
     memory_gib : float
@@ -73,7 +75,7 @@ def calibrate_campaign(
     calibration = assemble(
         *(model, gpu, engine_version, source, runs),
         rows={"runs": len(fitted), "step_times": len(batches)},
-        memory=MemoryLaw(model_shape(model), engine_version, memory_gib).fit(starts),
+        memory=MemoryLaw(shape, engine_version, memory_gib).fit(starts),
         step_time=StepTimeLaw().fit(observations(batches)),
         loading=LoadingLaw(model).fit(tables["adapter_loads"]),
         scheduling=SchedulingLaw().fit(scheduling_times(batches)),

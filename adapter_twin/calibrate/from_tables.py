@@ -12,6 +12,7 @@ from adapter_twin.errors import require
 from adapter_twin.laws.calibration import Calibration
 from adapter_twin.tables import datasets
 from adapter_twin.tables.importer import COMMIT, REPOSITORY_URL
+from adapter_twin.workload.models import ModelShape, model_shape
 
 
 def calibrate_tables(
@@ -53,9 +54,12 @@ def calibrate_tables(
         for name in campaign_fit.TABLES:
             require(name in measured, f"{folder}: {name}.parquet is missing; finish the campaign")
         machine = read_machine(folder)
+        model = _choose_model(measured["runs"], model)
+        told = machine.get("model_config")
         return campaign_fit.calibrate_campaign(
             measured,
-            _choose_model(measured["runs"], model),
+            model,
+            model_shape(model) if told is None else ModelShape.of_config(told),
             gpu=gpu or device_name(machine),
             engine_version=engine_version or str(machine["vllm"]).split("+")[0],
             memory_gib=_memory_gib(machine),

@@ -13,7 +13,7 @@ from adapter_twin.measure.micro_plan import MicroPlan
 from adapter_twin.measure.model_folder import check_model
 from adapter_twin.measure.pieces import MicroPiece, Piece, ServingPiece
 from adapter_twin.workload.files import read_yaml
-from adapter_twin.workload.models import model_shape, shipped_models
+from adapter_twin.workload.models import ModelShape, model_shape, shipped_models
 from adapter_twin.workload.scenario import EngineConfig, Lengths, LoraRank, Workload, deal_adapters
 from adapter_twin.workload.strict import (
     Count,
@@ -264,7 +264,7 @@ def _model_folder(model: str, parent: Path) -> str:
     folder = parent / model
     choices = suggestion(model, shipped_models())
     require(folder.is_dir(), f"model: {model!r} is neither a folder nor a shape{choices}")
-    check_model(folder)
+    ModelShape.of_config(check_model(folder))  # else it could be measured, but not calibrated
     return str(folder)
 
 

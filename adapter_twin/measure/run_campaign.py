@@ -23,7 +23,7 @@ from adapter_twin.measure.serving import measure_run
 from adapter_twin.measure.store import Store
 from adapter_twin.measure.vllm_server import Server, free_port
 from adapter_twin.tables.campaign_schemas import CAMPAIGN_RUNS
-from adapter_twin.workload.models import shipped_models
+from adapter_twin.workload.models import model_config, shipped_models
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,8 @@ def run_campaign(file: Path, out: Path) -> Summary:
     campaign = load_campaign(file)
     require_engine()
     store = Store(out)
-    store.open(file.read_text(encoding="utf-8"), describe_machine(campaign.engine), file)
+    machine = describe_machine(campaign.engine) | {"model_config": model_config(campaign.model)}
+    store.open(file.read_text(encoding="utf-8"), machine, file)
     session = WorkSession(
         campaign.name, campaign.model, campaign.adapters, campaign.budget_s, store
     )

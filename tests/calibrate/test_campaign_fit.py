@@ -21,12 +21,14 @@ from adapter_twin.service.predict import predict
 from adapter_twin.service.validate import validate_runs
 from adapter_twin.tables import datasets
 from adapter_twin.twin.simulate import simulate_run
+from adapter_twin.workload.models import model_shape
 from adapter_twin.workload.scenario import EngineConfig
 from study import ch07_campaign
 
 LAUNCH_MS, TOKEN_MS, ADAPTED_MS, ADAPTED_TOKEN_MS, PADDED_MS = 7.0, 0.5, 5.0, 0.25, 0.0625
 OVERHEAD_MS = 11.0
 
+SMALL = model_shape("small")
 MACHINE = {"gpu": "cpu", "engine_version": "0.32.0", "memory_gib": 0.0, "source": {}}
 
 
@@ -161,14 +163,14 @@ def tables() -> dict[str, pd.DataFrame]:
         "engine_starts": engine_starts(),
         "runs": runs().assign(median_ttft_ms=100.0, completed_requests=9, sent_requests=9),
     }
-    truth = calibrate_campaign(made, "small", **MACHINE)
+    truth = calibrate_campaign(made, "small", SMALL, **MACHINE)
     truth.front_end.overhead_ms_, truth.front_end.overhead_per_running_ms_ = OVERHEAD_MS, 0.0
     return made | {"runs": measure(made["runs"], truth)}
 
 
 @pytest.fixture(scope="module")
 def fitted(tables: dict[str, pd.DataFrame]) -> Calibration:
-    return calibrate_campaign(tables, "small", **MACHINE)
+    return calibrate_campaign(tables, "small", SMALL, **MACHINE)
 
 
 def test_the_form_of_a_cpu_is_found_and_its_coefficients_recovered(fitted: Calibration) -> None:
@@ -196,10 +198,8 @@ def test_the_overhead_comes_from_runs_that_are_not_held_out(
     again = calibrate_campaign(
         tables | {"runs": told},
         "small",
-        gpu="cpu",
-        engine_version="0.8.5",
-        memory_gib=0.0,
-        source={},
+        SMALL,
+        **MACHINE,
     )
     assert again.front_end.overhead_ms_ == fitted.front_end.overhead_ms_
 
@@ -271,7 +271,7 @@ def test_one_profiled_engine_cannot_tell_the_forms_apart(tables: dict[str, pd.Da
     steps = tables["micro_steps"]
     one = tables | {"micro_steps": steps[steps["engine_id"] == steps["engine_id"].iloc[0]]}
     with pytest.raises(AdapterTwinError, match=r"micro_steps: of 1 engine; .* add one"):
-        calibrate_campaign(one, "small", **MACHINE)
+        calibrate_campaign(one, "small", SMALL, **MACHINE)
 
 
 def test_too_few_light_runs_are_refused_with_a_remedy(tables: dict[str, pd.DataFrame]) -> None:
@@ -280,10 +280,8 @@ def test_too_few_light_runs_are_refused_with_a_remedy(tables: dict[str, pd.DataF
         calibrate_campaign(
             tables | {"runs": starved},
             "small",
-            gpu="cpu",
-            engine_version="0.8.5",
-            memory_gib=0.0,
-            source={},
+            SMALL,
+            **MACHINE,
         )
 
 

@@ -32,6 +32,7 @@ from adapter_twin.service.predict import predict
 from adapter_twin.tables import datasets
 from adapter_twin.tables.campaign_schemas import CAMPAIGN_TABLES
 from adapter_twin.twin.simulate import simulate
+from adapter_twin.workload.models import model_config
 from adapter_twin.workload.scenario import EngineConfig, Workload, deal_adapters
 
 CAMPAIGNS = sorted((datasets.REPOSITORY / "experiments" / "campaigns").glob("*.yaml"))
@@ -74,7 +75,8 @@ PIECES = ["micro-00", "micro-01", "run-000-0", "run-000-1", "run-001-0", "run-00
 def write(folder: Path, changes: dict[str, object] | None = None) -> Path:
     """Write a campaign with a model and adapters that nobody will load; dots in keys nest."""
     (folder / "model").mkdir(exist_ok=True)
-    (folder / "model" / "config.json").write_text('{"vocab_size": 100}')
+    config = model_config("tiny") | {"vocab_size": 100}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
     for index in range(6):
         adapter = folder / "adapters" / f"adapter-{index}"
         adapter.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ from adapter_twin.prove.outcome import read_outcome, service
 from adapter_twin.prove.rivals import METHODS, Study, load_study, plain
 from adapter_twin.tables import datasets
 from adapter_twin.twin.records import Records
-from adapter_twin.workload.models import model_shape
+from adapter_twin.workload.models import model_config, model_shape
 from adapter_twin.workload.scenario import EngineConfig, Lengths, Slo, zipf_adapters
 from study.ch15_proof import bars, by_popularity, pairs, per_adapter, waits
 from study.figures import proofs
@@ -593,7 +593,7 @@ def test_slots_and_kv_cache_share_a_cpus_memory_to_the_byte(tmp_path: Path) -> N
         ({"cpu_memory_gib": 0.01}, "micro.engines[1].max_loras: 48 slots of rank 8 take"),
         ({"model": str(tmp_path)}, "cpu_memory_gib: only for a shipped shape"),
     ):
-        (tmp_path / "config.json").write_text('{"vocab_size": 100}')
+        (tmp_path / "config.json").write_text(json.dumps(model_config("tiny")))
         (tmp_path / "campaign.yaml").write_text(yaml.safe_dump(content | change))
         with pytest.raises(AdapterTwinError) as caught:
             load_campaign(tmp_path / "campaign.yaml")
