@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from adapter_twin.tables import datasets
+from adapter_twin.twin.block_scheduler import BY_BLOCK
 from adapter_twin.twin.clock import FrontEnd, StepLaw
 from adapter_twin.twin.session import Session, new_session
 from adapter_twin.workload.scenario import EngineConfig
-from adapter_twin.workload.trace import Trace
+from adapter_twin.workload.trace import Contents, Trace
 from study.ch16_chain import AdapterCaches
 
 if TYPE_CHECKING:
@@ -49,6 +50,14 @@ class Case:
     kv_blocks: int
     requests: list[tuple[int, int, int, int]]
     kind: str
+    enable_prefix_caching: bool = False
+    enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = 0
+    async_scheduling: bool = False
+    priorities: list[int] = field(default_factory=list)
+    """Of the adapters, where there are any: of all up to the highest one asked for."""
+    pieces: list[list[tuple[int, int]]] = field(default_factory=list)
+    """What each request begins with, where prefixes are cached: numbers and ends of its pieces."""
 
     @property
     def adapters(self) -> int:
@@ -59,7 +68,8 @@ class Case:
         self, *, max_cpu_loras: int | None = None, timed: bool = False, **how: Any
     ) -> Session:
         """Lay out the twin's run; `timed`: copies and reads of adapters take their time."""
-        arrival, *columns = (np.array(column) for column in zip(*self.requests, strict=True))
+        columns = (np.array(column, np.int32) for column in zip(*self.requests, strict=True))
+        arrival, adapter, prompt, output = columns
         engine = EngineConfig(
             model="any",
             max_loras=self.max_loras,
@@ -68,9 +78,16 @@ class Case:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             block_size=self.block_size,
+            enable_prefix_caching=self.enable_prefix_caching,
+            enable_chunked_prefill=self.enable_chunked_prefill,
+            long_prefill_token_threshold=self.long_prefill_token_threshold,
+            scheduling_policy="priority" if self.priorities else "fcfs",
+            async_scheduling=self.async_scheduling,
         )
+        if self.priorities:
+            how["priorities"] = np.array(self.priorities)
         return new_session(
-            Trace(arrival.astype(float), *(column.astype(np.int32) for column in columns)),
+            Trace(arrival.astype(float), adapter, prompt, output, self._contents()),
             engine,
             ONE_SECOND,
             NO_FRONT_END,
@@ -80,12 +97,30 @@ class Case:
             **how,
         )
 
+    def _contents(self) -> Contents | None:
+        if not self.pieces:
+            return None
+        counts = [len(pieces) for pieces in self.pieces]
+        flat = np.array([piece for pieces in self.pieces for piece in pieces]).reshape(-1, 2)
+        first = np.concatenate(([0], np.cumsum(counts)))
+        return Contents(first, flat[:, 0], flat[:, 1].astype(np.int32))
+
+    def token(self, request: int, place: int) -> int:
+        """Return the token of a request at a place of its sequence."""
+        for piece, end in self.pieces[request] if self.pieces else []:
+            if place < end:
+                return 1 + 10_000 * piece + place
+        return 10_000_000 * (request + 1) + place
+
 
 class Step(NamedTuple):
     """What a scheduler decided in one step."""
 
     step: int
-    running: dict[int, int]  # tokens of each request, in the order of the running list
+    batch: dict[int, int]  # tokens of each request in the step that begins
+    # tokens of each request in the batch chosen last, which with asynchronous scheduling is that of
+    # the step after it; in the order of the running list
+    running: dict[int, int]
     waiting: list[int]  # in the order of the queue
     free_blocks: int
     adapters: int
@@ -95,9 +130,9 @@ class Step(NamedTuple):
 
     def row(self) -> list[Any]:
         """Return what a recording holds of it."""
-        step, running, waiting, free_blocks, adapters, admitted, preempted, finished = self
-        told = [[r, tokens] for r, tokens in running.items() if tokens > 1 or r in admitted]
-        counts = sum(running.values()), len(running), len(waiting), free_blocks, adapters
+        step, batch, running, waiting, free_blocks, adapters, admitted, preempted, finished = self
+        told = [[r, tokens] for r, tokens in running.items() if tokens != 1 or r in admitted]
+        counts = sum(batch.values()), len(running), len(waiting), free_blocks, adapters
         return [step, *counts, told, preempted, finished]
 
 
@@ -137,6 +172,61 @@ def random_cases(seed: int, n: int) -> list[Case]:
     return [random_case(rng, KINDS[i % len(KINDS)]) for i in range(n)]
 
 
+def feature_cases(seed: int, n: int, *features: str) -> list[Case]:
+    """Draw cases in which some of what an engine can do is on.
+
+    Parameters
+    ----------
+    seed : int
+    n : int
+    *features : str
+        Of these, named as the fields of `Case`, each case draws some; left out, of all.
+    """
+    rng = np.random.default_rng(seed)
+    cases = (random_case(rng, KINDS[i % len(KINDS)]) for i in range(n))
+    return [_with_features(rng, case, features or tuple(FEATURES)) for case in cases]
+
+
+def _with_features(rng: np.random.Generator, case: Case, features: tuple[str, ...]) -> Case:
+    chosen = [name for name in features if rng.random() < 0.5] or [str(rng.choice(features))]
+    for name in chosen:
+        case = replace(case, **FEATURES[name](rng, case))
+    return case
+
+
+def _shared_prefixes(rng: np.random.Generator, case: Case) -> dict[str, Any]:
+    """Let requests begin with paths down a tree of a few pieces, some as long as all of them."""
+    longest = max(prompt + output for _, _, prompt, output in case.requests)
+    lengths = rng.integers(1, max(2, longest // int(rng.integers(1, 6))), (4, 3))
+    deepest = int(rng.integers(1, 5))
+    pieces = []
+    for _ in case.requests:
+        path = rng.integers(0, 3, rng.integers(0, deepest, endpoint=True)) // rng.integers(1, 3)
+        ends = np.cumsum([lengths[depth, piece] for depth, piece in enumerate(path)])
+        pieces.append(np.column_stack((path, ends.astype(int))).astype(int).tolist())
+    return {"enable_prefix_caching": True, "pieces": pieces}
+
+
+def _whole_prompts(rng: np.random.Generator, case: Case) -> dict[str, Any]:
+    longest = max(prompt + output for _, _, prompt, output in case.requests)
+    budget = max(case.max_num_batched_tokens, longest + int(rng.integers(0, longest)))
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": budget}
+
+
+FEATURES: dict[str, Callable[[np.random.Generator, Case], dict[str, Any]]] = {
+    "enable_prefix_caching": _shared_prefixes,
+    "enable_chunked_prefill": _whole_prompts,
+    "long_prefill_token_threshold": lambda rng, case: {
+        "long_prefill_token_threshold": int(rng.integers(1, 1 + 3 * case.block_size))
+    },
+    "priorities": lambda rng, case: {
+        "priorities": rng.integers(-2, 3, case.adapters).tolist(),
+    },
+    "async_scheduling": lambda rng, case: {"async_scheduling": True},
+}
+"""How to draw what each feature adds to a case."""
+
+
 def save(records: list[tuple[Case, list[list[Any]]]], path: Path) -> None:
     """Write cases and the rows of their steps."""
     content = [{"case": asdict(case), "steps": rows} for case, rows in records]
@@ -155,7 +245,7 @@ def twin_steps(case: Case, **how: Any) -> Iterator[Step]:
     session = case.session(**how)
     state, requests, clock = session.state, session.requests, session.clock
     count, step = state.count, None
-    was_running: dict[int, int] = {}
+    was_running: list[int] = []
     tokens, preemptions, ended = (
         values.copy() for values in (state.base_tokens, requests.preemptions, requests.end_s)
     )
@@ -167,24 +257,29 @@ def twin_steps(case: Case, **how: Any) -> Iterator[Step]:
         if event_s == np.inf:
             return
         if count["running"]:
-            running = {
-                r: int(state.base_tokens[r] if r not in was_running else change or 1)
-                for r in _running(session)
-                for change in [state.base_tokens[r] - tokens[r]]
-            }
+            running = _running(session)
+            if session.policy == BY_BLOCK:
+                given = {r: int(state.progress[r]["tokens"]) for r in running}
+                batch = _batch(session)
+            else:
+                batch = given = {
+                    r: int(state.base_tokens[r] if r not in was_running else change or 1)
+                    for r in running
+                    for change in [state.base_tokens[r] - tokens[r]]
+                }
             row = session.steps[clock["steps"]]
-            assert row["tokens"] == sum(running.values())
+            assert row["tokens"] == sum(batch.values())
+            waiting = _waiting(session)
+            preempted = _changed(requests.preemptions, preemptions)
             step = Step(
                 step=int(clock["now_s"]),
-                running=running,
-                waiting=_waiting(session),
+                batch=batch,
+                running=given,
+                waiting=waiting,
                 free_blocks=int(row["free_blocks"]),
                 adapters=int(row["adapters"]),
                 admitted=[r for r in running if r not in was_running],
-                preempted=sorted(
-                    _changed(requests.preemptions, preemptions),
-                    key=lambda r: -state.order[r],
-                ),
+                preempted=[r for r in reversed(waiting) if r in preempted],
                 finished=[],
             )
             was_running = running
@@ -203,16 +298,24 @@ def _running(session: Session) -> list[int]:
     return [int(request) for request in running]
 
 
+def _batch(session: Session) -> dict[int, int]:
+    """Return the tokens of each request in the step that runs."""
+    row = session.state.count["ended"] % 2
+    members = session.state.members[row, : session.state.chosen[row]["requests"]]
+    return dict(zip(members["request"].tolist(), members["tokens"].tolist(), strict=True))
+
+
 def _waiting(session: Session) -> list[int]:
-    """Return the requests in the adapters' lists, oldest first."""
+    """Return the requests in the adapters' lists, those first that go before the others."""
     n, following = len(session.requests.adapter), session.state.next.tolist()
     waiting = []
     for sentinel in range(n, n + session.limits.base_model + 1):
         request = following[sentinel]
         while request != sentinel:
-            waiting.append(request)
+            waiting.append((session.state.priority[sentinel - n], request))
             request = following[request]
-    return sorted(waiting, key=session.state.order.__getitem__)
+    waiting.sort(key=lambda pair: (pair[0], session.state.order[pair[1]]))
+    return [request for _, request in waiting]
 
 
 def conformance_table() -> pd.DataFrame:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from adapter_twin.twin.compiled import entry, helper
 from adapter_twin.twin.policy import Policy
 from adapter_twin.twin.queues import enqueue
-from adapter_twin.twin.scheduler import complete_step, schedule
 from adapter_twin.twin.state import Batch, Limits, Requests, State
 
 STEPS = np.dtype(
@@ -235,7 +234,7 @@ def _note_label(state: State, clock: Any, seen: NDArray[np.uint64]) -> None:
 def _begin_step(run: Run, policy: Policy) -> float:
     """Schedule a batch, note it, and return the step's duration in seconds."""
     clock, count = run.clock, run.state.count
-    batch = schedule(run.limits, run.requests, run.state, policy, clock.now_s)
+    batch = policy.schedule(run.limits, run.requests, run.state, clock.now_s)
     model_s, scheduling_s = step_seconds(run.law, batch, count.running, count.waiting)
     row = run.steps[clock.steps]
     row.tokens = batch.tokens
@@ -248,6 +247,8 @@ def _begin_step(run: Run, policy: Policy) -> float:
     row.context_tokens = batch.context_tokens
     row.load_s = batch.load_s
     row.scheduling_s = scheduling_s
+    if run.limits.is_async:  # the next step is scheduled while the model runs
+        return max(model_s + batch.load_s, scheduling_s)
     return model_s + scheduling_s + batch.load_s
 
 
@@ -267,7 +268,7 @@ def turn(run: Run, policy: Policy) -> float:
     if in_step:
         run.steps[clock.steps].end_s = clock.now_s
         clock.steps += 1
-        clock.in_flight -= complete_step(run.limits, run.requests, state, policy, clock.now_s)
+        clock.in_flight -= policy.complete_step(run.limits, run.requests, state, clock.now_s)
     _deliver_arrivals(run, policy)
     if in_step and len(run.seen) > 0:  # what arrived in the step waits when its metrics are written
         _note_label(state, clock, run.seen)

@@ -59,6 +59,10 @@ class Feed:
     ) -> None:
         for adapter in adapters:
             require(not adapter.pinned, f"{adapter.name}: a cluster pins none; leave `pinned` out")
+        require(
+            not engine.enable_prefix_caching,
+            "enable_prefix_caching: a cluster's servers cannot; turn it off",
+        )
         nothing = _nothing(room, longest_output)
         self.session: Session = begin(
             nothing, engine, calibration, adapters, order, duration_s=duration_s, policy=policy
@@ -119,7 +123,7 @@ def _make_room(session: Session) -> None:
     session.requests = Requests(**doubled)
     state = session.state._asdict()
     for name, column in state_of_requests(n).items():
-        state[name] = np.concatenate((state[name], column))
+        state[name] = np.concatenate((state[name], column)).view(type(column))
     for name in ("next", "previous"):
         state[name] = _move_sentinels(state[name], n)
     session.state = State(**state)

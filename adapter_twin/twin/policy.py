@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from pydantic import ConfigDict
 
+from adapter_twin.twin import scheduler
 from adapter_twin.twin.eviction_chain import bring_batch, join_batch, leave_batch
 from adapter_twin.twin.hooks import Hooks
-from adapter_twin.twin.state import Limits, Requests, State
+from adapter_twin.twin.state import Batch, Limits, Requests, State
 from adapter_twin.workload.strict import CONFIG
 
 
@@ -42,6 +43,14 @@ class Policy(Hooks, new_hooks=True):
     reserves_slots: ClassVar[bool] = True
     merges: ClassVar[bool] = False
     heeds_pins: ClassVar[bool] = True
+
+    def schedule(self, limits: Limits, requests: Requests, state: State, now_s: float) -> Batch:
+        """Choose the batch of the step that begins, by `adapter_twin.twin.scheduler`."""
+        return scheduler.schedule(limits, requests, state, self, now_s)
+
+    def complete_step(self, limits: Limits, requests: Requests, state: State, end_s: float) -> int:
+        """Emit the tokens of the batch that ran; return how many requests that completes."""
+        return scheduler.complete_step(limits, requests, state, self, end_s)
 
     def begin_step(self, limits: Limits, requests: Requests, state: State, now_s: float) -> float:
         """Decide what holds for a step, at its start; return the seconds that this adds to it."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from adapter_twin.twin.compiled import helper
-from adapter_twin.twin.policy import Policy
 from adapter_twin.twin.state import (
     NOT_RUNNING,
     Limits,
@@ -15,6 +16,9 @@ from adapter_twin.twin.state import (
     append,
     drop_member,
 )
+
+if TYPE_CHECKING:
+    from adapter_twin.twin.policy import Policy
 
 
 @helper
@@ -108,6 +112,13 @@ def start_running(
     limits: Limits, requests: Requests, state: State, policy: Policy, request: int, now_s: float
 ) -> tuple[int, float]:
     """Put a request at the end of the running ones; returns as `Policy.join`."""
+    add_running(state, request)
+    return enter_batch(limits, requests, state, policy, request, now_s)
+
+
+@helper
+def add_running(state: State, request: int) -> None:
+    """Put a request at the end of the running ones."""
     count = state.count
     if count.stack_top == len(state.stack):
         _compact_stack(state)
@@ -115,6 +126,14 @@ def start_running(
     state.stack_index[request] = count.stack_top
     count.stack_top += 1
     count.running += 1
+
+
+@helper
+def enter_batch(
+    limits: Limits, requests: Requests, state: State, policy: Policy, request: int, now_s: float
+) -> tuple[int, float]:
+    """Count a request of the batch with its adapter; returns as `Policy.join`."""
+    count = state.count
     adapter = requests.adapter[request]
     state.running_by_adapter[adapter] += 1
     policy.admit(state, adapter, now_s)
@@ -132,9 +151,23 @@ def stop_running(
     limits: Limits, requests: Requests, state: State, policy: Policy, request: int, now_s: float
 ) -> None:
     """Take a request out of the running ones; its adapter, if now idle, becomes evictable."""
-    count = state.count
+    drop_running(state, request)
+    exit_batch(limits, requests, state, policy, request, now_s)
+
+
+@helper
+def drop_running(state: State, request: int) -> None:
+    """Take a request out of the running ones."""
     state.stack_index[request] = NOT_RUNNING
-    count.running -= 1
+    state.count.running -= 1
+
+
+@helper
+def exit_batch(
+    limits: Limits, requests: Requests, state: State, policy: Policy, request: int, now_s: float
+) -> None:
+    """Count a request of the batch no more; its adapter, if now idle, becomes evictable."""
+    count = state.count
     adapter = requests.adapter[request]
     state.running_by_adapter[adapter] -= 1
     if adapter == limits.base_model or state.running_by_adapter[adapter] > 0:

@@ -23,10 +23,11 @@ What other policies may decide otherwise is asked of `adapter_twin.twin.policy.P
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from adapter_twin.twin.compiled import helper
-from adapter_twin.twin.policy import Policy
 from adapter_twin.twin.queues import (
     blocks_for,
     count_waiting,
@@ -36,6 +37,9 @@ from adapter_twin.twin.queues import (
     stop_running,
 )
 from adapter_twin.twin.state import Batch, Limits, Requests, State, append, remove
+
+if TYPE_CHECKING:
+    from adapter_twin.twin.policy import Policy
 
 
 @helper
@@ -168,6 +172,8 @@ def schedule(
             scanned = count.waiting
             break
         needed = requests.prompt_tokens[request] + state.emitted[request]
+        if not limits.chunks_prompts and needed > budget - tokens:
+            break
         chunk = min(needed, budget - tokens)
         adapter = requests.adapter[request]
         needed_blocks = blocks_for(needed if limits.reserves_prompts else chunk, size)

@@ -13,10 +13,21 @@ from numpy.typing import NDArray
 
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.twin import clock as engine_clock
+from adapter_twin.twin.block_pool import new_pool
+from adapter_twin.twin.block_scheduler import BY_BLOCK
 from adapter_twin.twin.clock import CLOCK, PAUSES, STEPS, FrontEnd, Run, StepLaw
 from adapter_twin.twin.compiled import for_arguments
 from adapter_twin.twin.policy import VLLM, Policy
-from adapter_twin.twin.state import COUNTERS, NOT_RUNNING, Limits, Requests, State
+from adapter_twin.twin.state import (
+    CHOSEN,
+    COUNTERS,
+    MEMBERS,
+    NOT_RUNNING,
+    PROGRESS,
+    Limits,
+    Requests,
+    State,
+)
 from adapter_twin.workload.scenario import EngineConfig
 from adapter_twin.workload.trace import Trace
 
@@ -110,6 +121,7 @@ def new_session(
     *,
     places: NDArray[np.int64] | None = None,
     pinned: NDArray[np.bool_] | None = None,
+    priorities: NDArray[np.int64] | None = None,
     reserves_prompts: bool = False,
 ) -> Session:
     """Lay out a run.
@@ -119,6 +131,7 @@ def new_session(
     trace : Trace
         `output_tokens` are those that the engine will emit.
     engine : EngineConfig
+        Prefix caching and asynchronous scheduling, if left out, are off.
     law : StepLaw
     front_end : FrontEnd
     kv_cache_tokens : int
@@ -133,20 +146,25 @@ def new_session(
         own caches only); left out, that of their indices.
     pinned : bool, shape (adapters,), optional
         Adapters that are never evicted, in a slot from the start.
+    priorities : int, shape (adapters,), optional
+        Of the adapters' requests; left out, all are 0, that of the base model.
     reserves_prompts : bool
         Admit a prompt when KV blocks for all of it are free, not for its first chunk.
 
     Raises
     ------
     AdapterTwinError
-        A request is longer than the KV cache, or more adapters are pinned than there are slots.
+        A request is longer than the KV cache or, unchunked, than a step; more adapters are pinned
+        than there are slots; or a policy does not know what the engine does.
     """
     n_adapters = len(load_s)
+    priorities = np.zeros(n_adapters, np.int64) if priorities is None else priorities
     places = np.arange(n_adapters) if places is None else places
     pinned = np.zeros(n_adapters, np.bool_) if pinned is None else pinned
     _check_policy(policy, law, engine, pinned, pooled=adapter_blocks is not None)
     if adapter_blocks is None:
         adapter_blocks = np.zeros(n_adapters, np.int64)
+    scheduling = _scheduling(engine, policy, priorities)
     blocks = np.append(adapter_blocks, 0)  # the base model takes none
     check_lengths(trace, engine, kv_cache_tokens, blocks)
     limits = Limits(
@@ -157,6 +175,11 @@ def new_session(
         max_num_batched_tokens=engine.max_num_batched_tokens,
         block_size=engine.block_size,
         reserves_prompts=reserves_prompts,
+        chunks_prompts=engine.enable_chunked_prefill,
+        caches_prefixes=bool(engine.enable_prefix_caching),
+        by_priority=engine.scheduling_policy == "priority",
+        is_async=bool(engine.async_scheduling),
+        long_prefill_token_threshold=engine.long_prefill_token_threshold,
         base_model=n_adapters,
         horizon=int(np.max(trace.output_tokens, initial=1)) + 1,
     )
@@ -165,8 +188,10 @@ def new_session(
     scrapes = int(duration_s / front_end.scrape_period_s) + 2 if observed else 0
     clock = _record(CLOCK)
     clock.next_scrape_s = front_end.scrape_period_s
-    state = _new_state(limits, len(trace), (load_s, read_s, blocks, places, pinned), policy)
-    state.count.free_blocks = kv_blocks(kv_cache_tokens, engine.block_size)
+    adapters = (load_s, read_s, blocks, places, pinned, priorities)
+    state = _new_state(
+        limits, trace, adapters, policy, kv_blocks(kv_cache_tokens, engine.block_size)
+    )
     return Session(
         limits=limits,
         requests=new_requests(trace, n_adapters),
@@ -178,7 +203,7 @@ def new_session(
         pauses=_table(n_adapters + 1 + scrapes, PAUSES),
         seen=np.zeros(LABEL_TABLE if observed else 0, np.uint64),
         used=np.arange(n_adapters + 1) == n_adapters,  # the base model is there from the start
-        policy=policy,
+        policy=scheduling,
     )
 
 
@@ -197,6 +222,26 @@ def _check_policy(
     )
     two_laws = len(law.coefficients) == 2 * (len(law.token_breaks) + 1)
     require(two_laws or not policy.merges, f"law: {name} needs that of a merged adapter")
+
+
+def _scheduling(engine: EngineConfig, policy: Policy, priorities: NDArray[Any]) -> Policy:
+    """Return the policy, or the one that knows all that the engine does."""
+    by_priority = engine.scheduling_policy == "priority"
+    require(
+        by_priority or not priorities.any(),
+        "priority: counts with scheduling_policy: priority only; set that, or leave it out",
+    )
+    features = {
+        "enable_prefix_caching": engine.enable_prefix_caching,
+        "scheduling_policy": by_priority,
+        "long_prefill_token_threshold": engine.long_prefill_token_threshold > 0,
+        "async_scheduling": engine.async_scheduling,
+    }
+    for name, is_on in features.items():
+        if is_on:
+            require(policy == VLLM, f"{name}: {type(policy).__name__} cannot; leave it out")
+            return BY_BLOCK
+    return policy
 
 
 def check_lengths(
@@ -229,6 +274,12 @@ def check_lengths(
             f"lengths: a {what} of {longest} tokens exceeds the KV cache of {kv_cache_tokens}; "
             "lower max_loras or max_lora_rank, or shorten the requests"
         )
+    longest = int(np.max(trace.prompt_tokens + trace.output_tokens, initial=1))
+    require(
+        engine.enable_chunked_prefill or longest <= engine.max_num_batched_tokens,
+        f"max_num_batched_tokens: a request of {longest} tokens exceeds a step of "
+        f"{engine.max_num_batched_tokens}; raise it, or leave enable_chunked_prefill on",
+    )
 
 
 def kv_blocks(kv_cache_tokens: int, block_size: int) -> int:
@@ -256,6 +307,7 @@ def new_requests(trace: Trace, n_adapters: int) -> Requests:
         stalled_s=np.zeros(n),
         rejected=np.zeros(n, np.bool_),
         first_step=np.full(n, NOT_RUNNING, np.int32),
+        cached_tokens=np.zeros(n, np.int32),
         **{name: np.full(n, np.nan) for name in times},
     )
 
@@ -264,15 +316,22 @@ def state_of_requests(n: int) -> dict[str, Any]:
     """Return the columns of a `State` that have an entry per request, as they begin."""
     zeroed = ("order", "emitted", "base_tokens", "base_step")
     columns = {name: np.zeros(n, np.int32) for name in zeroed}
-    return {**columns, "stack_index": np.full(n, NOT_RUNNING, np.int32)}
+    return {
+        **columns,
+        "stack_index": np.full(n, NOT_RUNNING, np.int32),
+        "progress": _table(n, PROGRESS),
+    }
 
 
 def _new_state(
-    limits: Limits, n_requests: int, adapters: tuple[NDArray[Any], ...], policy: Policy
+    limits: Limits, trace: Trace, adapters: tuple[NDArray[Any], ...], policy: Policy, blocks: int
 ) -> State:
-    n = limits.base_model
-    load_s, read_s, adapter_blocks, places, pinned = adapters
+    n, n_requests = limits.base_model, len(trace)
+    load_s, read_s, adapter_blocks, places, pinned, priorities = adapters
+    longest = int(np.max(trace.prompt_tokens + trace.output_tokens, initial=1))
+    cached_blocks = blocks * limits.caches_prefixes
     count = _record(COUNTERS)
+    count.free_blocks = blocks
     count.chunked = NOT_RUNNING
     count.gpu_adapters = count.host_adapters = pinned.sum()
     # A list that is empty points to its own sentinel.
@@ -295,6 +354,7 @@ def _new_state(
         on_gpu=np.append(pinned, True),
         on_host=_typed(pinned.copy(), np.bool_),
         pinned=_typed(pinned, np.bool_),
+        priority=_typed(np.append(priorities, 0), np.int32),
         place=_typed(places, np.int32),
         running_label=labels[0],
         waiting_label=labels[1],
@@ -303,6 +363,14 @@ def _new_state(
         stack=np.zeros(2 * limits.max_num_seqs, np.int32),
         opens_block=np.zeros(limits.block_size, np.int64),
         prefilled=np.zeros(limits.max_num_batched_tokens + 1, np.int32),
+        chosen=_table(2, CHOSEN),
+        members=np.zeros((2, limits.max_num_seqs), MEMBERS).view(np.recarray),
+        pool=new_pool(
+            trace,
+            cached_blocks,
+            limits.max_num_seqs,
+            min(cached_blocks, -(-longest // limits.block_size)),
+        ),
         **state_of_requests(n_requests),
         **{name: np.zeros(n + 1, np.int32) for name in counted + members},
         **{name: np.full(n, NOT_RUNNING, np.int32) for name in steps},

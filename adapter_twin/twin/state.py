@@ -16,7 +16,8 @@ NOT_RUNNING = -1
 
 COUNTERS = np.dtype(
     [
-        ("step", np.int64),  # number of the current step
+        ("step", np.int64),  # number of the current step; by block, of the next one to schedule
+        ("ended", np.int64),  # by block: steps that have ended
         ("free_blocks", np.int64),
         ("running", np.int64),  # requests that hold KV blocks
         ("decoding", np.int64),  # of these, the ones whose prompt is done
@@ -38,6 +39,39 @@ COUNTERS = np.dtype(
 )
 """The one record of these holds what the scheduler counts."""
 
+PROGRESS = np.dtype(
+    [
+        ("tokens", np.int32),  # in the batch scheduled last
+        ("in_flight", np.int32),  # scheduled steps that have not ended
+        ("placeholders", np.int32),  # of these, the ones that will bring it a token
+        ("stale", np.int32),  # of these, the ones from before a preemption
+        ("next_step", np.int32),  # the step after the one that brought its last token
+        ("seat", np.int32),  # row of the block table
+        ("held", np.int32),  # KV blocks
+        ("findable", np.int32),  # of these, the first ones, whose content is known
+        ("in_batch", np.bool_),
+        ("last_token_s", np.float64),
+    ]
+)
+"""A record of these tells of one request what the scheduler by blocks remembers besides."""
+
+CHOSEN = np.dtype(
+    [
+        ("requests", np.int64),
+        ("tokens", np.int64),
+        ("decodes", np.int64),
+        ("context_tokens", np.int64),
+        ("adapters", np.int64),
+        ("host_loads", np.int64),
+        ("load_s", np.float64),
+        ("scanned", np.int64),
+    ]
+)
+"""A record of these is a scheduled batch, as in `Batch`."""
+
+MEMBERS = np.dtype([("request", np.int32), ("tokens", np.int32), ("emits", np.bool_)])
+"""A record of these is a request of a scheduled batch; `emits`: it will get a token."""
+
 
 class Limits(NamedTuple):
     """What the engine's configuration fixes for a run."""
@@ -49,6 +83,12 @@ class Limits(NamedTuple):
     max_num_batched_tokens: int
     block_size: int
     reserves_prompts: bool  # a prompt is admitted when KV blocks for all of it are free
+    chunks_prompts: bool
+    # what follows counts in `adapter_twin.twin.block_scheduler` only
+    caches_prefixes: bool
+    by_priority: bool
+    is_async: bool
+    long_prefill_token_threshold: int
     base_model: int  # index of the pseudo-adapter that needs no slot
     horizon: int  # length of the ring of `finish` lists, in steps
 
@@ -83,6 +123,24 @@ class Requests(NamedTuple):
     stalled_s: NDArray[np.float64]  # from preemption to the next token, summed over `stalls`
     rejected: NDArray[np.bool_]
     first_step: NDArray[np.int32]  # step that emitted the first token
+    cached_tokens: NDArray[np.int32]  # of the prompt, found in the prefix cache
+
+
+class Pool(NamedTuple):
+    """The KV blocks one by one, and what the requests put into them (see `block_pool`)."""
+
+    references: NDArray[np.int32]  # requests that hold a block
+    contents: NDArray[np.int64]  # what can be found in it, or NOTHING
+    free_next: Links  # free blocks in the order in which they are taken
+    free_previous: Links
+    alike_next: Links  # blocks whose contents share a hash bucket, oldest first
+    alike_previous: Links
+    table: NDArray[np.int32]  # blocks of the running requests, a row per seat
+    seats: NDArray[np.int32]  # from place `running` on those that are free
+    # what the sequence of a request consists of: its pieces from `first_piece` on
+    first_piece: NDArray[np.int64]
+    piece_end: NDArray[np.int32]
+    piece_content: NDArray[np.int64]  # of it and all before it, for blocks that end in it
 
 
 class State(NamedTuple):
@@ -95,10 +153,12 @@ class State(NamedTuple):
     previous: Links
     # per request
     order: NDArray[np.int32]  # position in the waiting order
-    emitted: NDArray[np.int32]  # output tokens before the current prefill
-    base_tokens: NDArray[np.int32]  # KV tokens at `base_step`; while in the prompt, those computed
+    emitted: NDArray[np.int32]  # output tokens before the current prefill; by block, all so far
+    # KV tokens at `base_step`; while in the prompt, and by block, those computed or scheduled
+    base_tokens: NDArray[np.int32]
     base_step: NDArray[np.int32]  # first decode step since the last prefill
     stack_index: NDArray[np.int32]
+    progress: Any  # a record each of PROGRESS, by block only
     # per adapter, the base model last
     running_by_adapter: NDArray[np.int32]
     waiting_by_adapter: NDArray[np.int32]
@@ -108,6 +168,7 @@ class State(NamedTuple):
     on_gpu: NDArray[np.bool_]  # the base model always is
     on_host: NDArray[np.bool_]
     pinned: NDArray[np.bool_]  # never evicted
+    priority: NDArray[np.int32]  # the lowest goes first
     place: NDArray[np.int32]  # in the order in which a step touches its adapters
     joined_step: NDArray[np.int32]  # in which it last joined the batch
     left_step: NDArray[np.int32]  # the last one that used it, where it is out of the batch
@@ -130,6 +191,10 @@ class State(NamedTuple):
     stack: NDArray[np.int32]  # running requests in order of admission, with holes
     opens_block: NDArray[np.int64]  # decodes that need a block, by step modulo block size
     prefilled: NDArray[np.int32]  # requests whose prompt ends with the current step
+    # by block only; the batch of step k stands in row k modulo 2
+    chosen: Any  # two records of CHOSEN
+    members: Any  # 2 x requests records of MEMBERS
+    pool: Pool
 
 
 # Lists over arrays: linked ones, and unordered ones with an index.

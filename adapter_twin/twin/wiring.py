@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -43,6 +44,7 @@ def begin(
         Include what the measurement did to itself.
     policy : Policy
     """
+    engine = with_defaults(engine, trace)
     slots = policy.reserves_slots
     ranks = np.array([adapter.rank for adapter in adapters])
     return new_session(
@@ -57,7 +59,27 @@ def begin(
         None if slots else calibration.memory.adapter_blocks(ranks, engine),
         places=order.permutation(len(ranks)),
         pinned=np.array([adapter.pinned for adapter in adapters], bool),
+        priorities=np.array([adapter.priority for adapter in adapters], np.int64),
         reserves_prompts=calibration.version.reserves_prompts,
+    )
+
+
+def with_defaults(engine: EngineConfig, trace: Trace) -> EngineConfig:
+    """Return an engine that says what is on where it left that out.
+
+    Calibrations are measured without prefix caching and asynchronous scheduling, so these are off;
+    but where requests share what they begin with, prefix caching is on, as it is in vLLM.
+
+    Parameters
+    ----------
+    engine : EngineConfig
+    trace : Trace
+    """
+    caching = engine.enable_prefix_caching
+    return replace(
+        engine,
+        enable_prefix_caching=trace.contents is not None if caching is None else caching,
+        async_scheduling=bool(engine.async_scheduling),
     )
 
 

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from adapter_twin.errors import require
 from adapter_twin.workload.strict import (
     Count,
+    Integer,
     Many,
     NotNegative,
     Positive,
@@ -58,12 +59,16 @@ class Adapter:
         Mean arrivals in requests/s; 0 is an idle adapter.
     pinned : bool
         Never evicted from its slot, which it has from the start (vLLM's ``pin_lora``).
+    priority: int
+        Of its requests, where the engine's `scheduling_policy` is ``priority``: the lowest goes
+        first, and the highest is preempted first. That of the base model is 0.
     """
 
     name: str
     rank: Count
     request_rate: NotNegative
     pinned: bool = False
+    priority: Integer = 0
 
 
 @function
@@ -289,6 +294,8 @@ class Lengths:
     rank_correlation : float, optional
         Spearman correlation of prompt and output length; left out, it is the measured one for
         sharegpt and none for the others.
+    shared_prefix_tokens : int
+        Length of each adapter's system prompt, which comes in front of every prompt.
     """
 
     distribution: LengthDistribution = "sharegpt"
@@ -296,6 +303,7 @@ class Lengths:
     mean_output_tokens: MeanTokens
     cv: Positive = 1.0
     rank_correlation: Annotated[float, Field(ge=-1, le=1)] | None = None
+    shared_prefix_tokens: Whole = 0
 
     def __post_init__(self) -> None:
         has_cv = self.distribution == "lognormal"
@@ -339,6 +347,10 @@ class Workload:
     def __post_init__(self) -> None:
         for name, count in Counter(adapter.name for adapter in self.adapters).items():
             require(count == 1, f"adapters: {count} adapters are named {name!r}; names must differ")
+        require(
+            self.arrivals.process != "trace" or self.lengths.shared_prefix_tokens == 0,
+            "shared_prefix_tokens: a replayed trace brings its own lengths; leave it out",
+        )
 
     @property
     def offered_request_rate(self) -> float:
@@ -349,8 +361,9 @@ class Workload:
     @property
     def offered_tokens_per_s(self) -> float:
         """Offered load: input plus requested output tokens per second."""
-        mean_tokens = self.lengths.mean_input_tokens + self.lengths.mean_output_tokens
-        return self.offered_request_rate * mean_tokens
+        lengths = self.lengths
+        prompt_tokens = lengths.shared_prefix_tokens + lengths.mean_input_tokens
+        return self.offered_request_rate * (prompt_tokens + lengths.mean_output_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ def _plain(value: Any) -> Any:
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(_plain)]
 Whole = Annotated[int, Field(ge=0), BeforeValidator(_plain)]
+Integer = Annotated[int, BeforeValidator(_plain)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Many = Annotated[tuple[T, ...], Strict(False)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +25,45 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
 
-__all__ = ["BASE_MODEL", "LengthMarginals", "Trace", "generate", "generators", "read_trace"]
+__all__ = [
+    "BASE_MODEL",
+    "Contents",
+    "LengthMarginals",
+    "Trace",
+    "generate",
+    "generators",
+    "read_trace",
+]
 
 BASE_MODEL = -1
 """In `Trace.adapter`: the request goes to the base model."""
+
+COLUMNS = ("arrival_s", "adapter", "prompt_tokens", "output_tokens")
+"""A trace's table has these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What the requests of a trace begin with, in pieces that other requests may share.
+
+    The sequence of a request, its prompt and then its output, begins with its pieces; what comes
+    after them is its own. Requests whose first pieces are equal have the same tokens there: such is
+    a system prompt (one piece), a prompt given as hashes of its blocks (a piece each), or the turn
+    of a conversation that repeats the turns before it (a piece for each prompt and each output).
+
+    Attributes
+    ----------
+    first : int64, shape (requests + 1,)
+        Index of each request's first piece; the last entry is the number of pieces.
+    piece : int64, shape (pieces,)
+        Equal numbers at equal ends, after equal pieces, are equal tokens.
+    end : int32, shape (pieces,)
+        Tokens of the sequence up to the end of the piece, increasing within a request.
+    """
+
+    first: NDArray[np.int64]
+    piece: NDArray[np.int64]
+    end: Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +80,15 @@ class Trace:
         Index into the workload's adapters, or `BASE_MODEL`.
     prompt_tokens, output_tokens : int32
         Prompt length and requested output length (``max_tokens``), at least 1.
+    contents : Contents, optional
+        What requests share of their tokens, no column; left out, it is nothing.
     """
 
     arrival_s: Floats
     adapter: Ints
     prompt_tokens: Ints
     output_tokens: Ints
+    contents: Contents | None = None
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -59,7 +97,7 @@ class Trace:
         """Return the trace as a table, one row per request."""
         import pandas as pd
 
-        return pd.DataFrame({column.name: getattr(self, column.name) for column in fields(self)})
+        return pd.DataFrame({name: getattr(self, name) for name in COLUMNS})
 
 
 def read_trace(path: str | Path) -> Trace:
@@ -80,10 +118,10 @@ def read_trace(path: str | Path) -> Trace:
             f"{path}: cannot be read as a trace ({reason}); give a .csv or .parquet of requests"
         ) from None
     require(len(frame) > 0, f"{path}: the trace is empty; give at least one request")
-    lowest = {"arrival_s": 0, "adapter": BASE_MODEL, "prompt_tokens": 1, "output_tokens": 1}
+    lowest = dict(zip(COLUMNS, (0, BASE_MODEL, 1, 1), strict=True))
     columns = {name: _column(frame, name, least, path) for name, least in lowest.items()}
     order = np.argsort(columns["arrival_s"], kind="stable")
-    adapter, prompt, output = (columns[name][order].astype(np.int32) for name in list(lowest)[1:])
+    adapter, prompt, output = (columns[name][order].astype(np.int32) for name in COLUMNS[1:])
     return Trace(columns["arrival_s"][order], adapter, prompt, output)
 
 
@@ -138,8 +176,13 @@ def generate(
     else:
         arrival_s, source = _poisson_arrivals(rates, workload.duration_s, rng)
     source[source == len(adapter_rates)] = BASE_MODEL
-    prompt, output = draw_lengths(workload.lengths, len(arrival_s), rng, marginals)
-    return Trace(arrival_s, source, prompt, output)
+    n, shared = len(arrival_s), workload.lengths.shared_prefix_tokens
+    prompt, output = draw_lengths(workload.lengths, n, rng, marginals)
+    if shared == 0:
+        return Trace(arrival_s, source, prompt, output)
+    # one piece each: what is computed with one adapter is of no use to another one
+    contents = Contents(np.arange(n + 1), np.zeros(n, np.int64), np.full(n, shared, np.int32))
+    return Trace(arrival_s, source, prompt + np.int32(shared), output, contents)
 
 
 def _replay(workload: Workload, path: str) -> Trace:
@@ -151,7 +194,7 @@ def _replay(workload: Workload, path: str) -> Trace:
         f"{path}: adapter {highest} is not in the workload, which has {served}; count from 0",
     )
     end = int(np.searchsorted(trace.arrival_s, workload.duration_s))
-    return Trace(*(getattr(trace, column.name)[:end] for column in fields(trace)))
+    return Trace(*(getattr(trace, name)[:end] for name in COLUMNS))
 
 
 def _poisson_arrivals(

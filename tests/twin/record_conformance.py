@@ -40,7 +40,7 @@ class Engine(Protocol):
     def scheduler(self, case: Case) -> Any:
         """Return vLLM's scheduler for a case, without requests."""
 
-    def request(self, name: str, adapter: int, prompt: int, output: int) -> Any:
+    def request(self, case: Case, number: int) -> Any:
         """Return one of its requests."""
 
     def output(self, tokens: dict[str, list[int]]) -> Any:
@@ -50,32 +50,54 @@ class Engine(Protocol):
 def engine_steps(engine: Engine, case: Case) -> Iterator[Step]:
     """Run vLLM's scheduler on a case and yield what it decides in every step."""
     scheduler = engine.scheduler(case)
-    coming = deque(enumerate(case.requests))
-    step = 0
+    coming = deque((arrival, number) for number, (arrival, *_) in enumerate(case.requests))
+    scheduled: deque[tuple[Any, list[str]]] = deque()  # batches, and who gets a token from each
+    step, was_running = 0, []
     while coming or scheduler.running or scheduler.waiting:
         if not scheduler.running and not scheduler.waiting:
-            step = max(step, coming[0][1][0])
-        while coming and coming[0][1][0] <= step:
-            number, (_, *request) = coming.popleft()
-            scheduler.add_request(engine.request(str(number), *request))
-        was_running = numbers(scheduler.running)
-        tokens = scheduler.schedule()  # counts them as computed, and preempts
-        scheduled = list(scheduler.running)
+            step = max(step, coming[0][0])
+        while coming and coming[0][0] <= step:
+            scheduler.add_request(engine.request(case, coming.popleft()[1]))
+        may_be_preempted = set(was_running)
+        while len(scheduled) <= case.async_scheduling:
+            chosen = scheduler.schedule()  # counts its tokens as computed, and preempts
+            names = chosen.num_scheduled_tokens
+            if names:
+                scheduled.append((chosen, [name for name in names if gets_token(scheduler, name)]))
+            elif scheduled or not scheduler.running:
+                break
+            may_be_preempted |= {*numbers(scheduler.running)}
+        begun, emitting = scheduled.popleft()
+        batch = begun.num_scheduled_tokens
+        last = scheduled[-1][0].num_scheduled_tokens if scheduled else {}
+        last = last if case.async_scheduling else batch
+        running, waiting = numbers(scheduler.running), numbers(scheduler.waiting)
         now = Step(
             step=step,
-            running={n: tokens.num_scheduled_tokens.get(str(n), 0) for n in numbers(scheduled)},
-            waiting=numbers(scheduler.waiting),
+            batch={int(name): tokens for name, tokens in batch.items()},
+            running={n: last.get(str(n), 0) for n in running},
+            waiting=waiting,
             free_blocks=scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
-            adapters=len({case.requests[n][1] for n in numbers(scheduled)} - {-1}),
-            admitted=[n for n in numbers(scheduled) if n not in was_running],
-            preempted=[n for n in reversed(numbers(scheduler.waiting)) if n in was_running],
+            adapters=len({case.requests[int(name)][1] for name in batch} - {-1}),
+            admitted=[n for n in running if n not in was_running],
+            preempted=[n for n in reversed(waiting) if n in may_be_preempted],
             finished=[],
         )
-        emitted = {r.request_id: [1] * (r.num_computed_tokens >= r.num_tokens) for r in scheduled}
-        scheduler.update_from_output(tokens, engine.output(emitted))
-        remaining = numbers(scheduler.running)
-        yield now._replace(finished=sorted(n for n in now.running if n not in remaining))
+        was_running, before = running, set(scheduler.requests)
+        emitted = {
+            name: [case.token(int(name), scheduler.requests[name].num_tokens)] * (name in emitting)
+            for name in batch
+        }
+        scheduler.update_from_output(begun, engine.output(emitted))
+        yield now._replace(finished=sorted(map(int, before - set(scheduler.requests))))
         step += 1
+
+
+def gets_token(scheduler: Any, name: str) -> bool:
+    """Return whether a request that was just scheduled will get a token for it."""
+    request = scheduler.requests[name]
+    earlier = max(getattr(request, "num_output_placeholders", 0) - 1, 0)
+    return bool(request.num_computed_tokens >= request.num_tokens + earlier)
 
 
 def numbers(requests: Sequence[Any]) -> list[int]:
@@ -110,6 +132,7 @@ class Installed:
     def scheduler(self, case: Case) -> Any:
         import torch
         from vllm import config
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
         from vllm.v1.core.sched.scheduler import Scheduler
         from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
         from vllm.v1.structured_output import StructuredOutputManager
@@ -119,13 +142,17 @@ class Installed:
             scheduler_config=config.SchedulerConfig(
                 max_num_seqs=case.max_num_seqs,
                 max_num_batched_tokens=case.max_num_batched_tokens,
-                max_model_len=MAX_MODEL_LEN,
+                max_model_len=min(MAX_MODEL_LEN, case.max_num_batched_tokens)
+                if not case.enable_chunked_prefill
+                else MAX_MODEL_LEN,
                 is_encoder_decoder=False,
-                enable_chunked_prefill=True,
-                async_scheduling=False,
+                enable_chunked_prefill=case.enable_chunked_prefill,
+                long_prefill_token_threshold=case.long_prefill_token_threshold,
+                policy="priority" if case.priorities else "fcfs",
+                async_scheduling=False,  # a CPU's engine has no asynchronous one
                 **self.scheduling,
             ),
-            cache_config=config.CacheConfig(enable_prefix_caching=False),
+            cache_config=config.CacheConfig(enable_prefix_caching=case.enable_prefix_caching),
             lora_config=config.LoRAConfig(
                 max_lora_rank=8,
                 max_loras=case.max_loras,
@@ -137,12 +164,14 @@ class Installed:
         cache, scheduling = vllm_config.cache_config, vllm_config.scheduler_config
         cache.num_gpu_blocks, cache.block_size = case.kv_blocks + NULL_BLOCK, case.block_size
         assert not scheduling.async_scheduling
-        assert scheduling.enable_chunked_prefill
+        assert scheduling.enable_chunked_prefill == case.enable_chunked_prefill
+        assert scheduling.long_prefill_token_threshold == case.long_prefill_token_threshold
+        assert cache.enable_prefix_caching == case.enable_prefix_caching
         assert scheduling.max_num_batched_tokens == case.max_num_batched_tokens
         spec = FullAttentionSpec(
             block_size=case.block_size, num_kv_heads=1, head_size=1, dtype=torch.float32
         )
-        return Scheduler(
+        return (AsyncScheduler if case.async_scheduling else Scheduler)(
             vllm_config,
             KVCacheConfig(
                 num_blocks=case.kv_blocks + NULL_BLOCK,
@@ -153,16 +182,25 @@ class Installed:
             block_size=case.block_size,
         )
 
-    def request(self, name: str, adapter: int, prompt: int, output: int) -> Any:
+    def request(self, case: Case, number: int) -> Any:
         from vllm import SamplingParams
+        from vllm.utils.hashing import sha256
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
         from vllm.v1.request import Request
 
+        _, adapter, prompt, output = case.requests[number]
+        init_none_hash(sha256)
         return Request(
-            request_id=name,
-            prompt_token_ids=[1] * prompt,
+            request_id=str(number),
+            prompt_token_ids=[case.token(number, place) for place in range(prompt)],
             sampling_params=SamplingParams(max_tokens=output, ignore_eos=True),
             pooling_params=None,
+            arrival_time=float(number),
             lora_request=lora_request(adapter) if adapter >= 0 else None,
+            priority=case.priorities[adapter] if case.priorities and adapter >= 0 else 0,
+            block_hasher=get_request_block_hasher(case.block_size, sha256)
+            if case.enable_prefix_caching
+            else None,
         )
 
     def output(self, tokens: dict[str, list[int]]) -> Any:
@@ -248,7 +286,8 @@ class Wheel:
         cache = kv.KVCacheConfig(case.kv_blocks + NULL_BLOCK, {}, [group])
         return self.module.Scheduler(vllm_config, cache, MagicMock())
 
-    def request(self, name: str, adapter: int, prompt: int, output: int) -> Any:
+    def request(self, case: Case, number: int) -> Any:
+        _, adapter, prompt, output = case.requests[number]
         sampling = SimpleNamespace(
             max_tokens=output,
             min_tokens=0,
@@ -259,7 +298,7 @@ class Wheel:
         )
         lora = SimpleNamespace(lora_int_id=adapter + 1) if adapter >= 0 else None
         no_images = [None] * 3
-        return self.module.Request(name, [1] * prompt, *no_images, sampling, None, 0.0, lora)
+        return self.module.Request(str(number), [1] * prompt, *no_images, sampling, None, 0.0, lora)
 
     def output(self, tokens: dict[str, list[int]]) -> Any:
         nothing = {"spec_token_ids": None, "logprobs": None, "prompt_logprobs_dict": {}}

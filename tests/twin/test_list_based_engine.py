@@ -44,6 +44,7 @@ class Case:
     requests: list[tuple[int, int, int, int]]
     places: list[int]
     reserves_prompts: bool = False
+    by_block: bool = False
 
     @property
     def adapters(self) -> int:
@@ -59,6 +60,8 @@ class Case:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             block_size=self.block_size,
+            # no prompt is as long, but the scheduler by blocks looks at all that are
+            long_prefill_token_threshold=1000 * self.by_block,
         )
 
     def session(self) -> Session:
@@ -119,6 +122,7 @@ def cases(draw: st.DrawFn) -> Case:
         requests=requests,
         places=draw(st.permutations(range(8))),
         reserves_prompts=draw(st.booleans()),
+        by_block=draw(st.booleans()),
     )
 
 
@@ -144,6 +148,7 @@ def contended(draw: st.DrawFn) -> Case:
         duration_ticks=10_000_000,
         requests=requests,
         places=draw(st.permutations(range(16))),
+        by_block=draw(st.booleans()),
     )
 
 

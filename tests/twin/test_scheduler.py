@@ -16,7 +16,7 @@ from adapter_twin.twin.records import make_gaps, make_records
 from adapter_twin.twin.session import Session, new_session
 from adapter_twin.twin.simulate import run_in_simpy
 from adapter_twin.workload.scenario import Arrivals, EngineConfig, Lengths, Workload, deal_adapters
-from adapter_twin.workload.trace import BASE_MODEL, Trace, generate
+from adapter_twin.workload.trace import BASE_MODEL, COLUMNS, Trace, generate
 
 LOAD_S, READ_S = 0.25, 0.5
 NO_OVERHEAD_S = np.zeros(2)
@@ -273,7 +273,7 @@ def busy_minute(seed: int) -> Session:
         base_model_request_rate=0.2,
     )
     trace = generate(workload, np.random.default_rng(seed))
-    columns = (getattr(trace, column.name).tolist() for column in fields(trace))
+    columns = (getattr(trace, name).tolist() for name in COLUMNS)
     return lay_out(
         list(zip(*columns, strict=True)),
         duration_s=60.0,
