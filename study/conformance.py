@@ -209,7 +209,7 @@ def _shared_prefixes(rng: np.random.Generator, case: Case) -> dict[str, Any]:
 
 def _whole_prompts(rng: np.random.Generator, case: Case) -> dict[str, Any]:
     longest = max(prompt + output for _, _, prompt, output in case.requests)
-    budget = max(case.max_num_batched_tokens, longest + int(rng.integers(0, longest)))
+    budget = max(case.max_num_seqs, longest + int(rng.integers(0, 1 + longest // 4)))
     return {"enable_chunked_prefill": False, "max_num_batched_tokens": budget}
 
 

@@ -247,6 +247,11 @@ class Cluster:
         )
 
     def _check(self, index: int, engine: EngineConfig, adapters: frozenset[int]) -> None:
+        require(
+            self.trace.contents is None or engine.enable_prefix_caching is False,
+            "enable_prefix_caching: the traffic shares prefixes, which a cluster's servers cannot "
+            "keep; turn it off",
+        )
         for adapter in adapters:
             known = self.workload.adapters[adapter]
             require(
@@ -325,6 +330,7 @@ class Cluster:
             preemptions=np.zeros(n, np.int32),
             load_wait_s=np.zeros(n),
             rejected=np.zeros(n, bool),
+            cached_tokens=np.full(n, -1, np.int32),
         )
         server = np.full(n, NOWHERE, np.int32)
         for replica in self.replicas:

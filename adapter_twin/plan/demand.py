@@ -78,6 +78,15 @@ class Demand:
                 f"adapters: {adapter.name!r} is pinned, which only `simulate` knows; leave "
                 "`pinned` out",
             )
+            require(
+                adapter.priority == 0,
+                f"adapters: {adapter.name!r} has a priority, which only `simulate` knows; leave "
+                "`priority` out",
+            )
+        require(
+            self.lengths.shared_prefix_tokens == 0,
+            "lengths.shared_prefix_tokens: only `simulate` knows it; leave it out",
+        )
         require(
             self.arrivals.process in ("poisson", "gamma"),
             f"arrivals.process: {self.arrivals.process} cannot be planned with; use poisson or "

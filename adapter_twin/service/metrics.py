@@ -98,6 +98,8 @@ def service(
         - the benchmark's figures, of the completed requests: ``completed_mean_ttft_ms``,
           ``completed_median_ttft_ms``, ``completed_p99_ttft_ms``; mean, median and p99 of
           ``tpot_ms`` and of ``itl_ms``, of the gaps that end in the window;
+        - ``prefix_hit_rate``, the share of the scheduled requests' prompt tokens that the prefix
+          cache held, where there is one;
         - ``worst_adapter``, the one with the longest mean TTFT; its ``worst_adapter_requests``,
           ``worst_adapter_mean_ttft_ms`` and ``worst_adapter_p99_ttft_ms``.
 
@@ -133,6 +135,7 @@ def service(
         **{f"completed_{k}": v for k, v in _statistics("ttft_ms", 1e3 * ttft_s(completed)).items()},
         **_itl_ms(completed, gaps, warm_up_s),
         **_tpot_ms(completed),
+        **_prefix_hits(arrived),
         **_worst_adapter(arrived.adapter, ttft_ms, adapters),
     )
 
@@ -246,6 +249,15 @@ def _itl_ms(completed: Records, gaps: Gaps | None, since_s: float) -> dict[str, 
     count = int(completed.output_tokens.sum(dtype=np.int64)) - len(completed)
     decode_s = float((completed.end_s - completed.first_token_s).sum())
     return {"mean_itl_ms": 1e3 * decode_s / count if count else math.nan}
+
+
+def _prefix_hits(records: Records) -> dict[str, float]:
+    """Return the hit rate of the prefix cache, or nothing where there is none."""
+    looked_up = records.cached_tokens >= 0
+    if not looked_up.any():
+        return {}
+    cached, prompt = records.cached_tokens[looked_up], records.prompt_tokens[looked_up]
+    return {"prefix_hit_rate": float(cached.sum(dtype=np.int64) / prompt.sum(dtype=np.int64))}
 
 
 def adapter_loading(steps: Any, duration_s: float) -> dict[str, float]:

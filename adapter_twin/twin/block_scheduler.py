@@ -312,7 +312,8 @@ def choose_batch(
         budget -= tokens
         if np.isnan(requests.scheduled_s[request]):
             requests.scheduled_s[request] = now_s
-            requests.cached_tokens[request] = found * size
+            if limits.caches_prefixes:
+                requests.cached_tokens[request] = found * size
     loads, load_s = policy.complete_batch(limits, requests, state, continuing, now_s)
     batch.adapters, batch.host_loads, batch.load_s = count.active, loads, load_s
     batch.tokens = limits.max_num_batched_tokens - budget

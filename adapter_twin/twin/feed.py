@@ -61,7 +61,7 @@ class Feed:
             require(not adapter.pinned, f"{adapter.name}: a cluster pins none; leave `pinned` out")
         require(
             not engine.enable_prefix_caching,
-            "enable_prefix_caching: a cluster's servers cannot; turn it off",
+            "enable_prefix_caching: a cluster's servers cannot keep prefixes; turn it off",
         )
         nothing = _nothing(room, longest_output)
         self.session: Session = begin(

@@ -40,6 +40,9 @@ class Records:
         Time for which the request's own adapter was loaded.
     rejected : bool
         The client had too many requests in flight to send it.
+    cached_tokens : int32
+        Prompt tokens found in the prefix cache as the request was first scheduled; -1 where it was
+        not, or prefixes are not cached.
     """
 
     arrival_s: Floats
@@ -52,6 +55,7 @@ class Records:
     preemptions: NDArray[np.int32]
     load_wait_s: Floats
     rejected: NDArray[np.bool_]
+    cached_tokens: NDArray[np.int32]
 
     def __len__(self) -> int:
         return len(self.arrival_s)

@@ -307,7 +307,7 @@ def new_requests(trace: Trace, n_adapters: int) -> Requests:
         stalled_s=np.zeros(n),
         rejected=np.zeros(n, np.bool_),
         first_step=np.full(n, NOT_RUNNING, np.int32),
-        cached_tokens=np.zeros(n, np.int32),
+        cached_tokens=np.full(n, -1, np.int32),
         **{name: np.full(n, np.nan) for name in times},
     )
 

@@ -123,7 +123,7 @@ class Requests(NamedTuple):
     stalled_s: NDArray[np.float64]  # from preemption to the next token, summed over `stalls`
     rejected: NDArray[np.bool_]
     first_step: NDArray[np.int32]  # step that emitted the first token
-    cached_tokens: NDArray[np.int32]  # of the prompt, found in the prefix cache
+    cached_tokens: NDArray[np.int32]  # of the prompt, as in `adapter_twin.twin.records.Records`
 
 
 class Pool(NamedTuple):

@@ -19,7 +19,7 @@ import re
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -28,9 +28,9 @@ from typing import Any, Protocol
 from unittest.mock import MagicMock
 
 from adapter_twin.measure.model_folder import write_model
-from study.conformance import FOLDER, NULL_BLOCK, Case, Step, random_cases, save
+from study.conformance import FOLDER, NULL_BLOCK, Case, Step, feature_cases, random_cases, save
 
-SEED, CASES = 0, 132
+SEED, CASES, FEATURE_CASES = 0, 132, 90
 MAX_MODEL_LEN = 1 << 12
 
 
@@ -305,31 +305,43 @@ class Wheel:
         return self.module.ModelRunnerOutput(**by_index(tokens), **nothing)
 
 
-def record(engine: Engine) -> list[tuple[Case, list[list[Any]]]]:
+def record(engine: Engine, cases: Iterable[Case]) -> list[tuple[Case, list[list[Any]]]]:
     """Return the cases of a recording, each with the rows of an engine's steps."""
-    return [
-        (case, [step.row() for step in engine_steps(engine, case)])
-        for case in random_cases(SEED, CASES)
-    ]
+    return [(case, [step.row() for step in engine_steps(engine, case)]) for case in cases]
+
+
+def recorded_cases() -> list[Case]:
+    """Return the cases of a version's recording."""
+    return random_cases(SEED, CASES)
+
+
+def recorded_feature_cases() -> list[Case]:
+    """Return those of the recording with prefix caching, priorities and the like."""
+    return feature_cases(SEED, FEATURE_CASES)
 
 
 def main() -> None:
-    """Write one recording."""
+    """Write the recordings of one version."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("wheel", nargs="?", type=Path, help="of vLLM 0.8.5")
     wheel = parser.parse_args().wheel
     if wheel:
         version = re.findall(r"vllm-([\d.]+)-", wheel.name)[0]
-        records = record(Wheel(wheel))
+        write(f"vllm-{version}", record(Wheel(wheel), recorded_cases()))
     else:
         from vllm import __version__
 
         version = __version__.partition("+")[0]
         with tempfile.TemporaryDirectory() as folder:
-            records = record(Installed(Path(folder)))
-    path = FOLDER / f"vllm-{version}.json.gz"
-    save(records, path)
-    print(f"{path.name}: {len(records)} cases, {sum(len(rows) for _, rows in records)} steps")
+            engine = Installed(Path(folder))
+            write(f"vllm-{version}", record(engine, recorded_cases()))
+            write(f"vllm-{version}-features", record(engine, recorded_feature_cases()))
+
+
+def write(name: str, records: list[tuple[Case, list[list[Any]]]]) -> None:
+    """Write a recording, and say how much it holds."""
+    save(records, FOLDER / f"{name}.json.gz")
+    print(f"{name}: {len(records)} cases, {sum(len(rows) for _, rows in records)} steps")
 
 
 if __name__ == "__main__":

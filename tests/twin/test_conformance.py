@@ -4,7 +4,8 @@ The schedulers themselves run in `test_conformance_live.py`.
 """
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import cache
 from itertools import zip_longest
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from adapter_twin.errors import AdapterTwinError
 from study.conformance import (
+    FEATURES,
     FOLDER,
     KINDS,
     RESERVES_PROMPTS,
@@ -26,6 +28,13 @@ from study.conformance import (
     load,
     twin_steps,
 )
+
+FEATURES_RECORDED = "0.32.0-features"
+ON: dict[str, Callable[[Case], bool]] = {
+    **{name: lambda case, name=name: bool(getattr(case, name)) for name in FEATURES},
+    "enable_chunked_prefill": lambda case: not case.enable_chunked_prefill,
+}
+"""Whether a feature is on in a case, by the field that tells."""
 
 
 @cache
@@ -58,6 +67,35 @@ def test_a_recording_holds_every_kind_of_decision(version: str) -> None:
     assert sum(map(len, preempted)) > 400
     assert max(map(len, preempted)) > 1
     assert sum(map(len, told)) > 1.2 * sum(len(case.requests) for case in cases)  # in chunks, again
+
+
+def test_every_step_with_features_is_the_one_that_vllm_took() -> None:
+    for case, rows in recording(FEATURES_RECORDED):
+        assert difference(case, rows, True) is None, case
+
+
+def test_the_recording_with_features_holds_each_of_them_and_all_together() -> None:
+    steps = Counter[str]()
+    for case, rows in recording(FEATURES_RECORDED):
+        on = [name for name, is_on in ON.items() if is_on(case)]
+        steps.update({name: len(rows) for name in on})
+        steps[f"{len(on)} at once"] += len(rows)
+    assert min(steps[name] for name in ON) > 5_000
+    assert min(steps[f"{n} at once"] for n in range(1, 1 + len(ON))) > 50
+    preempted = sum(len(row[7]) for _, rows in recording(FEATURES_RECORDED) for row in rows)
+    assert preempted > 500
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_an_engine_without_a_feature_takes_other_steps(feature: str) -> None:
+    plain = next(field.default for field in fields(Case) if field.name == feature)
+    off = [] if feature == "priorities" else plain
+    differ = [
+        difference(replace(case, **{feature: off}), rows, True) is not None
+        for case, rows in recording(FEATURES_RECORDED)
+        if ON[feature](case)
+    ]
+    assert sum(differ) > len(differ) / 4
 
 
 @pytest.mark.parametrize("version", RESERVES_PROMPTS)

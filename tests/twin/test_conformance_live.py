@@ -11,17 +11,27 @@ import pytest
 from adapter_twin.errors import AdapterTwinError
 from study.ch16_chain import exchange, full_batches
 from study.conformance import (
+    FEATURES,
     FOLDER,
     Caches,
+    Case,
     batch_of,
     cache_steps,
     contended_case,
+    feature_cases,
     first_difference,
     load,
     random_cases,
     twin_steps,
 )
-from tests.twin.record_conformance import Installed, engine_steps, lora_request, record
+from tests.twin.record_conformance import (
+    Installed,
+    engine_steps,
+    lora_request,
+    record,
+    recorded_cases,
+    recorded_feature_cases,
+)
 
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("default")]
 
@@ -54,10 +64,27 @@ def test_every_step_is_the_one_that_the_scheduler_takes(
     assert steps > 100 * cases
 
 
-def test_the_recording_of_this_version_is_what_it_decides(
-    engine: Callable[..., Installed],
+@pytest.mark.parametrize("feature", [None, *FEATURES])
+def test_every_step_with_features_is_the_one_that_the_scheduler_takes(
+    engine: Callable[..., Installed], feature: str | None
 ) -> None:
-    assert record(engine()) == load(FOLDER / "vllm-0.32.0.json.gz")
+    vllm, steps, n = engine(), 0, 40 if feature else 150
+    for case in feature_cases(2, n, *([feature] if feature else [])):
+        theirs = list(engine_steps(vllm, case))
+        ours = twin_steps(case, reserves_prompts=True)
+        assert first_difference(zip_longest(theirs, ours)) is None, case
+        steps += len(theirs)
+    assert steps > 90 * n
+
+
+@pytest.mark.parametrize(
+    ("recording", "cases"),
+    [("0.32.0", recorded_cases), ("0.32.0-features", recorded_feature_cases)],
+)
+def test_the_recording_of_this_version_is_what_it_decides(
+    engine: Callable[..., Installed], recording: str, cases: Callable[[], list[Case]]
+) -> None:
+    assert record(engine(), cases()) == load(FOLDER / f"vllm-{recording}.json.gz")
 
 
 @pytest.fixture(scope="module")
