@@ -259,7 +259,7 @@ def twin_steps(case: Case, **how: Any) -> Iterator[Step]:
         if count["running"]:
             running = _running(session)
             if session.policy == BY_BLOCK:
-                given = {r: int(state.progress[r]["tokens"]) for r in running}
+                given = {r: int(state.blocks.progress[r]["tokens"]) for r in running}
                 batch = _batch(session)
             else:
                 batch = given = {
@@ -301,18 +301,19 @@ def _running(session: Session) -> list[int]:
 def _batch(session: Session) -> dict[int, int]:
     """Return the tokens of each request in the step that runs."""
     row = session.state.count["ended"] % 2
-    members = session.state.members[row, : session.state.chosen[row]["requests"]]
+    blocks = session.state.blocks
+    members = blocks.members[row, : blocks.chosen[row]["requests"]]
     return dict(zip(members["request"].tolist(), members["tokens"].tolist(), strict=True))
 
 
 def _waiting(session: Session) -> list[int]:
     """Return the requests in the adapters' lists, those first that go before the others."""
     n, following = len(session.requests.adapter), session.state.next.tolist()
-    waiting = []
+    blocks, waiting = session.state.blocks, []
     for sentinel in range(n, n + session.limits.base_model + 1):
         request = following[sentinel]
         while request != sentinel:
-            waiting.append((session.state.priority[sentinel - n], request))
+            waiting.append((blocks.priority[sentinel - n] if blocks else 0, request))
             request = following[request]
     waiting.sort(key=lambda pair: (pair[0], session.state.order[pair[1]]))
     return [request for _, request in waiting]

@@ -48,8 +48,8 @@ def _known_tokens(requests: Requests, state: State, request: int) -> int:
 @helper
 def _goes_before(requests: Requests, state: State, request: int, other: int) -> bool:
     """Return whether a request goes before another one of any adapter."""
-    priority = state.priority[requests.adapter[request]]
-    others = state.priority[requests.adapter[other]]
+    priority = state.blocks.priority[requests.adapter[request]]
+    others = state.blocks.priority[requests.adapter[other]]
     if priority != others:
         return bool(priority < others)
     return bool(state.order[request] < state.order[other])
@@ -74,7 +74,7 @@ def _next_waiting(limits: Limits, requests: Requests, state: State) -> int:
         in_batch = adapter == limits.base_model or state.running_by_adapter[adapter] > 0
         if slot_left or in_batch:
             request = state.next[n + adapter]
-            while request < n and state.progress[request].stale > 0:
+            while request < n and state.blocks.progress[request].stale > 0:
                 request = state.next[request]
             if request < n and (best < 0 or _goes_before(requests, state, request, best)):
                 best = request
@@ -95,12 +95,12 @@ def _victim(limits: Limits, requests: Requests, state: State) -> int:
 @helper
 def _free_blocks(limits: Limits, state: State, request: int) -> None:
     """Give back the seat and all blocks of a request that runs no more."""
-    progress, count = state.progress[request], state.count
+    progress, count = state.blocks.progress[request], state.count
     if limits.caches_prefixes:
-        count.free_blocks += block_pool.give_back(state.pool, progress.seat, progress.held)
+        count.free_blocks += block_pool.give_back(state.blocks.pool, progress.seat, progress.held)
     else:
         count.free_blocks += progress.held
-    state.pool.seats[count.running] = progress.seat
+    state.blocks.pool.seats[count.running] = progress.seat
     progress.held = progress.findable = 0
 
 
@@ -109,8 +109,8 @@ def _stop_running(
     limits: Limits, requests: Requests, state: State, policy: Policy, request: int, now_s: float
 ) -> None:
     drop_running(state, request)
-    if state.progress[request].in_batch:
-        state.progress[request].in_batch = False
+    if state.blocks.progress[request].in_batch:
+        state.blocks.progress[request].in_batch = False
         exit_batch(limits, requests, state, policy, request, now_s)
     _free_blocks(limits, state, request)
 
@@ -120,7 +120,7 @@ def _preempt(
     limits: Limits, requests: Requests, state: State, policy: Policy, request: int, now_s: float
 ) -> None:
     """Send a running request back to the queue, to start from scratch."""
-    count, progress = state.count, state.progress[request]
+    count, progress = state.count, state.blocks.progress[request]
     _stop_running(limits, requests, state, policy, request, now_s)
     state.base_tokens[request] = 0
     progress.tokens = progress.placeholders = 0
@@ -140,10 +140,10 @@ def _preempt(
 @helper
 def _make_findable(limits: Limits, requests: Requests, state: State, request: int, n: int) -> None:
     """Let the blocks that the first n tokens of a request fill be found by others."""
-    progress, full = state.progress[request], n // limits.block_size
+    progress, full = state.blocks.progress[request], n // limits.block_size
     if limits.caches_prefixes and full > progress.findable:
         block_pool.make_findable(
-            limits, state.pool, request, progress.seat, progress.findable, full
+            limits, state.blocks.pool, request, progress.seat, progress.findable, full
         )
         progress.findable = full
 
@@ -153,14 +153,14 @@ def _hold_blocks(
     limits: Limits, requests: Requests, state: State, request: int, tokens: int
 ) -> bool:
     """Take the blocks that a request needs to compute more tokens; return False if they lack."""
-    progress, count = state.progress[request], state.count
+    progress, count = state.blocks.progress[request], state.count
     end = state.base_tokens[request] + tokens
     wanted = blocks_for(end, limits.block_size)
     if wanted - progress.held > count.free_blocks:
         return False
     if wanted > progress.held:
         if limits.caches_prefixes:
-            block_pool.take_free(state.pool, progress.seat, progress.held, wanted)
+            block_pool.take_free(state.blocks.pool, progress.seat, progress.held, wanted)
         count.free_blocks -= wanted - progress.held
         progress.held = wanted
     known = _known_tokens(requests, state, request)
@@ -179,13 +179,13 @@ def _serve_running(
     """
     budget, preempted, place = limits.max_num_batched_tokens, False, 0
     for i in range(state.count.stack_top):
-        state.progress[state.stack[i]].tokens = 0
+        state.blocks.progress[state.stack[i]].tokens = 0
     while place < state.count.stack_top and budget > 0:
         request = state.stack[place]
         place += 1
         if not _is_running(state, place - 1):
             continue
-        placeholders = state.progress[request].placeholders
+        placeholders = state.blocks.progress[request].placeholders
         computed = state.base_tokens[request]
         longest = requests.prompt_tokens[request] + requests.output_tokens[request]
         if placeholders > 0 and computed + 2 - placeholders >= longest:
@@ -196,12 +196,12 @@ def _serve_running(
         tokens = min(tokens, budget)
         while not _hold_blocks(limits, requests, state, request, tokens):
             victim = _victim(limits, requests, state)
-            budget += state.progress[victim].tokens
+            budget += state.blocks.progress[victim].tokens
             _preempt(limits, requests, state, policy, victim, now_s)
             preempted = True
             if victim == request:
                 return budget, preempted
-        state.progress[request].tokens = tokens
+        state.blocks.progress[request].tokens = tokens
         budget -= tokens
     return budget, preempted
 
@@ -220,14 +220,14 @@ def _settle_batch(
     count = state.count
     for i in range(count.stack_top):
         request = state.stack[i]
-        progress = state.progress[request]
+        progress = state.blocks.progress[request]
         if _is_running(state, i) and progress.tokens == 0 and progress.in_batch:
             progress.in_batch = False
             exit_batch(limits, requests, state, policy, request, now_s)
     continuing = int(count.active)
     for i in range(count.stack_top):
         request = state.stack[i]
-        if _is_running(state, i) and state.progress[request].tokens > 0:
+        if _is_running(state, i) and state.blocks.progress[request].tokens > 0:
             _add_to_batch(limits, requests, state, policy, row, request, now_s)
     return continuing
 
@@ -242,8 +242,8 @@ def _add_to_batch(
     request: int,
     now_s: float,
 ) -> None:
-    batch, progress = state.chosen[row], state.progress[request]
-    state.members[row, batch.requests].request = request
+    batch, progress = state.blocks.chosen[row], state.blocks.progress[request]
+    state.blocks.members[row, batch.requests].request = request
     batch.requests += 1
     if not progress.in_batch:
         progress.in_batch = True
@@ -253,10 +253,10 @@ def _add_to_batch(
 @helper
 def _admit(limits: Limits, requests: Requests, state: State, request: int, found: int) -> None:
     """Put a waiting request on the next free seat, with the blocks found for it."""
-    count, progress = state.count, state.progress[request]
+    count, progress = state.count, state.blocks.progress[request]
     remove(state.next, state.previous, request)
     count_waiting(limits, state, requests.adapter[request], -1)
-    progress.seat = state.pool.seats[count.running]
+    progress.seat = state.blocks.pool.seats[count.running]
     progress.held = progress.findable = found
     state.base_tokens[request] = found * limits.block_size
     add_running(state, request)
@@ -273,9 +273,9 @@ def choose_batch(
     bool
         The batch is not empty.
     """
-    count, size, pool = state.count, limits.block_size, state.pool
+    count, size, pool = state.count, limits.block_size, state.blocks.pool
     row = count.step % 2
-    batch = state.chosen[row]
+    batch = state.blocks.chosen[row]
     batch.requests = batch.scanned = 0
     # a request that is alone keeps no other from the budget
     threshold = limits.long_prefill_token_threshold if count.running + count.waiting > 1 else 0
@@ -307,7 +307,7 @@ def choose_batch(
             block_pool.hold_found(pool, seat, found)
             count.free_blocks -= free_found
         _hold_blocks(limits, requests, state, request, tokens)
-        state.progress[request].tokens = tokens
+        state.blocks.progress[request].tokens = tokens
         _add_to_batch(limits, requests, state, policy, row, request, now_s)
         budget -= tokens
         if np.isnan(requests.scheduled_s[request]):
@@ -325,12 +325,12 @@ def choose_batch(
 @helper
 def _count_batch(requests: Requests, state: State, row: int) -> None:
     """Count the tokens of a batch as computed, and what its requests will get for them."""
-    batch = state.chosen[row]
+    batch = state.blocks.chosen[row]
     batch.decodes = batch.context_tokens = 0
     for i in range(batch.requests):
-        member = state.members[row, i]
+        member = state.blocks.members[row, i]
         request = member.request
-        progress = state.progress[request]
+        progress = state.blocks.progress[request]
         known = _known_tokens(requests, state, request) + progress.placeholders
         decodes = progress.placeholders > 0 or (
             state.emitted[request] > 0 and progress.next_step == state.count.step
@@ -349,7 +349,7 @@ def _emit(
     limits: Limits, requests: Requests, state: State, policy: Policy, request: int, end_s: float
 ) -> bool:
     """Emit one token of a request, and return whether it was its last one."""
-    count, progress = state.count, state.progress[request]
+    count, progress = state.count, state.blocks.progress[request]
     if state.emitted[request] == 0:
         requests.first_token_s[request] = end_s
         requests.first_step[request] = count.ended
@@ -386,7 +386,7 @@ class ByBlock(Policy):
             # where nothing runs, an empty choice is made anew: it preempted all that could have run
             if is_empty and (count.step > count.ended or count.running == 0):
                 break
-        batch = state.chosen[count.ended % 2]
+        batch = state.blocks.chosen[count.ended % 2]
         return Batch(
             tokens=batch.tokens,
             decodes=batch.decodes,
@@ -402,9 +402,9 @@ class ByBlock(Policy):
         """Emit the tokens of the batch that ran; return how many requests that completes."""
         count, completed = state.count, 0
         row = count.ended % 2
-        for i in range(state.chosen[row].requests):
-            member = state.members[row, i]
-            progress = state.progress[member.request]
+        for i in range(state.blocks.chosen[row].requests):
+            member = state.blocks.members[row, i]
+            progress = state.blocks.progress[member.request]
             is_stale = progress.stale > 0
             progress.in_flight -= 1
             progress.stale -= is_stale

@@ -8,7 +8,7 @@ from adapter_twin.errors import require
 from adapter_twin.laws import Calibration
 from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.session import Session, new_requests, state_of_requests
-from adapter_twin.twin.state import Links, Requests, State
+from adapter_twin.twin.state import PROGRESS, Links, Requests, State
 from adapter_twin.twin.wiring import begin
 from adapter_twin.workload.scenario import Adapter, EngineConfig
 from adapter_twin.workload.trace import BASE_MODEL, Trace
@@ -123,9 +123,13 @@ def _make_room(session: Session) -> None:
     session.requests = Requests(**doubled)
     state = session.state._asdict()
     for name, column in state_of_requests(n).items():
-        state[name] = np.concatenate((state[name], column)).view(type(column))
+        state[name] = np.concatenate((state[name], column))
     for name in ("next", "previous"):
         state[name] = _move_sentinels(state[name], n)
+    blocks = session.state.blocks
+    if blocks is not None:
+        progress = np.concatenate((blocks.progress, np.zeros(n, PROGRESS)))
+        state["blocks"] = blocks._replace(progress=progress.view(np.recarray))
     session.state = State(**state)
 
 

@@ -24,6 +24,7 @@ from adapter_twin.twin.state import (
     MEMBERS,
     NOT_RUNNING,
     PROGRESS,
+    Blocks,
     Limits,
     Requests,
     State,
@@ -188,10 +189,10 @@ def new_session(
     scrapes = int(duration_s / front_end.scrape_period_s) + 2 if observed else 0
     clock = _record(CLOCK)
     clock.next_scrape_s = front_end.scrape_period_s
-    adapters = (load_s, read_s, blocks, places, pinned, priorities)
-    state = _new_state(
-        limits, trace, adapters, policy, kv_blocks(kv_cache_tokens, engine.block_size)
-    )
+    state = _new_state(limits, len(trace), (load_s, read_s, blocks, places, pinned), policy)
+    state.count.free_blocks = free = kv_blocks(kv_cache_tokens, engine.block_size)
+    if scheduling == BY_BLOCK:
+        state = state._replace(blocks=_new_blocks(limits, trace, priorities, free))
     return Session(
         limits=limits,
         requests=new_requests(trace, n_adapters),
@@ -222,6 +223,20 @@ def _check_policy(
     )
     two_laws = len(law.coefficients) == 2 * (len(law.token_breaks) + 1)
     require(two_laws or not policy.merges, f"law: {name} needs that of a merged adapter")
+
+
+def _new_blocks(limits: Limits, trace: Trace, priorities: NDArray[Any], blocks: int) -> Blocks:
+    longest = int(np.max(trace.prompt_tokens + trace.output_tokens, initial=1))
+    blocks *= limits.caches_prefixes  # else they are only counted
+    return Blocks(
+        progress=_table(len(trace), PROGRESS),
+        chosen=_table(2, CHOSEN),
+        members=np.zeros((2, limits.max_num_seqs), MEMBERS).view(np.recarray),
+        priority=_typed(np.append(priorities, 0), np.int32),
+        pool=new_pool(
+            trace, blocks, limits.max_num_seqs, min(blocks, -(-longest // limits.block_size))
+        ),
+    )
 
 
 def _scheduling(engine: EngineConfig, policy: Policy, priorities: NDArray[Any]) -> Policy:
@@ -316,22 +331,15 @@ def state_of_requests(n: int) -> dict[str, Any]:
     """Return the columns of a `State` that have an entry per request, as they begin."""
     zeroed = ("order", "emitted", "base_tokens", "base_step")
     columns = {name: np.zeros(n, np.int32) for name in zeroed}
-    return {
-        **columns,
-        "stack_index": np.full(n, NOT_RUNNING, np.int32),
-        "progress": _table(n, PROGRESS),
-    }
+    return {**columns, "stack_index": np.full(n, NOT_RUNNING, np.int32)}
 
 
 def _new_state(
-    limits: Limits, trace: Trace, adapters: tuple[NDArray[Any], ...], policy: Policy, blocks: int
+    limits: Limits, n_requests: int, adapters: tuple[NDArray[Any], ...], policy: Policy
 ) -> State:
-    n, n_requests = limits.base_model, len(trace)
-    load_s, read_s, adapter_blocks, places, pinned, priorities = adapters
-    longest = int(np.max(trace.prompt_tokens + trace.output_tokens, initial=1))
-    cached_blocks = blocks * limits.caches_prefixes
+    n = limits.base_model
+    load_s, read_s, adapter_blocks, places, pinned = adapters
     count = _record(COUNTERS)
-    count.free_blocks = blocks
     count.chunked = NOT_RUNNING
     count.gpu_adapters = count.host_adapters = pinned.sum()
     # A list that is empty points to its own sentinel.
@@ -354,7 +362,6 @@ def _new_state(
         on_gpu=np.append(pinned, True),
         on_host=_typed(pinned.copy(), np.bool_),
         pinned=_typed(pinned, np.bool_),
-        priority=_typed(np.append(priorities, 0), np.int32),
         place=_typed(places, np.int32),
         running_label=labels[0],
         waiting_label=labels[1],
@@ -363,14 +370,7 @@ def _new_state(
         stack=np.zeros(2 * limits.max_num_seqs, np.int32),
         opens_block=np.zeros(limits.block_size, np.int64),
         prefilled=np.zeros(limits.max_num_batched_tokens + 1, np.int32),
-        chosen=_table(2, CHOSEN),
-        members=np.zeros((2, limits.max_num_seqs), MEMBERS).view(np.recarray),
-        pool=new_pool(
-            trace,
-            cached_blocks,
-            limits.max_num_seqs,
-            min(cached_blocks, -(-longest // limits.block_size)),
-        ),
+        blocks=None,
         **state_of_requests(n_requests),
         **{name: np.zeros(n + 1, np.int32) for name in counted + members},
         **{name: np.full(n, NOT_RUNNING, np.int32) for name in steps},

@@ -143,6 +143,16 @@ class Pool(NamedTuple):
     piece_content: NDArray[np.int64]  # of it and all before it, for blocks that end in it
 
 
+class Blocks(NamedTuple):
+    """What the scheduler by blocks remembers besides; the batch of step k is in row k modulo 2."""
+
+    progress: Any  # a record of PROGRESS per request
+    chosen: Any  # two records of CHOSEN
+    members: Any  # 2 x requests records of MEMBERS
+    priority: NDArray[np.int32]  # of each adapter, the base model last: the lowest goes first
+    pool: Pool
+
+
 class State(NamedTuple):
     """Everything the scheduler remembers between two steps."""
 
@@ -158,7 +168,6 @@ class State(NamedTuple):
     base_tokens: NDArray[np.int32]
     base_step: NDArray[np.int32]  # first decode step since the last prefill
     stack_index: NDArray[np.int32]
-    progress: Any  # a record each of PROGRESS, by block only
     # per adapter, the base model last
     running_by_adapter: NDArray[np.int32]
     waiting_by_adapter: NDArray[np.int32]
@@ -168,7 +177,6 @@ class State(NamedTuple):
     on_gpu: NDArray[np.bool_]  # the base model always is
     on_host: NDArray[np.bool_]
     pinned: NDArray[np.bool_]  # never evicted
-    priority: NDArray[np.int32]  # the lowest goes first
     place: NDArray[np.int32]  # in the order in which a step touches its adapters
     joined_step: NDArray[np.int32]  # in which it last joined the batch
     left_step: NDArray[np.int32]  # the last one that used it, where it is out of the batch
@@ -191,10 +199,7 @@ class State(NamedTuple):
     stack: NDArray[np.int32]  # running requests in order of admission, with holes
     opens_block: NDArray[np.int64]  # decodes that need a block, by step modulo block size
     prefilled: NDArray[np.int32]  # requests whose prompt ends with the current step
-    # by block only; the batch of step k stands in row k modulo 2
-    chosen: Any  # two records of CHOSEN
-    members: Any  # 2 x requests records of MEMBERS
-    pool: Pool
+    blocks: Any  # `Blocks` for the scheduler by blocks, else None
 
 
 # Lists over arrays: linked ones, and unordered ones with an index.

@@ -218,9 +218,10 @@ def test_no_token_and_no_block_is_lost(seed: int) -> None:
     assert emitted == requests.output_tokens.sum()
     assert count.free_blocks == drawn.kv_blocks
     assert count.active == count.running == count.waiting == 0
-    pool = session.state.pool
-    assert not pool.references.any()
-    assert sorted(pool.seats) == list(range(drawn.max_num_seqs))
+    if session.policy == BY_BLOCK:
+        pool = session.state.blocks.pool
+        assert not pool.references.any()
+        assert sorted(pool.seats) == list(range(drawn.max_num_seqs))
 
 
 def ends_s() -> list[list[float]]:
