@@ -231,6 +231,13 @@ class Cluster:
             feed = self._feed(plan.engine, laws)
             tokens = laws.require_start(plan.engine, slots=self.policy.reserves_slots)
             check_lengths(self.trace, plan.engine, tokens, feed.session.state.adapter_blocks)
+            lengths = self.trace.prompt_tokens + self.trace.output_tokens
+            longest, most = int(lengths.max(initial=1)), laws.memory.max_model_len(plan.engine)
+            require(
+                longest <= most,
+                f"lengths: a request of {longest} tokens is longer than max_model_len = {most}; "
+                "shorten the requests or raise it",
+            )
             self.replicas.append(Replica(self.env, index, plan.engine, laws, served))
             self.replicas[-1].start(feed)
 
@@ -330,6 +337,7 @@ class Cluster:
             preemptions=np.zeros(n, np.int32),
             load_wait_s=np.zeros(n),
             rejected=np.zeros(n, bool),
+            refused=np.zeros(n, bool),
             cached_tokens=np.full(n, -1, np.int32),
         )
         server = np.full(n, NOWHERE, np.int32)

@@ -73,6 +73,11 @@ class Calibration:
         """What is known of the engine's version."""
         return engine_version(self.engine_version)
 
+    @property
+    def schedules_ahead(self) -> bool:
+        """Whether its steps were measured with asynchronous scheduling: where vLLM has it on."""
+        return self.version.async_scheduling and self.gpu != "cpu"
+
     def require_start(self, engine: EngineConfig, *, slots: bool = True) -> int:
         """Return the KV-cache size in tokens of an engine whose steps these laws can tell.
 
@@ -94,6 +99,12 @@ class Calibration:
             f"engine.tensor_parallel_size: {unmeasured}, or ask adapter-twin memory",
         )
         require(not engine.specialize_active_lora, f"engine.specialize_active_lora: {unmeasured}")
+        longest, budget = self.memory.max_model_len(engine), engine.max_num_batched_tokens
+        require(
+            engine.enable_chunked_prefill or longest <= budget,
+            f"engine.enable_chunked_prefill: off, vLLM asks for max_num_batched_tokens of at least "
+            f"max_model_len = {longest}, not {budget}; lower max_model_len or raise it",
+        )
         on_cpu = self.memory.slots_ != "segments"
         require(
             not on_cpu or engine.gpu_memory_utilization == _LEFT_OUT.gpu_memory_utilization,
@@ -103,6 +114,12 @@ class Calibration:
 
     def warn_outside_range(self, engine: EngineConfig, workload: Workload) -> None:
         """Warn of what lies outside the range of the measurements."""
+        if engine.async_scheduling not in (None, self.schedules_ahead):
+            warnings.warn(
+                "engine.async_scheduling: the order of requests counts, but the steps of "
+                f"{self.name} were measured the other way",
+                stacklevel=3,
+            )
         for flag, told in _EXTRAPOLATED.items():
             if getattr(engine, flag) != getattr(_LEFT_OUT, flag):
                 warnings.warn(f"engine.{flag}: {told.format(name=self.name)}", stacklevel=3)

@@ -37,6 +37,7 @@ def to_records(requests: pd.DataFrame) -> Records:
         preemptions=np.zeros(len(requests), np.int32),
         load_wait_s=unknown,
         rejected=np.zeros(len(requests), np.bool_),
+        refused=np.zeros(len(requests), np.bool_),
         cached_tokens=np.full(len(requests), -1, np.int32),
     )
 

@@ -88,8 +88,9 @@ def service(
     -------
     Service
         - ``arrived_requests``: ``completed_requests``, ``unfinished_requests`` (of which
-          ``never_started_requests`` have no first token) and ``dropped_requests``, which the
-          client's cap refused;
+          ``never_started_requests`` have no first token) and ``dropped_requests``: the client's
+          cap was reached, or they are longer than ``max_model_len``. These last ones count in
+          nothing else;
         - ``offered_tokens_per_s``, prompt and output tokens of the arrivals;
           ``request_throughput`` in requests/s, ``input_throughput``, ``output_throughput`` and
           ``total_throughput`` in tokens/s of what completes in the window, whenever it came;
@@ -113,6 +114,7 @@ def service(
     window_s = duration_s - warm_up_s
     require(window_s > 0, f"warm_up_s: {warm_up_s:g} s leave no window of {duration_s:g} s")
     arrived = records[records.arrival_s >= warm_up_s]
+    refused, arrived = int(arrived.refused.sum()), arrived[~arrived.refused]
     ended = records[records.end_s >= warm_up_s]  # false for those without an end
     completed = arrived[np.isfinite(arrived.end_s)]
     started, ttft_ms = np.isfinite(arrived.first_token_s), waits_ms(arrived, duration_s)
@@ -121,11 +123,11 @@ def service(
     throughput = _throughput(ended, window_s)
     p99_place = math.ceil(PERCENTILES["p99"] / 100 * (len(arrived) - 1))
     return Service(
-        arrived_requests=len(arrived),
+        arrived_requests=len(arrived) + refused,
         completed_requests=len(completed),
         unfinished_requests=len(arrived) - len(completed) - dropped,
         never_started_requests=int((~started).sum()) - dropped,
-        dropped_requests=dropped,
+        dropped_requests=dropped + refused,
         offered_tokens_per_s=offered,
         **throughput,
         starved=bool(is_starved(throughput["total_throughput"], offered)),

@@ -175,6 +175,13 @@ def _accept(run: Run) -> None:
 
 
 @helper
+def _is_too_long(run: Run, request: int) -> bool:
+    """Return whether the server answers a request with an error at once."""
+    tokens = run.requests.prompt_tokens[request] + run.requests.output_tokens[request]
+    return bool(tokens > run.limits.max_model_len)
+
+
+@helper
 def _deliver_arrivals(run: Run, policy: Policy) -> None:
     """Hand the engine every request that has reached it by ``clock.now_s``."""
     clock, requests = run.clock, run.requests
@@ -185,7 +192,7 @@ def _deliver_arrivals(run: Run, policy: Policy) -> None:
             break
         if clock.next_scrape_s <= arrival_s:
             _scrape(run)
-        elif clock.in_flight >= run.front_end.in_flight_cap:
+        elif clock.in_flight >= run.front_end.in_flight_cap or _is_too_long(run, clock.accepted):
             requests.rejected[clock.accepted] = True
             requests.ready_s[clock.accepted] = max(arrival_s, clock.front_end_free_s)
             clock.accepted += 1

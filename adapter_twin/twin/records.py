@@ -39,7 +39,9 @@ class Records:
     load_wait_s : float64
         Time for which the request's own adapter was loaded.
     rejected : bool
-        The client had too many requests in flight to send it.
+        The client had too many requests in flight to send it, or it was refused.
+    refused : bool
+        It is longer than the engine's ``max_model_len``.
     cached_tokens : int32
         Prompt tokens found in the prefix cache as the request was first scheduled; -1 where it was
         not, or prefixes are not cached.
@@ -55,6 +57,7 @@ class Records:
     preemptions: NDArray[np.int32]
     load_wait_s: Floats
     rejected: NDArray[np.bool_]
+    refused: NDArray[np.bool_]
     cached_tokens: NDArray[np.int32]
 
     def __len__(self) -> int:
@@ -110,12 +113,14 @@ def make_records(session: Session, overhead_s: Floats) -> Records:
         told_s[emitted] = _leaves_front_end_s(session, engine_s[emitted]) + delay_s
         return told_s
 
+    told = {column.name for column in fields(Records)} - {"refused"}
     is_base_model = requests.adapter == session.limits.base_model
-    columns = {column.name: getattr(requests, column.name) for column in fields(Records)}
+    columns = {name: getattr(requests, name) for name in told}
     columns |= {
         "adapter": np.where(is_base_model, BASE_MODEL, requests.adapter),
         "first_token_s": at_client_s(requests.first_token_s),
         "end_s": at_client_s(requests.end_s),
+        "refused": requests.prompt_tokens + requests.output_tokens > session.limits.max_model_len,
     }
     return Records(**columns)
 

@@ -124,6 +124,7 @@ def new_session(
     pinned: NDArray[np.bool_] | None = None,
     priorities: NDArray[np.int64] | None = None,
     reserves_prompts: bool = False,
+    max_model_len: int | None = None,
 ) -> Session:
     """Lay out a run.
 
@@ -151,6 +152,8 @@ def new_session(
         Of the adapters' requests; left out, all are 0, that of the base model.
     reserves_prompts : bool
         Admit a prompt when KV blocks for all of it are free, not for its first chunk.
+    max_model_len : int, optional
+        Longer requests are refused as they arrive.
 
     Raises
     ------
@@ -167,7 +170,8 @@ def new_session(
         adapter_blocks = np.zeros(n_adapters, np.int64)
     scheduling = _scheduling(engine, policy, priorities)
     blocks = np.append(adapter_blocks, 0)  # the base model takes none
-    check_lengths(trace, engine, kv_cache_tokens, blocks)
+    max_model_len = max_model_len or np.iinfo(np.int32).max
+    check_lengths(trace, engine, kv_cache_tokens, blocks, max_model_len)
     limits = Limits(
         max_loras=engine.max_loras,
         gpu_slots=engine.max_loras if policy.reserves_slots else n_adapters,
@@ -181,6 +185,7 @@ def new_session(
         by_priority=engine.scheduling_policy == "priority",
         is_async=bool(engine.async_scheduling),
         long_prefill_token_threshold=engine.long_prefill_token_threshold,
+        max_model_len=max_model_len,
         base_model=n_adapters,
         horizon=int(np.max(trace.output_tokens, initial=1)) + 1,
     )
@@ -264,6 +269,7 @@ def check_lengths(
     engine: EngineConfig,
     kv_cache_tokens: int,
     blocks: NDArray[np.int64] | None = None,
+    max_model_len: int = np.iinfo(np.int32).max,
 ) -> None:
     """Refuse a trace with a request that does not fit into the KV cache even alone.
 
@@ -275,21 +281,24 @@ def check_lengths(
         As vLLM reports it.
     blocks : int64, shape (adapters + 1,), optional
         KV blocks that each adapter takes, the base model last.
+    max_model_len : int
+        Longer requests are refused one by one.
 
     Raises
     ------
     AdapterTwinError
     """
     tokens, what = trace.prompt_tokens + trace.output_tokens, "request"
+    taken = tokens <= max_model_len
     if blocks is not None and blocks.any():  # -1, the base model, is the last one
         tokens, what = tokens + engine.block_size * blocks[trace.adapter], "request and its adapter"
-    longest = int(np.max(tokens, initial=1))
+    longest = int(np.max(tokens, where=taken, initial=1))
     if longest > engine.block_size * kv_blocks(kv_cache_tokens, engine.block_size):
         raise AdapterTwinError(
             f"lengths: a {what} of {longest} tokens exceeds the KV cache of {kv_cache_tokens}; "
             "lower max_loras or max_lora_rank, or shorten the requests"
         )
-    longest = int(np.max(trace.prompt_tokens + trace.output_tokens, initial=1))
+    longest = int(np.max(trace.prompt_tokens + trace.output_tokens, where=taken, initial=1))
     require(
         engine.enable_chunked_prefill or longest <= engine.max_num_batched_tokens,
         f"max_num_batched_tokens: a request of {longest} tokens exceeds a step of "

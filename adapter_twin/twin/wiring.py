@@ -44,7 +44,7 @@ def begin(
         Include what the measurement did to itself.
     policy : Policy
     """
-    engine = with_defaults(engine, trace)
+    engine = with_defaults(engine, trace, calibration)
     slots = policy.reserves_slots
     ranks = np.array([adapter.rank for adapter in adapters])
     return new_session(
@@ -61,25 +61,27 @@ def begin(
         pinned=np.array([adapter.pinned for adapter in adapters], bool),
         priorities=np.array([adapter.priority for adapter in adapters], np.int64),
         reserves_prompts=calibration.version.reserves_prompts,
+        max_model_len=calibration.memory.max_model_len(engine),
     )
 
 
-def with_defaults(engine: EngineConfig, trace: Trace) -> EngineConfig:
+def with_defaults(engine: EngineConfig, trace: Trace, calibration: Calibration) -> EngineConfig:
     """Return an engine that says what is on where it left that out.
 
-    Calibrations are measured without prefix caching and asynchronous scheduling, so these are off;
-    but where requests share what they begin with, prefix caching is on, as it is in vLLM.
+    Calibrations are measured without prefix caching, so it is off; but where requests share what
+    they begin with it is on, as it is in vLLM.
 
     Parameters
     ----------
     engine : EngineConfig
     trace : Trace
+    calibration : Calibration
     """
-    caching = engine.enable_prefix_caching
+    caching, ahead = engine.enable_prefix_caching, engine.async_scheduling
     return replace(
         engine,
         enable_prefix_caching=trace.contents is not None if caching is None else caching,
-        async_scheduling=bool(engine.async_scheduling),
+        async_scheduling=calibration.schedules_ahead if ahead is None else ahead,
     )
 
 
@@ -95,7 +97,10 @@ def step_law(calibration: Calibration, engine: EngineConfig, *, merging: bool = 
     """
     ms = 1e-3
     scheduling, step_time = calibration.scheduling, calibration.step_time
-    coefficients = step_time.for_engine(engine.max_loras, engine.max_lora_rank)
+    if engine.max_loras:
+        coefficients = step_time.for_engine(engine.max_loras, engine.max_lora_rank)
+    else:
+        coefficients = step_time.without_adapters()
     if merging:
         coefficients = np.vstack((coefficients, step_time.without_adapters()))
     return StepLaw(

@@ -308,6 +308,7 @@ def test_a_server_that_keeps_up_is_not_starved_by_the_ends_of_its_window() -> No
         preemptions=whole,
         load_wait_s=unknown,
         rejected=whole.astype(bool),
+        refused=whole.astype(bool),
         cached_tokens=whole - 1,
     )
     slo = Slo(ttft_ms=200, percentile=95)

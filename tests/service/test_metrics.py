@@ -45,7 +45,8 @@ def records(rows):
     for name in ("adapter", "prompt_tokens", "output_tokens"):
         columns[name] = columns[name].astype(np.int32)
     unused = dict.fromkeys(("scheduled_s", "preemptions", "load_wait_s"), np.zeros(len(rows)))
-    return Records(**columns, **unused, cached_tokens=np.full(len(rows), -1))
+    columns |= {"cached_tokens": np.full(len(rows), -1), "refused": np.zeros(len(rows), bool)}
+    return Records(**columns, **unused)
 
 
 def gaps(values, counts, ends=None):

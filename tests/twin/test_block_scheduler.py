@@ -289,13 +289,15 @@ def test_system_prompts_are_found_unless_the_cache_is_off(calibration: Calibrati
     assert off.steps.tokens.sum() > 2 * run.steps.tokens.sum()
 
 
-def test_what_is_left_out_is_on_where_requests_share_what_they_begin_with() -> None:
+def test_what_is_left_out_is_on_where_requests_share_what_they_begin_with(
+    calibration: Calibration,
+) -> None:
     own, shared = (generate(workload(n), generators(0)[0]) for n in (0, 100))
-    assert (with_defaults(ENGINE, own).enable_prefix_caching) is False
-    assert (with_defaults(ENGINE, shared).enable_prefix_caching) is True
+    assert (with_defaults(ENGINE, own, calibration).enable_prefix_caching) is False
+    assert (with_defaults(ENGINE, shared, calibration).enable_prefix_caching) is True
     off = replace(ENGINE, enable_prefix_caching=False, async_scheduling=True)
-    assert with_defaults(off, shared) == off
-    assert with_defaults(ENGINE, shared).async_scheduling is False
+    assert with_defaults(off, shared, calibration) == off
+    assert with_defaults(ENGINE, shared, calibration).async_scheduling is False
 
 
 @extrapolates
@@ -313,6 +315,7 @@ def test_policies_beyond_vllms_refuse_what_they_do_not_know(
     calibration: Calibration, flags: dict[str, Any]
 ) -> None:
     engine, name = replace(ENGINE, **flags), next(iter(flags))
+    calibration = replace(calibration, engine_version="0.32.0")  # which has all these flags
     with pytest.raises(AdapterTwinError, match=f"^{name}: Drain cannot; leave it out$"):
         simulate(workload(0), engine, calibration, policy=Drain(max_wait_s=1.0))
     run = simulate(workload(0), engine, calibration)
@@ -339,6 +342,7 @@ def test_priorities_need_the_policy_that_heeds_them(calibration: Calibration) ->
 @extrapolates
 def test_the_servers_of_a_cluster_do_all_but_cache(calibration: Calibration) -> None:
     adapters = deal_adapters(8, [1.0], [8])
+    calibration = replace(calibration, engine_version="0.32.0")
     engine = replace(ENGINE, async_scheduling=True)
     order = generators(0)[2]
     with pytest.raises(AdapterTwinError, match=r"^enable_prefix_caching: a cluster's servers"):
