@@ -1,5 +1,6 @@
 """Verbs that measure: calibrate, profile, data, doctor."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ from typer import Argument, Option
 from adapter_twin.cli import report
 from adapter_twin.cli.options import JOBS, JSON, RESUMED, Verbs
 from adapter_twin.errors import require
+from adapter_twin.tables import datasets
 
 verbs = Verbs()
 
@@ -31,7 +33,6 @@ def calibrate(
 ) -> None:
     """Fit the laws of one model to measured tables."""
     from adapter_twin.calibrate.from_tables import calibrate_tables
-    from adapter_twin.tables import datasets
 
     report.check_target(out, ".json")
     require(tables.is_dir(), f"{tables}: no such folder; give the folder of the measured tables")
@@ -50,8 +51,6 @@ def profile(
     as_json: JSON = False,
 ) -> None:
     """Measure a real vLLM on this machine."""
-    from dataclasses import asdict
-
     from adapter_twin.measure.run_campaign import run_campaign
 
     report.check_target(out)
@@ -77,8 +76,6 @@ def prove(
     as_json: JSON = False,
 ) -> None:
     """Run what is recommended, and its rivals, on a real vLLM, and tell how each did."""
-    from dataclasses import asdict
-
     from adapter_twin.prove import comparison
     from adapter_twin.prove.outcome import read_outcome, service
     from adapter_twin.prove.rivals import PLAN
@@ -124,7 +121,6 @@ def data(
     as_json: JSON = False,
 ) -> None:
     """List the measured data, or import it."""
-    from adapter_twin.tables import datasets
     from adapter_twin.tables.importer import import_repository
 
     if repository is not None or fetch:
@@ -158,8 +154,6 @@ def data(
 @verbs.example("doctor --json")
 def doctor(as_json: JSON = False) -> None:
     """Check the installation and say what is missing."""
-    from dataclasses import asdict
-
     from adapter_twin.cli.doctor import examine, works
 
     checks = examine()

@@ -8,6 +8,7 @@ from typer import Argument, Context, Option
 from adapter_twin.cli import report
 from adapter_twin.cli.options import CALIBRATION, JOBS, JSON, MARGIN, SEED, WORKLOAD, Verbs
 from adapter_twin.errors import require
+from adapter_twin.tables import datasets
 
 verbs = Verbs()
 
@@ -183,9 +184,8 @@ def place(
         write_manifests(manifests, demand, placement, laws)
     if picture is not None:
         from adapter_twin.fleet.picture import packing
-        from adapter_twin.tables.datasets import replacing
 
-        with replacing(picture) as temporary:
+        with datasets.replacing(picture) as temporary:
             packing(demand, placement).savefig(temporary, format=picture.suffix[1:], dpi=150)
     if as_json:
         report.print_json(answer)
@@ -223,7 +223,6 @@ def sweep(
 ) -> None:
     """Predict the workloads of a design on a grid of configurations."""
     from adapter_twin.learn.sweep import compact, read_sweep, run_sweep
-    from adapter_twin.tables import datasets
 
     report.check_target(out)
     report.check_target(table, ".parquet")

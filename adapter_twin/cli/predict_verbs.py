@@ -1,5 +1,6 @@
 """Verbs that predict runs: predict, validate, simulate."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,6 +9,7 @@ from typer import Argument, Option
 from adapter_twin.cli import report
 from adapter_twin.cli.options import CALIBRATION, JOBS, JSON, RUNS, SEED, Verbs
 from adapter_twin.errors import require
+from adapter_twin.tables import datasets
 
 verbs = Verbs()
 
@@ -26,7 +28,6 @@ def predict(
 ) -> None:
     """Predict a table of runs from its configuration columns alone."""
     from adapter_twin.service.predict import predict
-    from adapter_twin.tables import datasets
 
     report.check_target(out, ".parquet", ".csv")
     predictions = predict(
@@ -55,7 +56,6 @@ def validate(
     """Predict measured runs, and compare."""
     from adapter_twin.service.predict import predict, predict_starts
     from adapter_twin.service.validate import summary, validate_runs, write_validation
-    from adapter_twin.tables import datasets
 
     report.check_target(out)
     measured = datasets.read_measured_runs(runs)
@@ -113,12 +113,9 @@ def simulate(
     as_json: JSON = False,
 ) -> None:
     """Simulate one configuration and summarise the service it gives."""
-    from dataclasses import replace
-
     from adapter_twin.fleet.equal_replicas import simulate_fleet
     from adapter_twin.service.perfetto import write_trace
     from adapter_twin.service.predict import predict_scenario
-    from adapter_twin.tables import datasets
     from adapter_twin.workload.files import load_scenario
     from adapter_twin.workload.named import parse_named
 

@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 
 from adapter_twin.errors import require
-from adapter_twin.laws import load_calibration
-from adapter_twin.laws.calibration import Calibration
+from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import simulate_quietly
 from adapter_twin.plan.steady_state import warmed_up

@@ -13,8 +13,7 @@ from joblib.externals.loky import get_reusable_executor
 
 from adapter_twin.calibrate.from_tables import calibrate_tables
 from adapter_twin.errors import require
-from adapter_twin.laws import load_calibration
-from adapter_twin.laws.calibration import Calibration
+from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.learn.slots_tree import learn_slots
 from adapter_twin.measure.engine_flags import (
     EngineFlags,
