@@ -164,7 +164,6 @@ def place(
 
     from adapter_twin.fleet.manifests import write_manifests
     from adapter_twin.fleet.place import place as place_adapters
-    from adapter_twin.laws import load_calibration
     from adapter_twin.plan import criterion
     from adapter_twin.plan.demand import load_demand
 
@@ -180,8 +179,7 @@ def place(
             jobs=jobs,
         )
     if manifests is not None:
-        laws = load_calibration(demand.calibration, demand.model)
-        write_manifests(manifests, demand, placement, laws)
+        write_manifests(manifests, demand, placement)
     if picture is not None:
         from adapter_twin.fleet.picture import packing
 

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
-from adapter_twin.laws import Calibration
+from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.plan.commands import vllm_args
 from adapter_twin.plan.demand import Demand
 from adapter_twin.tables.datasets import write_text
@@ -16,10 +16,10 @@ MODELS, ADAPTERS = "/models", "/adapters"
 """Volume claims of these names are mounted here: ``/models/<model>``, ``/adapters/<adapter>``."""
 
 
-def write_manifests(
-    folder: Path, demand: Demand, placement: Placement, calibration: Calibration
-) -> list[Path]:
+def write_manifests(folder: Path, demand: Demand, placement: Placement) -> list[Path]:
     """Write ``replica-<number>.yaml`` for every GPU into a folder; return the files.
+
+    The version of vLLM that is served with is that of the demand's calibration.
 
     Parameters
     ----------
@@ -27,9 +27,8 @@ def write_manifests(
         Made where it is missing.
     demand : Demand
     placement : Placement
-    calibration : Calibration
-        Of the version of vLLM that is served with.
     """
+    calibration = load_calibration(demand.calibration, demand.model)
     folder.mkdir(parents=True, exist_ok=True)
     digits = len(str(len(placement.replicas) - 1))
     files = []

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import skops.io
 
 from adapter_twin import __version__
 from adapter_twin.errors import AdapterTwinError, require
@@ -98,8 +99,6 @@ def load_trained(folder: Path, target: str) -> Trained:
 
 def store_estimator(estimator: Any, path: Path) -> None:
     """Write one estimator."""
-    import skops.io
-
     with replacing(path) as temporary:
         skops.io.dump(estimator, temporary)
 
@@ -112,8 +111,6 @@ def load_estimator(path: Path) -> Any:
     AdapterTwinError
         There is none, or it is made of types that none of our models is made of.
     """
-    import skops.io
-
     require(path.is_file(), f"{path}: no such model; run adapter-twin train first")
     try:
         foreign = sorted(set(skops.io.get_untrusted_types(file=path)) - set(TRUSTED))

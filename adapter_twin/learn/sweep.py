@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import joblib
+import numpy as np
 import pandas as pd
 
 from adapter_twin import __version__
@@ -14,6 +15,7 @@ from adapter_twin.parallel import track, workers
 from adapter_twin.plan.criterion import Criterion
 from adapter_twin.plan.grid import FIGURES, evaluate, grid_runs
 from adapter_twin.tables.datasets import read_table, write_table, write_text
+from adapter_twin.tables.schemas import SWEEP, validate
 from adapter_twin.workload.files import records
 from adapter_twin.workload.scenario import config_hash
 
@@ -83,8 +85,6 @@ def read_sweep(path: Path) -> pd.DataFrame:
     AdapterTwinError
         There are none, or the table is not of a sweep.
     """
-    from adapter_twin.tables.schemas import SWEEP, validate
-
     if path.suffix == ".parquet":
         return read_table(path, SWEEP)
     parts = sorted((path / PARTS).glob("*/*.parquet"))
@@ -135,7 +135,6 @@ def label(runs: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
 
 def compact(runs: pd.DataFrame) -> pd.DataFrame:
     """Return a sweep that packs small: figures to four digits, text as categories."""
-    import numpy as np
 
     def rounded(figure: "pd.Series[float]") -> Any:
         digits = 3 - np.floor(np.log10(figure.where(figure > 0, 1)))

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from mapie.regression import CrossConformalRegressor
 from sklearn.model_selection import GroupKFold
 
 from adapter_twin import __version__
@@ -158,8 +159,6 @@ def interval_factor(train: pd.DataFrame, features: str, target: str, model: str)
     train, features, target, model
         As for `adapter_twin.learn.surrogates.fit`.
     """
-    from mapie.regression import CrossConformalRegressor
-
     x, groups = feature_array(features, train), train.rates_per_adapter
     conformal = CrossConformalRegressor(
         surrogates.make_model(model).regressor,

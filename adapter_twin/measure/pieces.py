@@ -11,6 +11,7 @@ import numpy as np
 from adapter_twin.errors import require
 from adapter_twin.measure.engine_flags import EngineFlags
 from adapter_twin.measure.micro_plan import MicroPlan
+from adapter_twin.tables.datasets import sharegpt_lengths
 from adapter_twin.workload.scenario import Workload
 from adapter_twin.workload.trace import Trace, generate, generators
 
@@ -122,11 +123,8 @@ class ServingPiece:
 
     def trace(self) -> Trace:
         """Draw the requests that a client sends: those that the twin draws from the same seed."""
-        marginals = None
-        if self.workload.lengths.distribution == "sharegpt":
-            from adapter_twin.tables.datasets import sharegpt_lengths
-
-            marginals = sharegpt_lengths()
+        is_sharegpt = self.workload.lengths.distribution == "sharegpt"
+        marginals = sharegpt_lengths() if is_sharegpt else None
         return generate(self.workload, generators(self.seed)[0], marginals)
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.tables.datasets import DATASET, EXTERNAL, write_table
 from adapter_twin.tables.run_folder import CAMPAIGNS, RESULTS, read_run
+from adapter_twin.tables.schemas import RUNS, SERIES, validate
 
 REPOSITORY_URL = "https://github.com/FerranAgulloLopez/GPULLMAdapterOptimization"
 COMMIT = "bae36e2dad9615d851ff32d10a96633d21615647"
@@ -88,8 +89,6 @@ def read_repository(source: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     runs, series : pandas.DataFrame
         With the columns of the published tables; both checked against their schemas.
     """
-    from adapter_twin.tables.schemas import RUNS, SERIES, validate
-
     root = source / RESULTS if (source / RESULTS).is_dir() else source
     parsed = [
         read_run(folder, campaign)

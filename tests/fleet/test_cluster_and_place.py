@@ -205,12 +205,12 @@ def test_there_is_at_least_one_gpu_to_spread_over() -> None:
 
 
 def test_manifests_pass_the_schema_and_hold_the_flags(
-    placed: tuple[Demand, dict[str, Any], Placement], laws: Calibration, tmp_path: Path
+    placed: tuple[Demand, dict[str, Any], Placement], tmp_path: Path
 ) -> None:
     import kubernetes_validate
 
     asked, answer, placement = placed
-    files = write_manifests(tmp_path / "k8s", asked, placement, laws)
+    files = write_manifests(tmp_path / "k8s", asked, placement)
     assert len(files) == answer["gpus"]
     for file, row in zip(files, answer["replicas"], strict=True):
         text = file.read_text()
