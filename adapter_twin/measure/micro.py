@@ -10,9 +10,8 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -29,27 +28,9 @@ _ASKED_AT_START = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class EngineProfile:
-    """Measurements of one engine.
-
-    Attributes
-    ----------
-    start : dict
-        One row of the table ``engine_starts``; its ``server_failure`` is None where all went well.
-    steps, loads : pandas.DataFrame
-        Rows of ``micro_steps`` and ``adapter_loads``: none where the start was refused, and those
-        measured until then where the engine died.
-    """
-
-    start: dict[str, Any]
-    steps: pd.DataFrame
-    loads: pd.DataFrame
-
-
 def profile_engine(
     model_folder: Path, adapters: Sequence[Path], flags: EngineFlags, plan: MicroPlan, seed: int
-) -> EngineProfile:
+) -> dict[str, pd.DataFrame]:
     """Start an engine in a child process and measure its steps and adapter loads.
 
     Parameters
@@ -61,6 +42,13 @@ def profile_engine(
     plan : MicroPlan
     seed : int
         Decides the order of the points and the prompts.
+
+    Returns
+    -------
+    dict of str to pandas.DataFrame
+        The row of the table ``engine_starts``, whose ``server_failure`` is None where all went
+        well; rows of ``micro_steps`` and ``adapter_loads``: none where the start was refused, and
+        those measured until then where the engine died.
 
     Raises
     ------
@@ -106,7 +94,7 @@ def run_child(command: Sequence[str], variables: dict[str, str], log: Path) -> s
     return telling_line(log) if status else None
 
 
-def _collect(results: Path, flags: EngineFlags, failure: str | None) -> EngineProfile:
+def _collect(results: Path, flags: EngineFlags, failure: str | None) -> dict[str, pd.DataFrame]:
     started = results / "start.json"
     measured = json.loads(started.read_text(encoding="utf-8")) if started.is_file() else {}
     engine = {"adapter_slots": flags.max_loras, "max_lora_rank": flags.max_lora_rank}
@@ -118,13 +106,11 @@ def _collect(results: Path, flags: EngineFlags, failure: str | None) -> EnginePr
         **{name: getattr(flags, name) for name in _ASKED_AT_START},
         **measured,
     }
-    steps, loads = (
-        _read_rows(results / f"{name}.jsonl")
-        .assign(**engine)
-        .reindex(columns=[*CAMPAIGN_TABLES[table].columns])
-        for name, table in (("steps", "micro_steps"), ("loads", "adapter_loads"))
-    )
-    return EngineProfile(start, steps, loads)
+    tables = {"engine_starts": pd.DataFrame([start])}
+    for name in ("micro_steps", "adapter_loads"):
+        rows = _read_rows(results / f"{name}.jsonl").assign(**engine)
+        tables[name] = rows.reindex(columns=[*CAMPAIGN_TABLES[name].columns])
+    return tables
 
 
 def _read_rows(path: Path) -> pd.DataFrame:

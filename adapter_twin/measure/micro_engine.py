@@ -1,7 +1,8 @@
 """The child process of a micro-profile: one engine, driven step by step.
 
 ``python -m adapter_twin.measure.micro_engine FOLDER`` reads ``FOLDER/spec.json`` and writes
-``start.json``, ``steps.jsonl`` and ``loads.jsonl`` there, rows as soon as they are measured.
+``start.json``, ``micro_steps.jsonl`` and ``adapter_loads.jsonl`` there, rows as soon as they are
+measured.
 """
 
 import json
@@ -233,7 +234,7 @@ def run(folder: Path) -> None:
     recorder.steps.clear()
     recorder.loads.clear()
     laboratory.measure_loads(plan.loads)
-    with (folder / "steps.jsonl").open("w", encoding="utf-8") as rows:
+    with (folder / "micro_steps.jsonl").open("w", encoding="utf-8") as rows:
         for repeat, number in visits(len(points), plan.repeats, rng):
             measured = laboratory.measure(points[number], plan.steps)
             for step, row in enumerate(measured):
@@ -241,7 +242,7 @@ def run(folder: Path) -> None:
                 rows.write(json.dumps(place | row) + "\n")
             rows.flush()
             recorder.steps.clear()
-    with (folder / "loads.jsonl").open("w", encoding="utf-8") as rows:
+    with (folder / "adapter_loads.jsonl").open("w", encoding="utf-8") as rows:
         rows.writelines(json.dumps(row) + "\n" for row in recorder.loads)
 
 

@@ -157,12 +157,8 @@ class WorkSession:
             flags = replace(flags, max_cpu_loras=max(flags.max_cpu_loras, fitting))
         profile = profile_engine(model, adapters, flags, piece.plan, seed=piece.seed)
         names = {"engine_id": f"{self.name}/{piece.piece_id}", "model": model.name}
-        tables = {
-            "engine_starts": pd.DataFrame([names | profile.start]),
-            "micro_steps": profile.steps.assign(**names),
-            "adapter_loads": profile.loads.assign(**names),
-        }
-        failure = profile.start["server_failure"]
+        tables = {name: table.assign(**names) for name, table in profile.items()}
+        failure = profile["engine_starts"].server_failure.item()
         self._end(piece.piece_id, tables, failure, micro=time.monotonic() - begun_s)
 
     def _serve(self, left: list[ServingPiece]) -> None:

@@ -25,7 +25,6 @@ from adapter_twin.measure import run_campaign as runner
 from adapter_twin.measure.campaign import Campaign, load_campaign
 from adapter_twin.measure.client import ScheduleError
 from adapter_twin.measure.engine_flags import EngineFlags, describe_machine
-from adapter_twin.measure.micro import EngineProfile
 from adapter_twin.measure.pieces import ServingPiece, groups
 from adapter_twin.measure.serving import ServedRun
 from adapter_twin.service.predict import predict
@@ -105,7 +104,7 @@ class Engine:
         self.interrupt_in: int | None = None
         self.refuse, self.late_ms = False, 0.0
 
-    def profile(self, model, adapters, flags, plan, seed) -> EngineProfile:
+    def profile(self, model, adapters, flags, plan, seed) -> dict[str, pd.DataFrame]:
         self.profiled.append(flags.max_loras)
         assert flags.max_cpu_loras == len(adapters) >= flags.max_loras + 1
         start = dict.fromkeys(("weights_gib", "startup_s", "capture_s"), 1.0)
@@ -121,7 +120,8 @@ class Engine:
         if self.refuse:
             start |= {"server_failure": "no memory", "kv_cache_tokens": None}
             frame = frame.head(0)
-        return EngineProfile(start, frame[steps], frame[loads])
+        tables = {"micro_steps": frame[steps], "adapter_loads": frame[loads]}
+        return {"engine_starts": pd.DataFrame([start]), **tables}
 
     def server(self, model, adapters, flags, port, log):
         """Return a context manager like `adapter_twin.measure.vllm_server.Server`."""

@@ -17,7 +17,7 @@ import pytest
 from adapter_twin.errors import AdapterTwinError, one_line
 from adapter_twin.measure import micro, recorder
 from adapter_twin.measure.engine_flags import EngineFlags
-from adapter_twin.measure.micro import EngineProfile, profile_engine, run_child
+from adapter_twin.measure.micro import profile_engine, run_child
 from adapter_twin.measure.micro_engine import visits
 from adapter_twin.measure.micro_plan import MicroPlan, Point, check_plan, design
 from adapter_twin.measure.model_folder import write_adapters, write_model
@@ -236,7 +236,7 @@ def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Profile a model whose engine process leaves the given files and ends as given."""
     (tmp_path / "config.json").write_text("{}")
 
-    def profile(files: dict[str, str], failure: str | None) -> EngineProfile:
+    def profile(files: dict[str, str], failure: str | None) -> dict[str, pd.DataFrame]:
         def child(command: list[str], variables: dict[str, str], log: Path) -> str | None:
             for name, content in files.items():
                 (Path(command[-1]) / name).write_text(content)
@@ -251,25 +251,25 @@ def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_refused_start_is_a_row_with_its_reason(profile: Any) -> None:
     refused = profile({"start.json": '{"server_failure": "no KV cache"}'}, None)
-    assert refused.start["server_failure"] == "no KV cache"
-    assert refused.start["max_num_seqs"] == 8
-    assert refused.start["kv_cache_tokens"] is None
-    assert len(refused.steps) == len(refused.loads) == 0
-    assert "step_ms" in refused.steps
+    assert refused["engine_starts"].iloc[0]["server_failure"] == "no KV cache"
+    assert refused["engine_starts"].iloc[0]["max_num_seqs"] == 8
+    assert refused["engine_starts"].iloc[0]["kv_cache_tokens"] is None
+    assert len(refused["micro_steps"]) == len(refused["adapter_loads"]) == 0
+    assert "step_ms" in refused["micro_steps"]
 
 
 def test_an_engine_that_dies_keeps_the_steps_measured_until_then(profile: Any) -> None:
     died = profile(
         {
             "start.json": json.dumps({"kv_cache_tokens": 1600}),
-            "steps.jsonl": '{"step": 0, "step_ms": 4.0}\n{"step": 1, "st',
+            "micro_steps.jsonl": '{"step": 0, "step_ms": 4.0}\n{"step": 1, "st',
         },
         "killed by SIGKILL",
     )
-    assert died.start["server_failure"] == "killed by SIGKILL"
-    assert died.start["kv_cache_tokens"] == 1600
-    assert died.steps["step_ms"].tolist() == [4.0]
-    assert died.steps["adapter_slots"].tolist() == [0]
+    assert died["engine_starts"].iloc[0]["server_failure"] == "killed by SIGKILL"
+    assert died["engine_starts"].iloc[0]["kv_cache_tokens"] == 1600
+    assert died["micro_steps"]["step_ms"].tolist() == [4.0]
+    assert died["micro_steps"]["adapter_slots"].tolist() == [0]
 
 
 def test_a_reason_is_one_short_line() -> None:
@@ -292,7 +292,7 @@ LIVE = MicroPlan(
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> EngineProfile:
+def live(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pd.DataFrame]:
     pytest.importorskip("vllm")
     folder = tmp_path_factory.mktemp("live")
     model = write_model("tiny", folder / "model")
@@ -301,11 +301,12 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> EngineProfile:
 
 
 @pytest.mark.live
-def test_a_real_engine_runs_the_batches_asked_for(live: EngineProfile) -> None:
-    assert live.start["server_failure"] is None
-    asked = design(LIVE, FLAGS, {8: 3}, live.start["kv_cache_tokens"], live.start["block_size"])
-    assert set(live.steps["point"]) == set(range(len(asked)))
-    for (_, number), steps in live.steps.groupby(["repeat", "point"]):
+def test_a_real_engine_runs_the_batches_asked_for(live: dict[str, pd.DataFrame]) -> None:
+    assert live["engine_starts"].iloc[0]["server_failure"] is None
+    start = live["engine_starts"].iloc[0]
+    asked = design(LIVE, FLAGS, {8: 3}, start["kv_cache_tokens"], start["block_size"])
+    assert set(live["micro_steps"]["point"]) == set(range(len(asked)))
+    for (_, number), steps in live["micro_steps"].groupby(["repeat", "point"]):
         point, measured = asked[number], steps.tail(LIVE.steps)
         assert (measured["decodes"] == point.running).all()
         assert (measured["batched_tokens"] == point.running + point.chunk_tokens).all()
@@ -319,8 +320,8 @@ def test_a_real_engine_runs_the_batches_asked_for(live: EngineProfile) -> None:
 
 
 @pytest.mark.live
-def test_no_recorded_step_exceeds_slots_budget_or_requests(live: EngineProfile) -> None:
-    steps = live.steps
+def test_no_recorded_step_exceeds_slots_budget_or_requests(live: dict[str, pd.DataFrame]) -> None:
+    steps = live["micro_steps"]
     assert (steps["distinct_adapters"] <= FLAGS.max_loras).all()
     assert (steps["batched_tokens"] <= FLAGS.max_num_batched_tokens).all()
     assert (steps["running"] <= FLAGS.max_num_seqs).all()
@@ -330,15 +331,18 @@ def test_no_recorded_step_exceeds_slots_budget_or_requests(live: EngineProfile) 
 
 
 @pytest.mark.live
-def test_a_real_start_and_real_loads_are_measured(live: EngineProfile) -> None:
-    assert live.start["kv_cache_tokens"] > 0
-    assert live.start["startup_s"] > 0
-    assert live.start["slots_gib"] > 0
-    counts = live.loads.groupby(["source", "rank"]).size()
+def test_a_real_start_and_real_loads_are_measured(live: dict[str, pd.DataFrame]) -> None:
+    assert live["engine_starts"].iloc[0]["kv_cache_tokens"] > 0
+    assert live["engine_starts"].iloc[0]["startup_s"] > 0
+    assert live["engine_starts"].iloc[0]["slots_gib"] > 0
+    loads = live["adapter_loads"]
+    counts = loads.groupby(["source", "rank"]).size()
     assert counts["disk", 8] == LIVE.loads  # after the warm-up, all others are in host memory
     assert counts["memory", 8] >= LIVE.loads
-    assert live.loads["load_ms"].min() > 0
-    assert pd.Series(live.loads["index"]).tolist() == list(range(len(live.loads)))
+    assert live["adapter_loads"]["load_ms"].min() > 0
+    assert pd.Series(live["adapter_loads"]["index"]).tolist() == list(
+        range(len(live["adapter_loads"]))
+    )
 
 
 @pytest.mark.live
@@ -347,5 +351,5 @@ def test_a_real_engine_that_refuses_to_start_says_why(tmp_path: Path) -> None:
     model = write_model("tiny", tmp_path / "model")
     small = EngineFlags(max_loras=0, max_lora_rank=8, max_cpu_loras=0, cpu_kv_cache_gib=1e-4)
     refused = profile_engine(model, [], small, LIVE, seed=0)
-    assert "KV cache" in refused.start["server_failure"]
-    assert len(refused.steps) == 0
+    assert "KV cache" in refused["engine_starts"].iloc[0]["server_failure"]
+    assert len(refused["micro_steps"]) == 0
