@@ -127,7 +127,7 @@ class Calibration:
             "adapter_slots": engine.max_loras,
             "served_adapters": len(workload.adapters),
             "max_lora_rank": engine.max_lora_rank,
-            "mean_input_tokens": workload.lengths.mean_input_tokens,
+            "mean_input_tokens": workload.lengths.mean_prompt_tokens,
             "mean_requested_output_tokens": workload.lengths.mean_output_tokens,
         }
         for column, value in asked.items():

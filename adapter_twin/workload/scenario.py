@@ -314,6 +314,11 @@ class Lengths:
                 require(whole, f"{name}: fixed lengths are whole tokens")
             require(not self.rank_correlation, "rank_correlation: fixed lengths have none")
 
+    @property
+    def mean_prompt_tokens(self) -> float:
+        """Mean length of a prompt with the system prompt in front of it."""
+        return self.shared_prefix_tokens + self.mean_input_tokens
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
@@ -361,9 +366,8 @@ class Workload:
     @property
     def offered_tokens_per_s(self) -> float:
         """Offered load: input plus requested output tokens per second."""
-        lengths = self.lengths
-        prompt_tokens = lengths.shared_prefix_tokens + lengths.mean_input_tokens
-        return self.offered_request_rate * (prompt_tokens + lengths.mean_output_tokens)
+        mean_tokens = self.lengths.mean_prompt_tokens + self.lengths.mean_output_tokens
+        return self.offered_request_rate * mean_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
