@@ -217,7 +217,10 @@ FEATURES: dict[str, Callable[[np.random.Generator, Case], dict[str, Any]]] = {
     "enable_prefix_caching": _shared_prefixes,
     "enable_chunked_prefill": _whole_prompts,
     "long_prefill_token_threshold": lambda rng, case: {
-        "long_prefill_token_threshold": int(rng.integers(1, 1 + 3 * case.block_size))
+        "long_prefill_token_threshold": min(
+            int(rng.integers(1, 1 + 3 * case.block_size)),
+            case.max_num_batched_tokens,  # vLLM takes no more where prompts are not chunked
+        )
     },
     "priorities": lambda rng, case: {
         "priorities": rng.integers(-2, 3, case.adapters).tolist(),

@@ -15,7 +15,10 @@ adapters' caches and the records are the same.
    ends.
 3. `ByBlock.complete_step` emits the tokens of the batch that ran.
 
-Sources: ``vllm/v1/core/sched/scheduler.py`` and ``async_scheduler.py`` (0.32.0).
+Sources: ``vllm/v1/core/sched/scheduler.py`` and ``async_scheduler.py`` (0.32.0). The V1 engine of
+0.8.5 has no priorities and no asynchronous scheduling, chunks prompts in any case, holds a prompt
+that is alone to the threshold, too, and takes blocks in which nothing can be found no sooner than
+others.
 """
 
 from __future__ import annotations
