@@ -18,7 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_twin.errors import AdapterTwinError
+from adapter_twin.fleet.cluster import simulate_cluster
+from adapter_twin.fleet.placement import Placement, ReplicaPlan
+from adapter_twin.fleet.routers import RoundRobin
 from adapter_twin.laws import Calibration, load_calibration
+from adapter_twin.plan.demand import Demand
 from adapter_twin.service.metrics import service_of
 from adapter_twin.twin.block_scheduler import BY_BLOCK
 from adapter_twin.twin.feed import Feed
@@ -27,7 +31,14 @@ from adapter_twin.twin.policy import VLLM
 from adapter_twin.twin.session import Session
 from adapter_twin.twin.simulate import run_in_simpy, simulate
 from adapter_twin.twin.wiring import begin, with_defaults
-from adapter_twin.workload.scenario import Adapter, EngineConfig, Lengths, Workload, deal_adapters
+from adapter_twin.workload.scenario import (
+    Adapter,
+    Arrivals,
+    EngineConfig,
+    Lengths,
+    Workload,
+    deal_adapters,
+)
 from adapter_twin.workload.trace import generate, generators
 from study.conformance import Case, Step, feature_cases, twin_steps
 
@@ -339,6 +350,20 @@ def test_priorities_need_the_policy_that_heeds_them(calibration: Calibration) ->
     assert first_s < 0.1 * second_s
 
 
+def test_traffic_that_shares_prefixes_is_for_simulate_only(calibration: Calibration) -> None:
+    adapters, asked = deal_adapters(8, [1.0], [8]), workload(100)
+    with pytest.raises(AdapterTwinError, match=r"^lengths.shared_prefix_tokens: only `simulate`"):
+        Demand(model=ENGINE.model, adapters=adapters, lengths=asked.lengths)
+    urgent = tuple(replace(adapter, priority=1) for adapter in adapters)
+    with pytest.raises(AdapterTwinError, match=r"^adapters: 'adapter-0' has a priority"):
+        Demand(model=ENGINE.model, adapters=urgent, lengths=workload(0).lengths)
+    with pytest.raises(AdapterTwinError, match=r"^shared_prefix_tokens: a replayed trace"):
+        replace(asked, arrivals=Arrivals(process="trace", path="trace.csv"))
+    placement = Placement((ReplicaPlan(ENGINE, tuple(range(8)), (1.0,) * 8),))
+    with pytest.raises(AdapterTwinError, match=r"^enable_prefix_caching: the traffic shares"):
+        simulate_cluster(asked, placement, calibration, RoundRobin())
+
+
 @extrapolates
 def test_the_servers_of_a_cluster_do_all_but_cache(calibration: Calibration) -> None:
     adapters = deal_adapters(8, [1.0], [8])
@@ -360,7 +385,7 @@ def test_the_servers_of_a_cluster_do_all_but_cache(calibration: Calibration) -> 
     for request in range(9):
         feed.push(float(request), request % 8, 50, 10)
     feed.session.run()
-    trace = replace(generate(workload(0), generators(0)[0]))
+    trace = generate(workload(0), generators(0)[0])
     whole = begin(trace, engine, calibration, adapters, order, duration_s=1e3)
     assert feed.session.policy == whole.policy == BY_BLOCK
     assert np.isfinite(feed.session.requests.end_s[:9]).all()
