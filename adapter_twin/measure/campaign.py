@@ -108,6 +108,12 @@ class Serving:
     lengths: Lengths
     runs: Some[ServingRun]
 
+    def __post_init__(self) -> None:
+        require(
+            self.lengths.shared_prefix_tokens == 0,
+            "lengths.shared_prefix_tokens: a campaign's prompts share nothing; leave it out",
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Campaign:

@@ -22,6 +22,7 @@ from adapter_twin.fleet.cluster import simulate_cluster
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
 from adapter_twin.fleet.routers import RoundRobin
 from adapter_twin.laws import Calibration, load_calibration
+from adapter_twin.measure.campaign import Serving, ServingRun
 from adapter_twin.plan.demand import Demand
 from adapter_twin.service.metrics import service_of
 from adapter_twin.twin.block_scheduler import BY_BLOCK
@@ -354,6 +355,9 @@ def test_traffic_that_shares_prefixes_is_for_simulate_only(calibration: Calibrat
     adapters, asked = deal_adapters(8, [1.0], [8]), workload(100)
     with pytest.raises(AdapterTwinError, match=r"^lengths.shared_prefix_tokens: only `simulate`"):
         Demand(model=ENGINE.model, adapters=adapters, lengths=asked.lengths)
+    run = ServingRun(served_adapters=8, adapter_slots=8, rates=(1.0,), ranks=(8,), max_lora_rank=8)
+    with pytest.raises(AdapterTwinError, match=r"^lengths.shared_prefix_tokens: a campaign's"):
+        Serving(duration_s=60.0, lengths=asked.lengths, runs=(run,))
     urgent = tuple(replace(adapter, priority=1) for adapter in adapters)
     with pytest.raises(AdapterTwinError, match=r"^adapters: 'adapter-0' has a priority"):
         Demand(model=ENGINE.model, adapters=urgent, lengths=workload(0).lengths)
