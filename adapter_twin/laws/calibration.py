@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws.emitted_lengths import EarlyStopLaw, LengthLaw
 from adapter_twin.laws.estimator import Estimator
 from adapter_twin.laws.front_end import FrontEndLaw, MeasurementLaw
 from adapter_twin.laws.loading import LoadingLaw
-from adapter_twin.laws.memory import MemoryLaw
+from adapter_twin.laws.memory import MemoryLaw, adapter_shares
 from adapter_twin.laws.scheduling import SchedulingLaw
 from adapter_twin.laws.step_time import StepTimeLaw
 from adapter_twin.workload.calibration_files import calibration_path
 from adapter_twin.workload.engine_versions import EngineVersion, engine_version
+from adapter_twin.workload.lengths import Floats
 from adapter_twin.workload.models import same_model
-from adapter_twin.workload.scenario import EngineConfig, ServeFlags, Workload
+from adapter_twin.workload.scenario import Adapter, EngineConfig, ServeFlags, Workload
 from adapter_twin.workload.strict import dataclass, read
 
 _LEFT_OUT = ServeFlags()
@@ -112,12 +116,56 @@ class Calibration:
         )
         return self.memory.require_start(engine, slots=slots)
 
+    def load_times_s(
+        self, engine: EngineConfig, adapters: Sequence[Adapter], *, slots: bool = True
+    ) -> tuple[Floats, Floats]:
+        """Return what copies into a slot and reads from disk take in s, one per adapter.
+
+        Parameters
+        ----------
+        engine : EngineConfig
+        adapters : sequence of Adapter
+        slots : bool
+            Copies fill slots of ``max_lora_rank``; else they are as wide as the adapter.
+        """
+        if not adapters:
+            return np.empty(0), np.empty(0)
+        ranks = np.array([adapter.rank for adapter in adapters])
+        shape, version = self.memory.shape, self.version
+        shares = {
+            adapter.target_modules: adapter_shares(engine, shape, version, adapter)
+            for adapter in adapters
+        }
+        tensors, weights = np.array([shares[adapter.target_modules] for adapter in adapters]).T
+        copies_s = self.loading.load_s(ranks, engine.max_lora_rank if slots else ranks)
+        return copies_s * tensors, self.loading.read_s(ranks * weights)
+
+    def startup_s(self, engine: EngineConfig, adapters: Sequence[Adapter]) -> float:
+        """Return the time in s from weights to ready: graphs, and adapters that are named then.
+
+        Parameters
+        ----------
+        engine : EngineConfig
+        adapters : sequence of Adapter
+        """
+        named = adapters if engine.lora_modules == "all" else ()
+        copies_s, reads_s = self.load_times_s(engine, named)
+        return self.memory.startup_s(engine) + float(copies_s.sum() + reads_s.sum())
+
     def warn_outside_range(self, engine: EngineConfig, workload: Workload) -> None:
         """Warn of what lies outside the range of the measurements."""
         if engine.async_scheduling not in (None, self.schedules_ahead):
             warnings.warn(
                 "engine.async_scheduling: the order of requests counts, but the steps of "
                 f"{self.name} were measured the other way",
+                stacklevel=3,
+            )
+        served, kept = len(workload.adapters), engine.max_cpu_loras
+        if kept < served:
+            chain = ", in chains while it equals max_loras" if kept == engine.max_loras else ""
+            warnings.warn(
+                f"engine.max_cpu_loras: {kept} of the {served} adapters are kept in host memory, "
+                f"the others are read from disk again and again{chain}; raise it to {served}",
                 stacklevel=3,
             )
         for flag, told in _EXTRAPOLATED.items():

@@ -27,7 +27,7 @@ from adapter_twin.laws.estimator import Estimator
 from adapter_twin.workload.engine_versions import EngineVersion, engine_version
 from adapter_twin.workload.files import records, run_to_engine
 from adapter_twin.workload.models import ModelShape
-from adapter_twin.workload.scenario import EngineConfig
+from adapter_twin.workload.scenario import Adapter, EngineConfig
 from adapter_twin.workload.strict import suggestion
 
 if TYPE_CHECKING:
@@ -92,6 +92,41 @@ def _layer_widths(engine: EngineConfig, shape: ModelShape, modules: Sequence[str
         "down_proj": [i, whole],
     }
     return [width for module in modules for width in widths.get(module, ())]
+
+
+def adapter_shares(
+    engine: EngineConfig, shape: ModelShape, version: EngineVersion, adapter: Adapter
+) -> tuple[float, float]:
+    """Return what a copy and a read of an adapter take, relative to one of all modules of a layer.
+
+    A copy takes time by its number of tensors, of the modules that have slots; a read by weights.
+
+    Parameters
+    ----------
+    engine : EngineConfig
+    shape : ModelShape
+    version : EngineVersion
+    adapter : Adapter
+
+    Returns
+    -------
+    tensors, weights : float
+
+    Raises
+    ------
+    AdapterTwinError
+        One of its target modules is unknown.
+    """
+    own = adapter.target_modules or LINEAR
+    for module in own:
+        choices = suggestion(module, LINEAR)
+        require(module in LINEAR, f"{adapter.name}.target_modules: no module {module!r}{choices}")
+    slots = adapted_modules(engine, shape, version)
+    copied = [name for packed in slots for name in _PACKED.get(packed, ()) if name in own]
+    h, q, kv, i = shape.hidden, shape.heads * shape.head_size, shape.kv_width, shape.intermediate
+    widths = dict(zip(LINEAR, (h + q, h + kv, h + kv, q + h, h + i, h + i, i + h), strict=True))
+    weights = sum(widths[module] for module in own) / sum(widths.values())
+    return len(copied) / len(LINEAR), weights
 
 
 def slot_tensors(engine: EngineConfig, shape: ModelShape, version: EngineVersion) -> list[int]:

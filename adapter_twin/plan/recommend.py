@@ -73,7 +73,7 @@ def recommend(demand: Demand) -> dict[str, Any]:
         "max_cpu_loras": engine.max_cpu_loras,
         "max_lora_rank": engine.max_lora_rank,
         "kv_cache_tokens": int(best.kv_cache_tokens),
-        "startup_s": calibration.memory.startup_s(engine),
+        "startup_s": calibration.startup_s(engine, demand.adapters),
         "first_uses_s": first_uses_s(demand, calibration),
         "offered_tokens_per_s": demand.workload(HOUR_S).offered_tokens_per_s,
         "expected": expect(found.windows, demand.slo),

@@ -103,9 +103,11 @@ def warmed_up(calibration: Calibration) -> Calibration:
 
 def first_uses_s(demand: Demand, calibration: Calibration) -> float:
     """Return how long first uses of all adapters take together, in s."""
-    ranks = np.array([adapter.rank for adapter in demand.adapters])
-    pauses_s = 1e-3 * calibration.front_end.first_use_ms_ * len(ranks)
-    return float(pauses_s + calibration.loading.read_s(ranks).sum())
+    pauses_s = 1e-3 * calibration.front_end.first_use_ms_ * len(demand.adapters)
+    if demand.engine.lora_modules == "all":  # read at the start
+        return float(pauses_s)
+    _, read_s = calibration.load_times_s(demand.engine_with(1), demand.adapters)
+    return float(pauses_s + read_s.sum())
 
 
 def draw_traffic(

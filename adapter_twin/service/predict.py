@@ -162,7 +162,7 @@ def predict_scenario(scenario: Scenario) -> tuple[Simulation, dict[str, Any]]:
         "jain_fairness": jain_fairness(share) if len(share) else float("nan"),
         **adapter_loading(run.steps, run.duration_s),
         "kv_cache_tokens": calibration.require_start(engine, slots=policy.reserves_slots),
-        "startup_s": calibration.memory.startup_s(engine),
+        "startup_s": calibration.startup_s(engine, workload.adapters),
         **run.provenance,
     }
 

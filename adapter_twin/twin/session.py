@@ -125,6 +125,7 @@ def new_session(
     priorities: NDArray[np.int64] | None = None,
     reserves_prompts: bool = False,
     max_model_len: int | None = None,
+    preloaded: bool = False,
 ) -> Session:
     """Lay out a run.
 
@@ -154,6 +155,8 @@ def new_session(
         Admit a prompt when KV blocks for all of it are free, not for its first chunk.
     max_model_len : int, optional
         Longer requests are refused as they arrive.
+    preloaded : bool
+        The adapters were loaded before, one after the other: as many as fit are still there.
 
     Raises
     ------
@@ -195,6 +198,8 @@ def new_session(
     clock = _record(CLOCK)
     clock.next_scrape_s = front_end.scrape_period_s
     state = _new_state(limits, len(trace), (load_s, read_s, blocks, places, pinned), policy)
+    if preloaded:
+        _preload(limits, state, slots=policy.reserves_slots)
     state.count.free_blocks = free = kv_blocks(kv_cache_tokens, engine.block_size)
     if scheduling == BY_BLOCK:
         state = state._replace(blocks=_new_blocks(limits, trace, priorities, free))
@@ -211,6 +216,21 @@ def new_session(
         used=np.arange(n_adapters + 1) == n_adapters,  # the base model is there from the start
         policy=scheduling,
     )
+
+
+def _preload(limits: Limits, state: State, *, slots: bool) -> None:
+    """Let the last adapters that were loaded be where they fit; the first of them go first."""
+    count, free = state.count, np.flatnonzero(~state.pinned)
+    for room, present, following, preceding in (
+        (limits.max_cpu_loras, state.on_host, state.host_next, state.host_previous),
+        (limits.gpu_slots if slots else 0, state.on_gpu, state.gpu_next, state.gpu_previous),
+    ):
+        left = min(max(room - int(state.pinned.sum()), 0), len(free))
+        loaded = free[len(free) - left :]
+        present[loaded] = True
+        ring = np.concatenate(([limits.base_model + 1], loaded, [limits.base_model + 1]))
+        following[ring[:-1]], preceding[ring[1:]] = ring[1:], ring[:-1]
+    count.host_adapters, count.gpu_adapters = state.on_host.sum(), state.on_gpu[:-1].sum()
 
 
 def _check_policy(

@@ -47,14 +47,15 @@ def begin(
     engine = with_defaults(engine, trace, calibration)
     slots = policy.reserves_slots
     ranks = np.array([adapter.rank for adapter in adapters])
+    load_s, read_s = calibration.load_times_s(engine, adapters, slots=slots)
     return new_session(
         trace,
         engine,
         step_law(calibration, engine, merging=policy.merges),
         front_end_law(calibration, duration_s, observer),
         calibration.require_start(engine, slots=slots),
-        calibration.loading.load_s(ranks, engine.max_lora_rank if slots else ranks),
-        calibration.loading.read_s(ranks),
+        load_s,
+        read_s,
         policy,
         None if slots else calibration.memory.adapter_blocks(ranks, engine),
         places=order.permutation(len(ranks)),
@@ -62,6 +63,7 @@ def begin(
         priorities=np.array([adapter.priority for adapter in adapters], np.int64),
         reserves_prompts=calibration.version.reserves_prompts,
         max_model_len=calibration.memory.max_model_len(engine),
+        preloaded=engine.lora_modules == "all",
     )
 
 

@@ -62,6 +62,8 @@ class Adapter:
     priority: int
         Of its requests, where the engine's `scheduling_policy` is ``priority``: the lowest goes
         first, and the highest is preempted first. That of the base model is 0.
+    target_modules : tuple of str, optional
+        Modules that it changes; left out, all of a layer. Fewer are read and copied faster.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Adapter:
     request_rate: NotNegative
     pinned: bool = False
     priority: Integer = 0
+    target_modules: Some[Text] | None = None
 
 
 @function
