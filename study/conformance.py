@@ -33,6 +33,9 @@ KINDS = ("slots", "kv", "budget", "seqs", "mixed", "loose")
 RESERVES_PROMPTS = {"0.8.5": False, "0.32.0": True}
 """True: a recorded version admits a prompt only when KV blocks for all of it are free."""
 
+FEATURES_RECORDED = "0.32.0-features"
+"""The recording of cases with `FEATURES`, whole prompts reserved."""
+
 NULL_BLOCK = 1  # that vLLM keeps to itself
 ONE_SECOND = StepLaw(np.empty(0), np.eye(1, 9), 128, 0.0, np.zeros(3))
 NO_FRONT_END = FrontEnd(np.inf, 1 << 40, 0.0, np.inf, 0.0, 0.0, 0.0)
@@ -334,7 +337,7 @@ def conformance_table() -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for version, reserves_prompts in RESERVES_PROMPTS.items():
+    for version, reserves_prompts in [*RESERVES_PROMPTS.items(), (FEATURES_RECORDED, True)]:
         recording = load(FOLDER / f"vllm-{version}.json.gz")
         differ = sum(
             len(steps) - _alike(steps, twin_steps(case, reserves_prompts=reserves_prompts))
@@ -343,7 +346,9 @@ def conformance_table() -> pd.DataFrame:
         all_steps = [step for _, steps in recording for step in steps]
         rows.append(
             {
-                "scheduler": f"vLLM {version}",
+                "scheduler": f"vLLM {version}".replace(
+                    "-features", ", with prefix caching and more"
+                ),
                 "cases": len(recording),
                 "steps": len(all_steps),
                 "preemptions": sum(len(step[7]) for step in all_steps),

@@ -16,6 +16,7 @@ import pytest
 from adapter_twin.errors import AdapterTwinError
 from study.conformance import (
     FEATURES,
+    FEATURES_RECORDED,
     FOLDER,
     KINDS,
     RESERVES_PROMPTS,
@@ -29,7 +30,6 @@ from study.conformance import (
     twin_steps,
 )
 
-FEATURES_RECORDED = "0.32.0-features"
 ON: dict[str, Callable[[Case], bool]] = {
     **{name: lambda case, name=name: bool(getattr(case, name)) for name in FEATURES},
     "enable_chunked_prefill": lambda case: not case.enable_chunked_prefill,
