@@ -160,6 +160,12 @@ class Calibration:
                 f"{self.name} were measured the other way",
                 stacklevel=3,
             )
+        if engine.max_num_batched_tokens > self.memory.step_tokens_:
+            warnings.warn(
+                f"engine.max_num_batched_tokens: {self.name} was measured with steps of up to "
+                f"{self.memory.step_tokens_} tokens; longer ones are an extrapolation",
+                stacklevel=3,
+            )
         served, kept = len(workload.adapters), engine.max_cpu_loras
         if kept < served:
             chain = ", in chains while it equals max_loras" if kept == engine.max_loras else ""

@@ -27,7 +27,7 @@ from adapter_twin.laws.estimator import Estimator
 from adapter_twin.workload.engine_versions import EngineVersion, engine_version
 from adapter_twin.workload.files import records, run_to_engine
 from adapter_twin.workload.models import ModelShape
-from adapter_twin.workload.scenario import Adapter, EngineConfig
+from adapter_twin.workload.scenario import Adapter, EngineConfig, ServeFlags
 from adapter_twin.workload.strict import suggestion
 
 if TYPE_CHECKING:
@@ -230,6 +230,8 @@ class MemoryLaw(Estimator):
         layers' ``bytes`` on a CPU where both share a memory, or ``apart`` from it.
     max_model_len_ : int
         Longest request in tokens, where the flags do not tell; one must fit.
+    step_tokens_ : int
+        Largest ``max_num_batched_tokens`` of the starts: longer steps were not measured.
     kept_tokens_ : int
         Of the block that current engines keep to themselves and leave out of that check; 0 where
         the starts do not tell the size of blocks (vLLM 0.8.5 leaves out none).
@@ -244,6 +246,7 @@ class MemoryLaw(Estimator):
     total_gib: float
     max_model_len_: int
     kept_tokens_: int
+    step_tokens_: int
     slots_: SlotsTake
     reserve_gib_: float
     reserve_gib_interval_: tuple[float, float]
@@ -256,6 +259,7 @@ class MemoryLaw(Estimator):
         # what is known before any start
         kept = engine_version(version).memory
         self.max_model_len_, self.kept_tokens_ = shape.max_model_len, 0
+        self.step_tokens_ = ServeFlags().max_num_batched_tokens
         self.slots_ = "segments"
         self.reserve_gib_ = kept.reserve_gib + kept.lora_reserve_gib
         self.reserve_gib_interval_ = (self.reserve_gib_, self.reserve_gib_)
@@ -265,6 +269,8 @@ class MemoryLaw(Estimator):
         """Fit to measured server starts (table ``memory``: one row per start)."""
         if "max_model_len" in starts:
             self.max_model_len_ = int(starts.max_model_len.max())
+        if "max_num_batched_tokens" in starts:
+            self.step_tokens_ = int(starts.max_num_batched_tokens.max())
         self.kept_tokens_ = int(starts.block_size.max()) if "block_size" in starts else 0
         started = starts.dropna(subset=["kv_cache_tokens"])
         engines = [run_to_engine(row) for row in records(started)]

@@ -21,7 +21,7 @@ from adapter_twin.service.predict import predict
 from adapter_twin.service.validate import validate_runs
 from adapter_twin.tables import datasets
 from adapter_twin.twin.simulate import simulate_run
-from adapter_twin.workload.models import model_shape
+from adapter_twin.workload.models import model_config, model_shape
 from adapter_twin.workload.scenario import EngineConfig
 from study import ch07_campaign
 
@@ -260,6 +260,10 @@ def test_a_folder_of_a_campaign_is_known_and_its_machine_names_the_calibration(
     machine = {"device": "Some CPU", "gpus": [], "vllm": "0.32.0+cpu"}
     (tmp_path / "machine.json").write_text(json.dumps(machine))
     assert calibrate_tables(tmp_path).name == "small@cpu-vllm0.32.0"
+    own = model_config("tiny") | {"hidden_size": 192, "num_hidden_layers": 3}
+    (tmp_path / "machine.json").write_text(json.dumps(machine | {"model_config": own}))
+    shape = calibrate_tables(tmp_path).memory.shape  # a model of one's own tells its shape
+    assert (shape.hidden, shape.layers) == (192, 3)
     with pytest.raises(AdapterTwinError, match="model: 'large' is not in the tables"):
         calibrate_tables(tmp_path, "large")
     (tmp_path / "engine_starts.parquet").unlink()
