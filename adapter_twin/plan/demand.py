@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws.calibration import version_of
 from adapter_twin.plan.grid import Grid, slot_rank
-from adapter_twin.tables.datasets import read_frame
 from adapter_twin.workload.calibration_files import complete
 from adapter_twin.workload.files import read_yaml
+from adapter_twin.workload.lengths import Floats
+from adapter_twin.workload.request_log import BASE_MODEL, RequestLog, read_requests
 from adapter_twin.workload.scenario import (
     Adapters,
     Arrivals,
@@ -25,13 +28,10 @@ from adapter_twin.workload.scenario import (
     Slo,
     Workload,
 )
-from adapter_twin.workload.strict import NotNegative, Whole, dataclass, read, suggestion
+from adapter_twin.workload.strict import NotNegative, Whole, dataclass, read
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-LOG_COLUMNS = ("adapter", "arrival_s", "prompt_tokens", "output_tokens")
-"""A request log has these columns; an empty adapter is the base model."""
+BURSTY_CV = 1.25
+"""Arrivals whose gaps vary less are taken as Poisson."""
 
 LEAST_CV = 0.01
 """Lengths that vary less than this are as good as constant."""
@@ -147,8 +147,8 @@ def load_demand(path: str | Path) -> Demand:
 
     Adapters are listed or in one of the short forms of
     `adapter_twin.workload.files.load_scenario`. In place of rates and `lengths` there may be a
-    ``request_log``, the path of a table relative to the file, with the columns `LOG_COLUMNS`:
-    adapters then have a name and a rank only.
+    ``request_log``, the path of a table relative to the file, see
+    `adapter_twin.workload.request_log`; adapters then have a name and a rank only.
 
     Raises
     ------
@@ -171,7 +171,8 @@ def load_demand(path: str | Path) -> Demand:
         require(isinstance(log, str), f"request_log: expected the path of a table, got {log!r}")
         for name in ("lengths", "arrivals", "base_model_request_rate"):
             require(name not in content, f"{name}: the request_log tells; leave it out")
-        content |= measure(read_log(file.parent / log), content.get("adapters"))
+        logged = file.parent / log
+        content |= measure(read_requests(logged), content.get("adapters"), logged)
     return read(Demand, content)
 
 
@@ -186,78 +187,73 @@ def _require_rates(adapters: object) -> None:
             )
 
 
-def read_log(path: Path) -> pd.DataFrame:
-    """Return a request log, one row per request.
-
-    Raises
-    ------
-    AdapterTwinError
-        It cannot be read, has an unknown column or lacks one, or holds a value no request can have.
-    """
-    log = read_frame(path)
-    for name in log.columns:
-        known = name in LOG_COLUMNS
-        require(known, f"{path}: unknown column {name!r}{suggestion(name, LOG_COLUMNS)}")
-    for name in LOG_COLUMNS:
-        require(name in log, f"{path}: the column {name} is missing; add it")
-    for name, least in {"arrival_s": -np.inf, "prompt_tokens": 1, "output_tokens": 1}.items():
-        try:
-            values = log[name].to_numpy(np.float64, na_value=np.nan)
-        except (TypeError, ValueError):
-            raise AdapterTwinError(f"{path}: {name} holds text; give numbers") from None
-        fits = np.isfinite(values) & (values >= least)
-        at_least = "a number" if least < 1 else f"at least {least}"
-        require(bool(fits.all()), f"{path}: {name} must be {at_least} in every row")
-    return log
-
-
-def measure(log: pd.DataFrame, adapters: object) -> dict[str, Any]:
+def measure(log: RequestLog, adapters: object, path: Path) -> dict[str, Any]:
     """Return the keys of `Demand` that follow from a request log.
 
     Parameters
     ----------
-    log : pandas.DataFrame
-        Columns `LOG_COLUMNS`.
+    log : RequestLog
     adapters : object
         What the YAML file lists: names and ranks.
+    path : pathlib.Path
+        Of the log, for messages.
 
     Returns
     -------
     dict
-        ``adapters`` with their rates, 0 for those without a request; ``base_model_request_rate``;
+        ``adapters`` with their rates, 0 for those without a request, equal ones where the log tells
+        no adapters; ``base_model_request_rate``; ``arrivals``, as bursty as each adapter's own;
         ``lengths``: log-normal with the log's means, the mean of its two coefficients of variation,
         and its rank correlation.
     """
-    first, last = log.arrival_s.min(), log.arrival_s.max()
-    require(len(log) > 1 and last > first, "request_log: give requests at two different times")
-    # n arrivals span n - 1 gaps
-    span_s = float(last - first) * len(log) / (len(log) - 1)
-    names = log.adapter.convert_dtypes().astype("string").fillna("")  # 7, not 7.0
-    counts = names.value_counts()
+    first, last, n = log.arrival_s[0], log.arrival_s[-1], len(log.arrival_s)
+    require(n > 1 and last > first, "request_log: give requests at two different times")
+    span_s = float(last - first) * n / (n - 1)  # n arrivals span n - 1 gaps
     listed = adapters if isinstance(adapters, list) else []
-    known = [str(adapter.get("name")) for adapter in listed if isinstance(adapter, Mapping)]
-    for name in counts.index.difference(["", *known]):
-        raise AdapterTwinError(
-            f"request_log: adapter {name!r} is not among the adapters{suggestion(name, known)}"
-        )
-    rates = counts / span_s
+    names = [str(one.get("name")) if isinstance(one, Mapping) else "" for one in listed]
+    index = log.indices(names, path)
+    if index is None:
+        warnings.warn(f"{path}: names no adapters; all get an equal share", stacklevel=2)
+        counts, base = np.full(len(names), n / max(len(names), 1)), 0.0
+    else:
+        counts = np.bincount(index[index >= 0], minlength=len(names)).astype(float)
+        base = float((index == BASE_MODEL).sum() / span_s)
     return {
-        "adapters": [_with_rate(adapter, i, rates) for i, adapter in enumerate(listed)],
-        "base_model_request_rate": float((names == "").sum() / span_s),
+        "adapters": [_with_rate(one, i, counts / span_s) for i, one in enumerate(listed)],
+        "base_model_request_rate": base,
+        "arrivals": _arrivals(log.arrival_s, index, path),
         "lengths": _lengths(log),
     }
 
 
-def _with_rate(adapter: object, i: int, rates: pd.Series[float]) -> object:
+def _arrivals(arrival_s: Floats, index: NDArray[np.int32] | None, path: Path) -> dict[str, Any]:
+    """Return a renewal process as bursty as the gaps between each adapter's requests."""
+    sources = [arrival_s] if index is None else [arrival_s[index == k] for k in np.unique(index)]
+    gaps = [np.diff(own_s) / np.diff(own_s).mean() for own_s in sources if np.ptp(own_s) > 0]
+    cv = float(np.concatenate(gaps).std()) if gaps else 1.0
+    if cv < BURSTY_CV:
+        return {"process": "poisson"}
+    warnings.warn(
+        f"{path}: arrivals are bursty (gaps of cv {cv:.2g}); they are drawn as such, those of each "
+        "adapter apart",
+        stacklevel=3,
+    )
+    return {"process": "gamma", "cv": cv}
+
+
+def _with_rate(adapter: object, i: int, rates: Floats) -> object:
     if not isinstance(adapter, Mapping):
         return adapter
     told = "request_rate" in adapter
     require(not told, f"adapters[{i}].request_rate: the request_log tells; leave it out")
-    return {**adapter, "request_rate": float(rates.get(str(adapter.get("name")), 0.0))}
+    return {**adapter, "request_rate": float(rates[i])}
 
 
-def _lengths(log: pd.DataFrame) -> dict[str, Any]:
-    columns = log[["prompt_tokens", "output_tokens"]].astype(float)
+def _lengths(log: RequestLog) -> dict[str, Any]:
+    import pandas as pd
+
+    told = {"prompt_tokens": log.prompt_tokens, "output_tokens": log.output_tokens}
+    columns = pd.DataFrame(told).astype(float)
     mean, deviation = columns.mean(), columns.std(ddof=0)
     constant = bool((deviation == 0).any())
     correlation = 0.0 if constant else columns.corr("spearman").to_numpy()[0, 1]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import heapq
 import random
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapter_twin.errors import AdapterTwinError, one_line, require
+from adapter_twin.errors import require
 from adapter_twin.workload.lengths import LengthMarginals, draw_lengths
-from adapter_twin.workload.scenario import Workload
+from adapter_twin.workload.request_log import BASE_MODEL, MOONCAKE_BLOCK_TOKENS, read_requests
+from adapter_twin.workload.scenario import Adapter, Workload
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,9 +37,6 @@ __all__ = [
     "generators",
     "read_trace",
 ]
-
-BASE_MODEL = -1
-"""In `Trace.adapter`: the request goes to the base model."""
 
 COLUMNS = ("arrival_s", "adapter", "prompt_tokens", "output_tokens")
 """A trace's table has these."""
@@ -100,43 +100,63 @@ class Trace:
         return pd.DataFrame({name: getattr(self, name) for name in COLUMNS})
 
 
-def read_trace(path: str | Path) -> Trace:
-    """Read a parquet or CSV table with a trace's columns, its rows in any order.
+def read_trace(
+    path: str | Path,
+    adapters: Sequence[Adapter] = (),
+    base_model_request_rate: float = 0.0,
+    rng: np.random.Generator | None = None,
+) -> Trace:
+    """Read a trace or a log of requests, see `adapter_twin.workload.request_log`.
+
+    Parameters
+    ----------
+    path : path-like
+    adapters : sequence of Adapter
+        What the file names, or counts from 0; left out, it counts. Where it tells no adapters its
+        requests are dealt over these by their rates, by chance.
+    base_model_request_rate : float
+        Requests are dealt to the base model as well.
+    rng : numpy.random.Generator, optional
+        Deals them.
 
     Raises
     ------
     AdapterTwinError
         The file cannot be read, is empty, lacks a column, or holds a value no request can have.
     """
-    import pandas as pd
+    log = read_requests(path)
+    if log.left_out:
+        warnings.warn(f"{path}: {log.left_out} rows without output are left out", stacklevel=2)
+    names = [adapter.name for adapter in adapters]
+    adapter = log.indices(names, path)
+    if adapter is None:
+        require(rng is not None and len(names) > 0, f"{path}: no adapters to deal it over")
+        assert rng is not None
+        rates = np.array([*(one.request_rate for one in adapters), base_model_request_rate])
+        shares = rates if rates.sum() > 0 else np.append(np.ones(len(names)), 0.0)
+        dealt = rng.choice(len(shares), len(log.arrival_s), p=shares / shares.sum())
+        dealt[dealt == len(names)] = BASE_MODEL
+        adapter = dealt.astype(np.int32)
+        warnings.warn(
+            f"{path}: names no adapters; its requests are dealt over the workload's by their rates",
+            stacklevel=2,
+        )
+    prompt, output = log.prompt_tokens, log.output_tokens
+    return Trace(log.arrival_s, adapter, prompt, output, _contents(log.blocks, prompt))
 
-    try:
-        frame = pd.read_csv(path) if Path(path).suffix == ".csv" else pd.read_parquet(path)
-    except (OSError, ValueError) as error:  # pandas' and Arrow's parse errors are ValueErrors
-        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
-        raise AdapterTwinError(
-            f"{path}: cannot be read as a trace ({reason}); give a .csv or .parquet of requests"
-        ) from None
-    require(len(frame) > 0, f"{path}: the trace is empty; give at least one request")
-    lowest = dict(zip(COLUMNS, (0, BASE_MODEL, 1, 1), strict=True))
-    columns = {name: _column(frame, name, least, path) for name, least in lowest.items()}
-    order = np.argsort(columns["arrival_s"], kind="stable")
-    adapter, prompt, output = (columns[name][order].astype(np.int32) for name in COLUMNS[1:])
-    return Trace(columns["arrival_s"][order], adapter, prompt, output)
 
-
-def _column(frame: pd.DataFrame, name: str, lowest: int, path: str | Path) -> Floats:
-    require(name in frame, f"{path}: the column {name} is missing; add it")
-    try:
-        values = frame[name].to_numpy(np.float64, na_value=np.nan)
-    except (TypeError, ValueError):
-        raise AdapterTwinError(f"{path}: {name} holds text; give numbers") from None
-    fits = np.isfinite(values) & (values >= lowest) & (values < np.iinfo(np.int32).max)
-    if name != "arrival_s":
-        fits &= values == np.rint(values)
-    kind = "a time" if name == "arrival_s" else "a whole number"
-    require(bool(fits.all()), f"{path}: {name} must be {kind} of at least {lowest} in every row")
-    return values
+def _contents(blocks: list[list[int]] | None, prompt_tokens: Ints) -> Contents | None:
+    """Return the pieces that hashes of a prompt's blocks stand for; the last may be cut short."""
+    if blocks is None:
+        return None
+    counts = np.array([len(hashes) for hashes in blocks])
+    first = np.concatenate(([0], np.cumsum(counts)))
+    place = np.arange(first[-1]) - np.repeat(first[:-1], counts)
+    end = np.minimum(MOONCAKE_BLOCK_TOKENS * (place + 1), np.repeat(prompt_tokens, counts))
+    rising = np.concatenate(([True], (np.diff(end) > 0) | (place[1:] == 0)))[: len(end)]
+    kept = np.concatenate(([0], np.cumsum(rising)))
+    pieces = np.concatenate([*map(np.asarray, blocks), np.empty(0)]).astype(np.int64)
+    return Contents(kept[first], pieces[rising], end[rising].astype(np.int32))
 
 
 def generators(seed: int) -> tuple[np.random.Generator, np.random.Generator, np.random.Generator]:
@@ -164,7 +184,7 @@ def generate(
         The measured histograms; needed for ``sharegpt`` lengths only.
     """
     if workload.arrivals.path is not None:
-        return _replay(workload, workload.arrivals.path)
+        return _replay(workload, workload.arrivals.path, rng)
     adapter_rates = [adapter.request_rate for adapter in workload.adapters]
     rates = np.array([*adapter_rates, workload.base_model_request_rate])
     # one request in 1e9 windows is none, and divisions by the rates stay finite
@@ -185,16 +205,15 @@ def generate(
     return Trace(arrival_s, source, prompt + np.int32(shared), output, contents)
 
 
-def _replay(workload: Workload, path: str) -> Trace:
-    trace = read_trace(path)
-    served = len(workload.adapters)
-    highest = int(trace.adapter.max())
-    require(
-        highest < served,
-        f"{path}: adapter {highest} is not in the workload, which has {served}; count from 0",
-    )
+def _replay(workload: Workload, path: str, rng: np.random.Generator) -> Trace:
+    trace = read_trace(path, workload.adapters, workload.base_model_request_rate, rng)
     end = int(np.searchsorted(trace.arrival_s, workload.duration_s))
-    return Trace(*(getattr(trace, name)[:end] for name in COLUMNS))
+    columns: dict[str, Any] = {name: getattr(trace, name)[:end] for name in COLUMNS}
+    if trace.contents is not None:
+        first, last = trace.contents.first[: end + 1], trace.contents.first[end]
+        kept = Contents(first, trace.contents.piece[:last], trace.contents.end[:last])
+        columns["contents"] = kept
+    return Trace(**columns)
 
 
 def _poisson_arrivals(

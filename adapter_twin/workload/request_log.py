@@ -1,0 +1,233 @@
+"""Logs and public traces of requests, whatever their form, as one table.
+
+Read are ``.csv``, ``.csv.gz``, ``.jsonl`` and ``.parquet`` with a time of arrival, tokens of prompt
+and output, and an adapter if there is one, under the names of `NAMES`: a gateway's log, the Azure
+LLM inference traces (``TIMESTAMP, ContextTokens, GeneratedTokens``), BurstGPT (``Timestamp, Request
+tokens, Response tokens``) and Mooncake (milliseconds, ``hash_ids`` of the prompts' blocks). Other
+columns are ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapter_twin.errors import AdapterTwinError, one_line, require
+from adapter_twin.workload.lengths import Floats
+from adapter_twin.workload.strict import suggestion
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NAMES = {
+    "arrival_s": ("arrival_s", "timestamp", "arrived_at", "arrival_time", "time"),
+    "prompt_tokens": (
+        *("prompt_tokens", "contexttokens", "request tokens", "input_length", "input_tokens"),
+        *("num_prefill_tokens", "prompt_len"),
+    ),
+    "output_tokens": (
+        *("output_tokens", "generatedtokens", "response tokens", "output_length"),
+        *("completion_tokens", "num_decode_tokens", "output_len"),
+    ),
+    "adapter": ("adapter", "adapter_name", "lora", "lora_name"),
+}
+"""What a column may be called, in any case."""
+
+MOONCAKE_BLOCK_TOKENS = 512
+"""A hash of a Mooncake trace stands for this many tokens of a prompt."""
+
+BASE_MODEL = -1
+"""The adapter of requests to the base model."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLog:
+    """Requests in order of arrival.
+
+    Attributes
+    ----------
+    arrival_s : float64, shape (requests,)
+        As it is told; dates are counted from the first request.
+    prompt_tokens, output_tokens : int32, shape (requests,)
+    adapter : str, shape (requests,), optional
+        Names as they are told, empty for the base model; None where there is no such column.
+    blocks : list of list, optional
+        Hashes of each prompt's blocks of `MOONCAKE_BLOCK_TOKENS`.
+    left_out : int
+        Rows without output.
+    """
+
+    arrival_s: Floats
+    prompt_tokens: NDArray[np.int32]
+    output_tokens: NDArray[np.int32]
+    adapter: NDArray[Any] | None
+    blocks: list[list[int]] | None
+    left_out: int
+
+    def indices(self, names: Sequence[str], path: str | Path) -> NDArray[np.int32] | None:
+        """Return each request's adapter as an index, `BASE_MODEL` for the base model.
+
+        A number that is no name is an index. None where the log tells no adapters.
+
+        Parameters
+        ----------
+        names : sequence of str
+            Of the workload's adapters.
+        path : path-like
+            Of the log, for messages.
+
+        Raises
+        ------
+        AdapterTwinError
+            An adapter is not among them.
+        """
+        if self.adapter is None:
+            return None
+        told, seen, inverse = np.unique(self.adapter, return_index=True, return_inverse=True)
+        places = {name: k for k, name in enumerate(names)}
+        strange = [name for name in told[np.argsort(seen)] if not _is_number(name)]
+        if strange and len(strange) <= len(names) and not places.keys() & set(strange):
+            places = dict(zip(strange, range(len(names)), strict=False))
+            warnings.warn(
+                f"{path}: names none of the workload's adapters; its own, as they appear "
+                f"({', '.join(strange[:3])}, ...), stand for them",
+                stacklevel=3,
+            )
+        found = np.array([_index(str(name), places, path) for name in told], np.int32)
+        return found[inverse]
+
+
+def _is_number(name: str) -> bool:
+    """Tell an index, or nothing, from a name."""
+    return name == "" or name.removeprefix("-").isdecimal()
+
+
+def _index(name: str, places: dict[str, int], path: str | Path) -> int:
+    if name in ("", "-1"):
+        return BASE_MODEL
+    if name in places:
+        return places[name]
+    if name.isdecimal():
+        index, served = int(name), len(places)
+        require(
+            index < served or not places,
+            f"{path}: adapter {name} is not in the workload, which has {served}; count from 0",
+        )
+        return index
+    raise AdapterTwinError(
+        f"{path}: adapter {name!r} is not among the adapters{suggestion(name, places)}"
+    )
+
+
+def read_requests(path: str | Path) -> RequestLog:
+    """Read a log or a trace of requests, its rows in any order.
+
+    Raises
+    ------
+    AdapterTwinError
+        The file cannot be read, is empty, lacks a column, or holds a value no request can have.
+    """
+    frame = _read(Path(path))
+    columns = {
+        name: next((c for c in frame.columns if str(c).strip().lower() in choices), None)
+        for name, choices in NAMES.items()
+    }
+    others = [str(column) for column in frame.columns if column not in columns.values()]
+    for name, column in columns.items():
+        near = difflib.get_close_matches(name, others, n=1)
+        if column is None and near:
+            raise AdapterTwinError(f"{path}: unknown column {near[0]!r}; did you mean {name!r}?")
+        require(
+            column is not None or name == "adapter",
+            f"{path}: the column {name} is missing; add it, under that name or as one of "
+            f"{', '.join(NAMES[name][1:])}",
+        )
+    output = _numbers(frame[columns["output_tokens"]], "output_tokens", path, missing=True)
+    answered = output > 0
+    frame, output = frame[answered], output[answered]
+    require(len(frame) > 0, f"{path}: the trace is empty; give at least one request with output")
+    prompt = _numbers(frame[columns["prompt_tokens"]], "prompt_tokens", path)
+    arrival_s = _seconds(frame[columns["arrival_s"]], path)
+    if "hash_ids" in frame:  # Mooncake's
+        arrival_s = arrival_s / 1e3
+    order = np.argsort(arrival_s, kind="stable")
+    adapter = columns["adapter"]
+    return RequestLog(
+        arrival_s=arrival_s[order],
+        prompt_tokens=prompt[order].astype(np.int32),
+        output_tokens=output[order].astype(np.int32),
+        adapter=None if adapter is None else _adapter_names(frame[adapter])[order],
+        blocks=[list(frame["hash_ids"].iloc[i]) for i in order] if "hash_ids" in frame else None,
+        left_out=int((~answered).sum()),
+    )
+
+
+def _read(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    name = path.name.lower()
+    try:
+        if name.endswith((".csv", ".csv.gz")):
+            frame = pd.read_csv(path)
+        elif name.endswith((".jsonl", ".jsonl.gz")):
+            frame = pd.read_json(path, lines=True, convert_dates=False)
+        else:
+            frame = pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pandas' and Arrow's parse errors are ValueErrors
+        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
+        raise AdapterTwinError(
+            f"{path}: cannot be read as a trace ({reason}); give a .csv, .csv.gz, .jsonl or "
+            ".parquet of requests"
+        ) from None
+    require(len(frame) > 0, f"{path}: the trace is empty; give at least one request")
+    return frame
+
+
+def _numbers(
+    column: pd.Series[Any], name: str, path: str | Path, *, missing: bool = False
+) -> Floats:
+    """Return whole numbers of at least one; with `missing`, empty cells and zeros are 0."""
+    try:
+        values = column.to_numpy(np.float64, na_value=np.nan)
+    except (TypeError, ValueError):
+        raise AdapterTwinError(f"{path}: {name} holds text; give numbers") from None
+    if missing:
+        values = np.nan_to_num(values, nan=0.0, posinf=np.inf)
+    lowest = 0 if missing else 1
+    fits = (values >= lowest) & (values < np.iinfo(np.int32).max) & (values == np.rint(values))
+    require(bool(fits.all()), f"{path}: {name} must be a whole number of at least 1 in every row")
+    return values
+
+
+def _seconds(column: pd.Series[Any], path: str | Path) -> Floats:
+    """Return times in s: numbers as they are, dates from the first one."""
+    import pandas as pd
+
+    if column.dtype.kind in "iuf":
+        values = column.to_numpy(np.float64)
+        fits = np.isfinite(values) & (values >= 0) & (values < np.iinfo(np.int32).max)
+        if np.isfinite(values).all() and values.min() > 1e8:  # since 1970, in s or ms
+            values = (values - values.min()) / (1e3 if values.min() > 1e11 else 1.0)
+            fits = values < np.iinfo(np.int32).max
+        require(bool(fits.all()), f"{path}: arrival_s must be a time of at least 0 in every row")
+        return values
+    try:
+        dates = pd.to_datetime(column, utc=True, format="ISO8601")
+    except (ValueError, TypeError):
+        raise AdapterTwinError(
+            f"{path}: arrival_s holds text that is no date; give seconds or ISO 8601 dates"
+        ) from None
+    require(bool(dates.notna().all()), f"{path}: arrival_s must be a time in every row")
+    return np.asarray((dates - dates.min()).dt.total_seconds(), np.float64)
+
+
+def _adapter_names(column: pd.Series[Any]) -> NDArray[Any]:
+    """Return names as text: 7, not 7.0, and nothing for the base model."""
+    return column.convert_dtypes().astype("string").fillna("").to_numpy(object).astype(str)

@@ -1,0 +1,148 @@
+"""Logs and public traces in their own forms."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.plan.demand import load_demand
+from adapter_twin.workload.request_log import read_requests
+from adapter_twin.workload.scenario import Adapter
+from adapter_twin.workload.trace import BASE_MODEL, read_trace
+
+ADAPTERS = (
+    Adapter(name="sql", rank=8, request_rate=3.0),
+    Adapter(name="law", rank=16, request_rate=1.0),
+)
+AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:17:04.0319600,3180,8
+2023-11-16 18:17:03.9799600,4808,10
+2023-11-16 18:17:05.2500000,110,27
+"""
+BURSTGPT = """Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type
+5,ChatGPT,472,18,490,Conversation log
+45,ChatGPT,1087,230,1317,Conversation log
+118,GPT-4,417,0,417,Conversation log
+"""
+MOONCAKE = [
+    {"timestamp": 3052, "input_length": 1300, "output_length": 5, "hash_ids": [1, 2, 7]},
+    {"timestamp": 0, "input_length": 1536, "output_length": 9, "hash_ids": [1, 2, 3]},
+    {"timestamp": 3052, "input_length": 100, "output_length": 2, "hash_ids": [4]},
+]
+LOG = """when,user,adapter,prompt_tokens,completion_tokens,arrival_s
+x,1,sql,10,5,2026-03-01T12:00:00+01:00
+x,2,law,20,6,2026-03-01T11:00:01Z
+x,3,,30,7,2026-03-01T11:00:02.5+00:00
+x,4,sql,40,,2026-03-01T11:00:03Z
+"""
+
+
+def write(path: Path, text: str) -> Path:
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["azure.csv", "azure.csv.gz"])
+def test_the_azure_traces_are_read_from_their_first_request(tmp_path: Path, name: str) -> None:
+    log = read_requests(write(tmp_path / name, AZURE))
+    assert log.arrival_s.tolist() == pytest.approx([0, 0.052, 1.27004])
+    assert log.prompt_tokens.tolist() == [4808, 3180, 110]
+    assert log.output_tokens.tolist() == [10, 8, 27]
+    assert log.adapter is None
+
+
+def test_burstgpts_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "burst.csv", BURSTGPT)
+    log = read_requests(path)
+    assert (log.arrival_s.tolist(), log.left_out) == ([5, 45], 1)
+    with (
+        pytest.warns(UserWarning, match="1 rows without output are left out"),
+        pytest.warns(UserWarning, match="dealt over the workload's by their rates"),
+    ):
+        read_trace(path, ADAPTERS, rng=np.random.default_rng(0))
+
+
+@pytest.mark.filterwarnings("ignore:.*names no adapters")
+def test_mooncakes_hashes_are_pieces_that_prompts_share(tmp_path: Path) -> None:
+    text = "\n".join(map(json.dumps, MOONCAKE))
+    trace = read_trace(
+        write(tmp_path / "m.jsonl", text), ADAPTERS[:1], rng=np.random.default_rng(0)
+    )
+    assert trace.arrival_s.tolist() == [0, 3.052, 3.052]
+    assert trace.contents is not None
+    assert trace.contents.first.tolist() == [0, 3, 6, 7]
+    assert trace.contents.piece.tolist() == [1, 2, 3, 1, 2, 7, 4]
+    assert trace.contents.end.tolist() == [512, 1024, 1536, 512, 1024, 1300, 100]
+
+
+@pytest.mark.filterwarnings("ignore:.*without output")
+def test_a_gateways_log_has_names_time_zones_and_columns_of_its_own(tmp_path: Path) -> None:
+    trace = read_trace(write(tmp_path / "log.csv", LOG), ADAPTERS)
+    assert trace.arrival_s.tolist() == [0, 1, 2.5]
+    assert trace.adapter.tolist() == [0, 1, BASE_MODEL]
+    assert trace.output_tokens.tolist() == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("begins", "gap"), [(0.5, 1.5), (1_760_000_000, 1.5), (1_760_000_000_000, 1500)]
+)
+def test_times_may_count_from_1970(tmp_path: Path, begins: float, gap: float) -> None:
+    rows = f"arrival_s,prompt_tokens,output_tokens\n{begins},1,1\n{begins + gap},1,1\n"
+    arrival_s = read_requests(write(tmp_path / "log.csv", rows)).arrival_s
+    assert np.diff(arrival_s).tolist() == [1.5]
+
+
+@pytest.mark.filterwarnings("ignore:.*names no adapters")
+def test_requests_without_adapters_are_dealt_by_popularity(tmp_path: Path) -> None:
+    rows = "arrival_s,prompt_tokens,output_tokens\n" + "1,1,1\n" * 4000
+    path = write(tmp_path / "log.csv", rows)
+    first, again = (
+        read_trace(path, ADAPTERS, 4.0, np.random.default_rng(5)).adapter for _ in range(2)
+    )
+    assert (first == again).all()
+    shares = [float((first == k).mean()) for k in (0, 1, BASE_MODEL)]
+    assert shares == pytest.approx([3 / 8, 1 / 8, 4 / 8], abs=0.03)
+
+
+def test_a_log_of_strange_names_takes_the_workloads_adapters_in_order(tmp_path: Path) -> None:
+    rows = "arrival_s,adapter,prompt_tokens,output_tokens\n1,tax,1,1\n2,art,1,1\n3,tax,1,1\n"
+    path = write(tmp_path / "log.csv", rows)
+    with pytest.warns(UserWarning, match="names none of the workload's adapters; its own"):
+        assert read_trace(path, ADAPTERS).adapter.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("arrival,prompt_tokens,output_tokens\n1,1,1\n", "unknown column 'arrival'; did you mean"),
+        ("t,prompt_tokens,output_tokens\n1,1,1\n", "the column arrival_s is missing; add it"),
+        ("arrival_s,prompt_tokens,output_tokens\nsoon,1,1\n", "text that is no date"),
+        ("arrival_s,prompt_tokens,output_tokens\n1,1,0\n", "at least one request with output"),
+        ("arrival_s,prompt_tokens,output_tokens\n1,1,-4\n", "output_tokens must be a whole number"),
+        ("arrival_s,adapter,prompt_tokens,output_tokens\n1,sq,1,1\n2,sql,1,1\n", "'sq' is not"),
+    ],
+)
+def test_what_no_request_can_have_is_refused_in_one_line(
+    tmp_path: Path, rows: str, message: str
+) -> None:
+    with pytest.raises(AdapterTwinError, match=message) as caught:
+        read_trace(write(tmp_path / "log.csv", rows), ADAPTERS)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_on_a_bursty_log_draws_bursts(tmp_path: Path) -> None:
+    bursts = [f"{600 * k + 0.01 * i},sql,50,20" for k in range(6) for i in range(40)]
+    rows = "arrival_s,adapter,prompt_tokens,output_tokens\n" + "\n".join(bursts)
+    write(tmp_path / "log.csv", rows)
+    plan = "model: llama-3.1-8b-instruct\nadapters: [{name: sql, rank: 8}]\nrequest_log: log.csv\n"
+    with pytest.warns(UserWarning, match=r"arrivals are bursty \(gaps of cv"):
+        demand = load_demand(write(tmp_path / "plan.yaml", plan))
+    assert demand.arrivals.process == "gamma"
+    assert demand.arrivals.cv > 3
+    assert demand.adapters[0].request_rate == pytest.approx(240 / 3000, rel=0.05)
