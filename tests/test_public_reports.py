@@ -9,9 +9,11 @@ import pytest
 import yaml
 
 from adapter_twin.errors import AdapterTwinError
+from adapter_twin.plan.demand import Demand
 from adapter_twin.service.predict import predict_scenario
 from adapter_twin.twin.records import Simulation
 from adapter_twin.workload.files import load_scenario
+from adapter_twin.workload.strict import read
 
 LLAMA = "llama-3.1-8b-instruct"
 LENGTHS = {"mean_input_tokens": 223, "mean_output_tokens": 198}
@@ -182,3 +184,10 @@ def test_a_real_command_line_is_simulated_as_it_is(ask: Any) -> None:
     run, told = ask({}, None, DEALT, 20.0, f"vllm serve meta-llama/Llama-3.1-8B-Instruct {flags}")
     assert (run.engine.max_num_seqs, run.engine.max_model_len) == (256, 8192)
     assert told["kv_cache_tokens"] > 284_064  # a smaller batch holds less
+
+
+def test_slots_of_rank_1_are_as_narrow_where_the_version_takes_them() -> None:
+    adapters = ({"name": "a", "rank": 1, "request_rate": 1.0},)
+    asked = {"adapters": adapters, "lengths": {**LENGTHS, "distribution": "lognormal"}}
+    assert read(Demand, {"model": "small", **asked}).max_lora_rank == 1
+    assert read(Demand, {"model": LLAMA, **asked}).max_lora_rank == 8

@@ -1,4 +1,4 @@
-"""Verbs that predict runs: predict, validate, simulate."""
+"""Verbs that predict runs: predict, validate, simulate; and traffic, what a log holds."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -141,3 +141,31 @@ def simulate(
         report.print_json(content)
     else:
         report.print_mapping(content, str(config))
+
+
+@verbs.example("traffic AzureLLMInferenceTrace_conv.csv --out requests.parquet")
+def traffic(
+    source: Annotated[
+        Path,
+        Argument(metavar="SOURCE", help="A log: .csv, .csv.gz, .jsonl or .parquet of requests."),
+    ],
+    window_s: Annotated[
+        float, Option(min=1, help="Length of the busiest stretch that is named, in s.")
+    ] = 3600.0,
+    out: Annotated[
+        Path | None, Option(metavar="OUT.parquet", help="Write the requests in the common form.")
+    ] = None,
+    as_json: JSON = False,
+) -> None:
+    """Tell what a request log or a public trace holds, and write it in the common form."""
+    from adapter_twin.workload.request_log import read_requests
+
+    report.check_target(out, ".parquet", ".csv")
+    log = read_requests(source)
+    told = log.describe(window_s)
+    if out is not None:
+        datasets.write_table(log.to_frame(), out)
+    if as_json:
+        report.print_json(told)
+    else:
+        report.print_mapping(told, source.name)

@@ -55,7 +55,7 @@ def what_fits(
 
     Examples
     --------
-    >>> found = what_fits("llama-3.1-8b", "l40s", {"max_loras": 32})
+    >>> found = what_fits("llama-3.1-8b", "l40s", {"max_loras": 32, "max_model_len": 8192})
     >>> found["starts"], found["largest_max_loras"] > 100
     (True, True)
     """

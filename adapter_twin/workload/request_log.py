@@ -71,6 +71,67 @@ class RequestLog:
     blocks: list[list[int]] | None
     left_out: int
 
+    def describe(self, window_s: float = 3600.0) -> dict[str, Any]:
+        """Return what the log holds: how many requests, how long, how bursty, of which adapters.
+
+        Parameters
+        ----------
+        window_s : float
+            The busiest stretch of this length is named.
+
+        Returns
+        -------
+        dict
+            ``requests``, ``left_out``, ``span_s``, ``request_rate``, ``gap_cv`` (1 for Poisson
+            arrivals); mean, median and p99 of ``prompt_tokens`` and ``output_tokens``;
+            ``adapters`` (None where it names none), ``top_adapter``, ``top_share`` and
+            ``base_model_share``; ``busiest_from_s`` and the ``busiest_request_rate`` there.
+        """
+        n, gaps_s = len(self.arrival_s), np.diff(self.arrival_s)
+        span_s = float(gaps_s.sum())
+        held = np.searchsorted(self.arrival_s, self.arrival_s + window_s) - np.arange(n)
+        busiest = int(held.argmax())
+        told: dict[str, Any] = {
+            "requests": n,
+            "left_out": self.left_out,
+            "span_s": span_s,
+            "request_rate": n / span_s if span_s else None,
+            "gap_cv": float(gaps_s.std() / gaps_s.mean()) if span_s else None,
+        }
+        for name in ("prompt_tokens", "output_tokens"):
+            tokens = getattr(self, name)
+            told |= {
+                f"mean_{name}": float(tokens.mean()),
+                f"median_{name}": float(np.median(tokens)),
+                f"p99_{name}": float(np.percentile(tokens, 99)),
+            }
+        names, counts = np.unique([] if self.adapter is None else self.adapter, return_counts=True)
+        is_adapter = ~np.isin(names, ("", "-1"))
+        top = int(np.where(is_adapter, counts, -1).argmax()) if is_adapter.any() else None
+        return {
+            **told,
+            "adapters": None if self.adapter is None else int(is_adapter.sum()),
+            "top_adapter": None if top is None else str(names[top]),
+            "top_share": None if top is None else float(counts[top] / n),
+            "base_model_share": float(counts[~is_adapter].sum() / n),
+            "busiest_from_s": float(self.arrival_s[busiest]),
+            "busiest_request_rate": float(held[busiest] / window_s),
+            "shared_prefixes": self.blocks is not None,
+        }
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the log in the common form: seconds, tokens, and adapters by name if told."""
+        import pandas as pd
+
+        columns: dict[str, Any] = {
+            "arrival_s": self.arrival_s,
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens,
+        }
+        told = {} if self.adapter is None else {"adapter": self.adapter}
+        hashes = {} if self.blocks is None else {"hash_ids": self.blocks}
+        return pd.DataFrame(columns | told | hashes)
+
     def indices(self, names: Sequence[str], path: str | Path) -> NDArray[np.int32] | None:
         """Return each request's adapter as an index, `BASE_MODEL` for the base model.
 
@@ -155,7 +216,7 @@ def read_requests(path: str | Path) -> RequestLog:
     require(len(frame) > 0, f"{path}: the trace is empty; give at least one request with output")
     prompt = _numbers(frame[columns["prompt_tokens"]], "prompt_tokens", path)
     arrival_s = _seconds(frame[columns["arrival_s"]], path)
-    if "hash_ids" in frame:  # Mooncake's
+    if "hash_ids" in frame and str(columns["arrival_s"]).lower() == "timestamp":  # Mooncake's
         arrival_s = arrival_s / 1e3
     order = np.argsort(arrival_s, kind="stable")
     adapter = columns["adapter"]

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from adapter_twin import cli
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.plan.demand import load_demand
+from adapter_twin.tables.datasets import write_table
 from adapter_twin.workload.request_log import read_requests
 from adapter_twin.workload.scenario import Adapter
 from adapter_twin.workload.trace import BASE_MODEL, read_trace
@@ -146,3 +148,38 @@ def test_a_plan_on_a_bursty_log_draws_bursts(tmp_path: Path) -> None:
     assert demand.arrivals.process == "gamma"
     assert demand.arrivals.cv > 3
     assert demand.adapters[0].request_rate == pytest.approx(240 / 3000, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["log.csv", "m.jsonl", "azure.csv"])
+def test_the_common_form_is_read_back_as_it_was(tmp_path: Path, name: str) -> None:
+    texts = {"log.csv": LOG, "azure.csv": AZURE, "m.jsonl": "\n".join(map(json.dumps, MOONCAKE))}
+    log = read_requests(write(tmp_path / name, texts[name]))
+    again = read_requests(write_table(log.to_frame(), tmp_path / "common.parquet"))
+    assert again.arrival_s.tolist() == log.arrival_s.tolist()
+    assert again.output_tokens.tolist() == log.output_tokens.tolist()
+    assert (again.adapter is None) == (log.adapter is None)
+    assert log.adapter is None or again.adapter.tolist() == log.adapter.tolist()
+    assert log.blocks is None or [list(own) for own in again.blocks] == log.blocks
+
+
+def test_a_log_tells_its_rate_its_bursts_and_who_asks_most(tmp_path: Path) -> None:
+    rows = [f"{t},{'sql' if t % 3 else 'law'},10,20" for t in range(90)] + ["500,,10,20"]
+    text = "arrival_s,adapter,prompt_tokens,output_tokens\n" + "\n".join(rows)
+    told = read_requests(write(tmp_path / "log.csv", text)).describe(window_s=60.0)
+    assert (told["requests"], told["span_s"], told["adapters"]) == (91, 500.0, 2)
+    assert (told["top_adapter"], told["top_share"]) == ("sql", pytest.approx(60 / 91))
+    assert told["base_model_share"] == pytest.approx(1 / 91)
+    assert (told["busiest_from_s"], told["busiest_request_rate"]) == (0.0, 1.0)
+    assert told["gap_cv"] > 5
+    assert told["mean_output_tokens"] == told["p99_output_tokens"] == 20
+
+
+def test_the_verb_tells_and_writes_what_it_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write(tmp_path / "azure.csv", AZURE), tmp_path / "common.parquet"
+    with pytest.raises(SystemExit) as done:
+        cli.main(["traffic", str(source), "--out", str(out), "--json"])
+    assert done.value.code == 0
+    assert json.loads(capsys.readouterr().out)["requests"] == 3
+    assert len(read_requests(out).arrival_s) == 3
