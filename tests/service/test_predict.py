@@ -168,3 +168,20 @@ def test_a_scenario_reports_service_and_provenance() -> None:
     assert 0 < service["jain_fairness"] <= 1
     assert {"kv_cache_tokens", "startup_s", "config_hash", "calibration"} <= set(service)
     assert service["seed"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("gpu_memory_utilization", 0.8),
+        ("kv_cache_dtype", "fp8"),
+        ("max_num_seqs", 256),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*")
+def test_a_column_of_the_engines_flags_counts(flag: str, value: object) -> None:
+    rows = RUN | {"run_id": "usual"}, RUN | {"run_id": "changed", flag: value}
+    usual, changed = forecast(*rows)["kv_cache_tokens"]
+    assert changed != usual
+    with pytest.raises(AdapterTwinError, match=rf"{flag}\b.*much"):
+        forecast(RUN | {"run_id": "wrong", flag: "much"})
