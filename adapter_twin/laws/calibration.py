@@ -132,9 +132,10 @@ class Calibration:
             return np.empty(0), np.empty(0)
         ranks = np.array([adapter.rank for adapter in adapters])
         shape, version = self.memory.shape, self.version
+        kinds = {adapter.target_modules: adapter for adapter in adapters}
         shares = {
-            adapter.target_modules: adapter_shares(engine, shape, version, adapter)
-            for adapter in adapters
+            modules: adapter_shares(engine, shape, version, adapter)
+            for modules, adapter in kinds.items()
         }
         tensors, weights = np.array([shares[adapter.target_modules] for adapter in adapters]).T
         copies_s = self.loading.load_s(ranks, engine.max_lora_rank if slots else ranks)

@@ -55,9 +55,9 @@ def adapted_modules(engine: EngineConfig, shape: ModelShape, version: EngineVers
     vocabulary = _VOCABULARY if shape.architecture in version.vocabulary_slots else ()
     targets = engine.lora_target_modules
     known = [*LINEAR, *(name for name in _PACKED if name not in LINEAR), *vocabulary]
-    for target in targets or ():
+    for target in set(targets or ()).difference(known):
         choices = suggestion(target, known)
-        require(target in known, f"engine.lora_target_modules: {target!r} is no module{choices}")
+        raise AdapterTwinError(f"engine.lora_target_modules: {target!r} is no module{choices}")
     modules = [
         *(packed for packed, parts in _PACKED.items() if _chosen(targets, packed, *parts)),
         *(name for name in vocabulary if _chosen(targets, name)),
@@ -118,9 +118,9 @@ def adapter_shares(
         One of its target modules is unknown.
     """
     own = adapter.target_modules or LINEAR
-    for module in own:
+    for module in set(own).difference(LINEAR):
         choices = suggestion(module, LINEAR)
-        require(module in LINEAR, f"{adapter.name}.target_modules: no module {module!r}{choices}")
+        raise AdapterTwinError(f"{adapter.name}.target_modules: no module {module!r}{choices}")
     slots = adapted_modules(engine, shape, version)
     copied = [name for packed in slots for name in _PACKED.get(packed, ()) if name in own]
     h, q, kv, i = shape.hidden, shape.heads * shape.head_size, shape.kv_width, shape.intermediate
@@ -158,14 +158,39 @@ def slots_gib(engine: EngineConfig, shape: ModelShape, version: EngineVersion) -
     shape : ModelShape
     version : EngineVersion
     """
-    return _allocated_gib(tuple(slot_tensors(engine, shape, version)))
+    return _slots_gib(
+        engine.max_loras,
+        engine.max_lora_rank,
+        engine.tensor_parallel_size,
+        engine.fully_sharded_loras,
+        engine.lora_target_modules,
+        shape,
+        version,
+    )
 
 
-@lru_cache(maxsize=4096)
-def _allocated_gib(sizes: tuple[int, ...]) -> float:
+@lru_cache(maxsize=1 << 14)
+def _slots_gib(
+    max_loras: int,
+    max_lora_rank: int,
+    gpus: int,
+    sharded: bool,
+    targets: tuple[str, ...] | None,
+    shape: ModelShape,
+    version: EngineVersion,
+) -> float:
+    """Return `slots_gib`, by all that decides it: engines that differ otherwise share a result."""
+    engine = EngineConfig(
+        model="any",
+        max_loras=max_loras,
+        max_lora_rank=max_lora_rank,
+        tensor_parallel_size=gpus,
+        fully_sharded_loras=sharded,
+        lora_target_modules=targets,
+    )
     free: list[int] = []  # rests of segments, smallest first
     reserved = small = 0
-    for size in sizes:
+    for size in slot_tensors(engine, shape, version):
         size = math.ceil(size / 512) * 512
         if size <= MIB:
             small += size
