@@ -49,6 +49,12 @@ def memory(
     report.print_mapping(found, model)
     if reason is not None:
         report.print_text(f"vLLM does not start. {reason}")
+    elif found["estimates_graphs"]:
+        report.print_text(
+            f"vLLM {found['engine_version']} takes an estimate of its CUDA graphs off this "
+            "KV cache; to have all of it, start it with "
+            f"--kv-cache-memory-bytes {found['kv_cache_memory_bytes']}"
+        )
 
 
 @verbs.example("optimum --model llama-3.1-8b-instruct --rates 0.4-0.1-0.05 --ranks 8-16 --json")

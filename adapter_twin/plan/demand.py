@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from adapter_twin.errors import AdapterTwinError, require
@@ -221,16 +220,13 @@ def measure(log: RequestLog, adapters: object, path: Path) -> dict[str, Any]:
     return {
         "adapters": [_with_rate(one, i, counts / span_s) for i, one in enumerate(listed)],
         "base_model_request_rate": base,
-        "arrivals": _arrivals(log.arrival_s, index, path),
+        "arrivals": _arrivals(log.gap_cv, path),
         "lengths": _lengths(log),
     }
 
 
-def _arrivals(arrival_s: Floats, index: NDArray[np.int32] | None, path: Path) -> dict[str, Any]:
+def _arrivals(cv: float, path: Path) -> dict[str, Any]:
     """Return a renewal process as bursty as the gaps between each adapter's requests."""
-    sources = [arrival_s] if index is None else [arrival_s[index == k] for k in np.unique(index)]
-    gaps = [np.diff(own_s) / np.diff(own_s).mean() for own_s in sources if np.ptp(own_s) > 0]
-    cv = float(np.concatenate(gaps).std()) if gaps else 1.0
     if cv < BURSTY_CV:
         return {"process": "poisson"}
     warnings.warn(

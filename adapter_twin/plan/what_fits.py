@@ -45,6 +45,8 @@ def what_fits(
         them, ``weights_gib``, ``activations_gib``, ``reserve_gib`` and ``kv_cache_gib``, which add
         up to the share of ``memory_gib``;
         ``kv_cache_tokens``, ``max_model_len``; ``starts``, and if not, ``reason`` with what helps;
+        ``estimates_graphs``: this version takes an estimate of its CUDA graphs off the KV cache,
+        unless it is given these ``kv_cache_memory_bytes``;
         ``largest_max_loras`` that starts at this rank, and ``largest_max_loras_by_rank``;
         ``longest_requests_at_once``, of ``max_model_len`` tokens each.
 
@@ -93,6 +95,8 @@ def what_fits(
         "max_model_len": longest,
         "starts": reason is None,
         "reason": reason,
+        "kv_cache_memory_bytes": max(int(law.kv_cache_gib(engine) * GIB), 0),
+        "estimates_graphs": about.estimates_graphs and engine.kv_cache_memory_bytes is None,
         "largest_max_loras": most[str(engine.max_lora_rank)],
         "largest_max_loras_by_rank": most,
         "longest_requests_at_once": tokens // longest,

@@ -89,6 +89,7 @@ class Limits(NamedTuple):
     by_priority: bool
     is_async: bool
     long_prefill_token_threshold: int
+    # and in both again
     max_model_len: int  # longer requests are refused
     base_model: int  # index of the pseudo-adapter that needs no slot
     horizon: int  # length of the ring of `finish` lists, in steps

@@ -71,6 +71,20 @@ class RequestLog:
     blocks: list[list[int]] | None
     left_out: int
 
+    @property
+    def gap_cv(self) -> float:
+        """How much the gaps between each adapter's own requests vary: 1 for Poisson arrivals."""
+        names = self.adapter
+        told = (
+            [self.arrival_s[names == name] for name in np.unique(names)]
+            if names is not None
+            else []
+        )
+        gaps = [
+            np.diff(own) / np.diff(own).mean() for own in told or [self.arrival_s] if np.ptp(own)
+        ]
+        return float(np.concatenate(gaps).std()) if gaps else 1.0
+
     def describe(self, window_s: float = 3600.0) -> dict[str, Any]:
         """Return what the log holds: how many requests, how long, how bursty, of which adapters.
 
@@ -82,13 +96,13 @@ class RequestLog:
         Returns
         -------
         dict
-            ``requests``, ``left_out``, ``span_s``, ``request_rate``, ``gap_cv`` (1 for Poisson
-            arrivals); mean, median and p99 of ``prompt_tokens`` and ``output_tokens``;
+            ``requests``, ``left_out``, ``span_s``, ``request_rate``, `gap_cv`; mean, median and
+            p99 of ``prompt_tokens`` and ``output_tokens``;
             ``adapters`` (None where it names none), ``top_adapter``, ``top_share`` and
-            ``base_model_share``; ``busiest_from_s`` and the ``busiest_request_rate`` there.
+            ``base_model_share``; ``busiest_from_s`` and the ``busiest_request_rate`` there;
+            ``shared_prefixes``, whether hashes tell what prompts share.
         """
-        n, gaps_s = len(self.arrival_s), np.diff(self.arrival_s)
-        span_s = float(gaps_s.sum())
+        n, span_s = len(self.arrival_s), float(np.ptp(self.arrival_s))
         held = np.searchsorted(self.arrival_s, self.arrival_s + window_s) - np.arange(n)
         busiest = int(held.argmax())
         told: dict[str, Any] = {
@@ -96,7 +110,7 @@ class RequestLog:
             "left_out": self.left_out,
             "span_s": span_s,
             "request_rate": n / span_s if span_s else None,
-            "gap_cv": float(gaps_s.std() / gaps_s.mean()) if span_s else None,
+            "gap_cv": self.gap_cv,
         }
         for name in ("prompt_tokens", "output_tokens"):
             tokens = getattr(self, name)

@@ -170,7 +170,11 @@ def test_a_log_tells_its_rate_its_bursts_and_who_asks_most(tmp_path: Path) -> No
     assert (told["top_adapter"], told["top_share"]) == ("sql", pytest.approx(60 / 91))
     assert told["base_model_share"] == pytest.approx(1 / 91)
     assert (told["busiest_from_s"], told["busiest_request_rate"]) == (0.0, 1.0)
-    assert told["gap_cv"] > 5
+    sql_gaps, law_gaps = np.tile([1, 2], 30)[:59] * 59 / 88, np.ones(29)
+    assert told["gap_cv"] == pytest.approx(np.concatenate([sql_gaps, law_gaps]).std())
+    unnamed = "arrival_s,prompt_tokens,output_tokens\n"
+    unnamed += "\n".join(f"{row.split(',')[0]},10,20" for row in rows)
+    assert read_requests(write(tmp_path / "unnamed.csv", unnamed)).gap_cv > 3
     assert told["mean_output_tokens"] == told["p99_output_tokens"] == 20
 
 
