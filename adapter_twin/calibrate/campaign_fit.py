@@ -73,7 +73,7 @@ def calibrate_campaign(
     batches = median_steps(tables["micro_steps"])
     starts = tables["engine_starts"].rename(columns={"capture_s": "graph_capture_s"})
     calibration = assemble(
-        *(model, gpu, engine_version, source, runs),
+        *(model, gpu, source, runs),
         rows={"runs": len(fitted), "step_times": len(batches)},
         memory=MemoryLaw(shape, engine_version, memory_gib).fit(starts),
         step_time=StepTimeLaw().fit(observations(batches)),

@@ -90,7 +90,7 @@ def calibrate(
     observations = step_observations(tables, model, lengths, scheduling, memory)
     series = tables["series"][tables["series"].run_id.isin(unsaturated.run_id)]
     calibration = assemble(
-        *(model, gpu, engine_version, source, runs.dropna(subset=["duration_s"])),
+        *(model, gpu, source, runs.dropna(subset=["duration_s"])),
         rows={"runs": len(runs), "step_times": len(observations.step_ms)},
         memory=memory,
         step_time=StepTimeLaw().fit(observations),
@@ -120,7 +120,6 @@ def calibrate(
 def assemble(
     model: str,
     gpu: str,
-    engine_version: str,
     source: dict[str, Any],
     measured: pd.DataFrame,
     *,
@@ -131,7 +130,7 @@ def assemble(
 
     Parameters
     ----------
-    model, gpu, engine_version, source
+    model, gpu, source
         As for `calibrate`.
     measured : DataFrame
         Runs whose configurations are the valid range.
@@ -141,10 +140,9 @@ def assemble(
     """
     ranges = measured[list(RANGE_COLUMNS)].agg(["min", "max"])
     return Calibration(
-        name=f"{model}@{gpu}-vllm{engine_version}",
+        name=f"{model}@{gpu}-vllm{laws['memory'].version}",
         model=model,
         gpu=gpu,
-        engine_version=engine_version,
         **laws,
         valid_range={column: ranges[column].tolist() for column in RANGE_COLUMNS},
         provenance={

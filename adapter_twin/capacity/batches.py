@@ -124,12 +124,13 @@ def _coefficients(law: StepTimeLaw, slots: Floats, ranks: Floats) -> Floats:
     slots, ranks = slots[:, None, None], ranks[:, None, None]
     launch, per_slot, per_rank = (law.for_engine(*engine) for engine in ((0, 0), (1, 0), (0, 1)))
     per_both = law.for_engine(1, 1) - per_slot - per_rank + launch
-    return np.asarray(
+    adapted = (
         launch
         + slots * (per_slot - launch)
         + ranks * (per_rank - launch)
         + slots * ranks * per_both
     )
+    return np.where(slots > 0, adapted, law.without_adapters())
 
 
 @numba.njit(cache=True, error_model="numpy")

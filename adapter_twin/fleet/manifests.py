@@ -68,7 +68,7 @@ def manifest(
     ]
     container = {
         "name": "vllm",
-        "image": f"vllm/vllm-openai:v{calibration.engine_version}",
+        "image": f"vllm/vllm-openai:v{calibration.memory.version}",
         "args": arguments,
         "ports": [{"name": "http", "containerPort": PORT}],
         "readinessProbe": {"httpGet": {"path": "/health", "port": "http"}},

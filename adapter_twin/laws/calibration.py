@@ -47,8 +47,8 @@ class Calibration:
     ----------
     name : str
         ``<model>@<gpu>-vllm<version>``.
-    model, gpu, engine_version : str
-        What the laws hold for.
+    model, gpu : str
+        What the laws hold for, on the engine version of `memory`.
     memory, step_time, loading, scheduling, front_end, early_stop, lengths, measurement
         Fitted laws.
     valid_range : dict
@@ -60,7 +60,6 @@ class Calibration:
     name: str
     model: str
     gpu: str
-    engine_version: str
     memory: MemoryLaw
     step_time: StepTimeLaw
     loading: LoadingLaw
@@ -75,26 +74,22 @@ class Calibration:
     @property
     def version(self) -> EngineVersion:
         """What is known of the engine's version."""
-        return engine_version(self.engine_version)
+        return engine_version(self.memory.version)
 
     @property
     def schedules_ahead(self) -> bool:
         """Whether its steps were measured with asynchronous scheduling: where vLLM has it on."""
         return self.version.async_scheduling and self.gpu != "cpu"
 
-    def require_start(self, engine: EngineConfig, *, slots: bool = True) -> int:
-        """Return the KV-cache size in tokens of an engine whose steps these laws can tell.
+    def is_async(self, engine: EngineConfig) -> bool:
+        """Return whether an engine schedules a step while the one before runs."""
+        told = engine.async_scheduling
+        return self.schedules_ahead if told is None else told
 
-        Parameters
-        ----------
-        engine : EngineConfig
-        slots : bool
-            Reserve them; a unified pool does not.
+    def require_known(self, engine: EngineConfig) -> None:
+        """Raise `AdapterTwinError` unless these laws can tell the steps of an engine.
 
-        Raises
-        ------
-        AdapterTwinError
-            The version has no such flag, no step was measured with one, or vLLM would not start.
+        The version has no such flag, no step was measured with one, or vLLM refuses it.
         """
         self.version.require_known(engine)
         unmeasured = f"{self.name} was measured without; leave it out"
@@ -114,6 +109,27 @@ class Calibration:
             not on_cpu or engine.gpu_memory_utilization == _LEFT_OUT.gpu_memory_utilization,
             "engine.gpu_memory_utilization: decides nothing on a CPU; give kv_cache_memory_bytes",
         )
+
+    def starts(self, engine: EngineConfig) -> bool:
+        """Return whether vLLM starts; raises `AdapterTwinError` as `require_known` does."""
+        self.require_known(engine)
+        return self.memory.starts(engine)
+
+    def require_start(self, engine: EngineConfig, *, slots: bool = True) -> int:
+        """Return the KV-cache size in tokens of an engine.
+
+        Parameters
+        ----------
+        engine : EngineConfig
+        slots : bool
+            Reserve them; a unified pool does not.
+
+        Raises
+        ------
+        AdapterTwinError
+            As `require_known`, or vLLM would not start.
+        """
+        self.require_known(engine)
         return self.memory.require_start(engine, slots=slots)
 
     def load_times_s(

@@ -17,7 +17,8 @@ import bisect
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from operator import attrgetter
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +45,22 @@ _PACKED["down_proj"] = LINEAR[6:]
 _VOCABULARY = ("embed_tokens", "lm_head")
 
 
-def adapted_modules(engine: EngineConfig, shape: ModelShape, version: EngineVersion) -> list[str]:
+class Slots(NamedTuple):
+    """The flags of an `EngineConfig` that decide what its slots take."""
+
+    max_loras: int
+    max_lora_rank: int
+    tensor_parallel_size: int
+    fully_sharded_loras: bool
+    lora_target_modules: tuple[str, ...] | None
+
+
+_slot_flags = attrgetter(*Slots._fields)
+
+
+def adapted_modules(
+    engine: EngineConfig | Slots, shape: ModelShape, version: EngineVersion
+) -> list[str]:
     """Return the modules that an engine has slots for, as vLLM packs them.
 
     Raises
@@ -75,7 +91,9 @@ def _chosen(targets: Sequence[str] | None, *names: str) -> bool:
     return targets is None or any(name in targets for name in names)
 
 
-def _layer_widths(engine: EngineConfig, shape: ModelShape, modules: Sequence[str]) -> list[int]:
+def _layer_widths(
+    engine: EngineConfig | Slots, shape: ModelShape, modules: Sequence[str]
+) -> list[int]:
     """Return the weights per rank of the tensors that adapt one layer, on each GPU.
 
     The GPUs share the outputs of what makes queries, keys, values, gate and up, and the inputs of
@@ -129,7 +147,9 @@ def adapter_shares(
     return len(copied) / len(LINEAR), weights
 
 
-def slot_tensors(engine: EngineConfig, shape: ModelShape, version: EngineVersion) -> list[int]:
+def slot_tensors(
+    engine: EngineConfig | Slots, shape: ModelShape, version: EngineVersion
+) -> list[int]:
     """Return the bytes of all slots' tensors on each GPU, in the order of their allocation."""
     modules = adapted_modules(engine, shape, version)
     rank, h, extra = engine.max_lora_rank, shape.hidden, version.extra_vocabulary
@@ -158,39 +178,15 @@ def slots_gib(engine: EngineConfig, shape: ModelShape, version: EngineVersion) -
     shape : ModelShape
     version : EngineVersion
     """
-    return _slots_gib(
-        engine.max_loras,
-        engine.max_lora_rank,
-        engine.tensor_parallel_size,
-        engine.fully_sharded_loras,
-        engine.lora_target_modules,
-        shape,
-        version,
-    )
+    return _slots_gib(Slots(*_slot_flags(engine)), shape, version)
 
 
 @lru_cache(maxsize=1 << 14)
-def _slots_gib(
-    max_loras: int,
-    max_lora_rank: int,
-    gpus: int,
-    sharded: bool,
-    targets: tuple[str, ...] | None,
-    shape: ModelShape,
-    version: EngineVersion,
-) -> float:
-    """Return `slots_gib`, by all that decides it: engines that differ otherwise share a result."""
-    engine = EngineConfig(
-        model="any",
-        max_loras=max_loras,
-        max_lora_rank=max_lora_rank,
-        tensor_parallel_size=gpus,
-        fully_sharded_loras=sharded,
-        lora_target_modules=targets,
-    )
+def _slots_gib(slots: Slots, shape: ModelShape, version: EngineVersion) -> float:
+    """Return `slots_gib`: engines that differ in other flags share a result."""
     free: list[int] = []  # rests of segments, smallest first
     reserved = small = 0
-    for size in slot_tensors(engine, shape, version):
+    for size in slot_tensors(slots, shape, version):
         size = math.ceil(size / 512) * 512
         if size <= MIB:
             small += size
@@ -257,9 +253,6 @@ class MemoryLaw(Estimator):
         Longest request in tokens, where the flags do not tell; one must fit.
     step_tokens_ : int
         Largest ``max_num_batched_tokens`` of the starts: longer steps were not measured.
-    kept_tokens_ : int
-        Of the block that current engines keep to themselves and leave out of that check; 0 where
-        the starts do not tell the size of blocks (vLLM 0.8.5 leaves out none).
     capture_s_, capture_s_per_slot_ : float
         CUDA-graph capture at start-up.
     max_relative_error_ : float
@@ -270,7 +263,6 @@ class MemoryLaw(Estimator):
     version: str
     total_gib: float
     max_model_len_: int
-    kept_tokens_: int
     step_tokens_: int
     slots_: SlotsTake
     reserve_gib_: float
@@ -283,7 +275,7 @@ class MemoryLaw(Estimator):
         self.shape, self.version, self.total_gib = shape, version, total_gib
         # what is known before any start
         kept = engine_version(version).memory
-        self.max_model_len_, self.kept_tokens_ = shape.max_model_len, 0
+        self.max_model_len_ = shape.max_model_len
         self.step_tokens_ = ServeFlags().max_num_batched_tokens
         self.slots_ = "segments"
         self.reserve_gib_ = kept.reserve_gib + kept.lora_reserve_gib
@@ -296,7 +288,6 @@ class MemoryLaw(Estimator):
             self.max_model_len_ = int(starts.max_model_len.max())
         if "max_num_batched_tokens" in starts:
             self.step_tokens_ = int(starts.max_num_batched_tokens.max())
-        self.kept_tokens_ = int(starts.block_size.max()) if "block_size" in starts else 0
         started = starts.dropna(subset=["kv_cache_tokens"])
         engines = [run_to_engine(row) for row in records(started)]
         tokens = started.kv_cache_tokens.to_numpy(float)
@@ -398,7 +389,8 @@ class MemoryLaw(Estimator):
 
     def least_kv_cache_tokens(self, engine: EngineConfig) -> int:
         """Return the KV-cache size in tokens below which vLLM does not start."""
-        return self.max_model_len(engine) + self.kept_tokens_
+        kept = engine.block_size if self._version.checks_usable_blocks else 0
+        return self.max_model_len(engine) + kept
 
     def starts(self, engine: EngineConfig) -> bool:
         """Return whether vLLM starts: one request of the longest length must fit."""
@@ -445,5 +437,5 @@ class MemoryLaw(Estimator):
         raise AdapterTwinError(
             f"engine.max_model_len: {taken} leave {tokens} KV-cache tokens, and one request of "
             f"{least} must fit to start; raise gpu_memory_utilization or lower max_model_len to "
-            f"{tokens - self.kept_tokens_}{fewer}"
+            f"{self.max_model_len(engine) - (least - tokens)}{fewer}"
         )

@@ -28,9 +28,8 @@ def vllm_args(engine: EngineConfig, calibration: Calibration) -> list[str]:
         "max_model_len": memory.max_model_len(engine),
         "enable_prefix_caching": bool(engine.enable_prefix_caching),
     }
-    ahead = engine.async_scheduling
     if "async_scheduling" not in version.lacks:
-        flags["async_scheduling"] = calibration.schedules_ahead if ahead is None else ahead
+        flags["async_scheduling"] = calibration.is_async(engine)
     if version.estimates_graphs or memory.slots_ != "segments":
         flags["kv_cache_memory_bytes"] = int(memory.kv_cache_gib(engine) * GIB)
     left_out = ServeFlags()

@@ -88,7 +88,7 @@ def check_calibration(calibration: Calibration, machine: Mapping[str, Any]) -> N
     """Raise `AdapterTwinError` if a calibration was measured with another device or vLLM."""
     measured_on = calibration.provenance["source"].get("machine")
     version = str(machine["vllm"]).split("+")[0]
-    told = ("device", measured_on, machine["device"]), ("vllm", calibration.engine_version, version)
+    told = ("device", measured_on, machine["device"]), ("vllm", calibration.memory.version, version)
     for what, of_calibration, here in told:
         require(
             of_calibration == here,

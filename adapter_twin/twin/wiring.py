@@ -79,11 +79,11 @@ def with_defaults(engine: EngineConfig, trace: Trace, calibration: Calibration) 
     trace : Trace
     calibration : Calibration
     """
-    caching, ahead = engine.enable_prefix_caching, engine.async_scheduling
+    caching = engine.enable_prefix_caching
     return replace(
         engine,
         enable_prefix_caching=trace.contents is not None if caching is None else caching,
-        async_scheduling=calibration.schedules_ahead if ahead is None else ahead,
+        async_scheduling=calibration.is_async(engine),
     )
 
 

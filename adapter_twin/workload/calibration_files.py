@@ -64,7 +64,7 @@ def flags_left_out(calibration: str, model: str) -> dict[str, Any]:
     path = calibration_path(calibration, model)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        gpu, version = str(content["gpu"]), str(content["engine_version"])
+        gpu, version = str(content["gpu"]), str(content["memory"]["version"])
     except (OSError, ValueError, KeyError, TypeError):
         raise AdapterTwinError(f"calibration: {path} is no calibration") from None
     require(gpu != "cpu", "engine.defaults: vLLM's own are known for GPUs; leave it out on a CPU")

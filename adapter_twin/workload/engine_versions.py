@@ -86,8 +86,13 @@ class EngineVersion:
     estimates_graphs : bool
         An estimate of the CUDA graphs' memory is taken off the KV cache, unless
         ``--kv-cache-memory-bytes`` is given.
+    checks_usable_blocks : bool
+        At the start the longest request must fit into what is left without the KV block that the
+        engine keeps to itself.
     lacks : tuple of str
-        Flags of `adapter_twin.workload.scenario.ServeFlags` that it does not have.
+        Flags of `adapter_twin.workload.scenario.ServeFlags` that it does not have. Adapter kernels
+        are launched for every slot, whether it is active or not, unless it has and is given
+        ``specialize_active_lora``.
     gpu_memory_utilization : float
         Share of a GPU's memory that is used where no flag tells.
     defaults : tuple of BatchDefaults
@@ -103,6 +108,7 @@ class EngineVersion:
     reserves_prompts: bool
     async_scheduling: bool
     estimates_graphs: bool
+    checks_usable_blocks: bool
     lacks: Many[Text]
     gpu_memory_utilization: Positive
     defaults: Annotated[Many[BatchDefaults], Field(min_length=1)]

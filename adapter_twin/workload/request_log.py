@@ -252,7 +252,7 @@ def _read(path: Path) -> pd.DataFrame:
         if name.endswith((".csv", ".csv.gz")):
             frame = pd.read_csv(path)
         elif name.endswith((".jsonl", ".jsonl.gz")):
-            frame = pd.read_json(path, lines=True, convert_dates=False)
+            frame = pd.read_json(path, lines=True, dtype=False)
         else:
             frame = pd.read_parquet(path)
     except (OSError, ValueError) as error:  # pandas' and Arrow's parse errors are ValueErrors

@@ -18,14 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin.errors import require
-from adapter_twin.workload.lengths import LengthMarginals, draw_lengths
+from adapter_twin.workload.lengths import Floats, LengthMarginals, draw_lengths
 from adapter_twin.workload.request_log import BASE_MODEL, MOONCAKE_BLOCK_TOKENS, read_requests
 from adapter_twin.workload.scenario import Adapter, Workload
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
 
 __all__ = [

@@ -1,7 +1,6 @@
 """A calibration fitted to a campaign recovers the laws that its tables were made by."""
 
 import json
-from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -15,12 +14,13 @@ from adapter_twin.calibrate.campaign_fit import (
 )
 from adapter_twin.calibrate.from_tables import calibrate_tables, device_name
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.laws import Calibration, load_calibration
+from adapter_twin.laws import Calibration
 from adapter_twin.service.metrics import summarize
 from adapter_twin.service.predict import predict
 from adapter_twin.service.validate import validate_runs
 from adapter_twin.tables import datasets
 from adapter_twin.twin.simulate import simulate_run
+from adapter_twin.workload.engine_versions import engine_version
 from adapter_twin.workload.models import model_config, model_shape
 from adapter_twin.workload.scenario import EngineConfig
 from study import ch07_campaign
@@ -299,5 +299,4 @@ def test_a_gpu_is_named_as_calibrations_name_it() -> None:
     [("0.8.5", False), ("0.18.1", False), ("0.19.0", True), ("0.32.0+cpu", True), ("1.0", True)],
 )
 def test_engines_from_0_19_on_admit_a_prompt_only_whole(version: str, reserves: bool) -> None:
-    shipped = load_calibration("auto", "small")
-    assert replace(shipped, engine_version=version).version.reserves_prompts is reserves
+    assert engine_version(version).reserves_prompts is reserves

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -45,6 +46,13 @@ from study.conformance import Case, Step, feature_cases, twin_steps
 
 Requests = Sequence[tuple[int, int, int, int]]
 CACHED: dict[str, Any] = {"enable_prefix_caching": True}
+
+
+def of_version(calibration: Calibration, version: str) -> Calibration:
+    """Return laws that hold for another version of the engine."""
+    memory = copy(calibration.memory)
+    memory.version = version
+    return replace(calibration, memory=memory)
 
 
 def case(requests: Requests, **engine: Any) -> Case:
@@ -327,7 +335,7 @@ def test_policies_beyond_vllms_refuse_what_they_do_not_know(
     calibration: Calibration, flags: dict[str, Any]
 ) -> None:
     engine, name = replace(ENGINE, **flags), next(iter(flags))
-    calibration = replace(calibration, engine_version="0.32.0")  # which has all these flags
+    calibration = of_version(calibration, "0.32.0")  # which has all these flags
     with pytest.raises(AdapterTwinError, match=f"^{name}: Drain cannot; leave it out$"):
         simulate(workload(0), engine, calibration, policy=Drain(max_wait_s=1.0))
     run = simulate(workload(0), engine, calibration)
@@ -371,7 +379,7 @@ def test_traffic_that_shares_prefixes_is_for_simulate_only(calibration: Calibrat
 @extrapolates
 def test_the_servers_of_a_cluster_do_all_but_cache(calibration: Calibration) -> None:
     adapters = deal_adapters(8, [1.0], [8])
-    calibration = replace(calibration, engine_version="0.32.0")
+    calibration = of_version(calibration, "0.32.0")
     engine = replace(ENGINE, async_scheduling=True)
     order = generators(0)[2]
     with pytest.raises(AdapterTwinError, match=r"^enable_prefix_caching: a cluster's servers"):
