@@ -62,11 +62,15 @@ class Batches:
         kv_cache_tokens = np.array(list(map(calibration.memory.kv_cache_tokens, engines)), float)
         block_rest = np.array([engine.block_size / 2 for engine in engines])
         budget = np.array([engine.max_num_batched_tokens for engine in engines], float)
+        # cached, what prompts share is computed and held once for each adapter, not by each request
+        cached = np.array([engine.enable_prefix_caching is not False for engine in engines])
+        held = cached * mix.prefix_tokens * np.minimum(slots, mix.adapters.sum(axis=1))
+        own_prefix = np.where(cached, 0.0, mix.prefix_tokens)
         limits = np.array(
             [
-                np.maximum(kv_cache_tokens / (mix.kv_tokens + block_rest), 1),
+                np.maximum((kv_cache_tokens - held) / (own_prefix + mix.kv_tokens + block_rest), 1),
                 [engine.max_num_seqs for engine in engines],
-                budget / (1 + mix.input_tokens / mix.output_tokens),
+                budget / (1 + (own_prefix + mix.input_tokens) / mix.output_tokens),
             ]
         )
         fewest = np.full(len(engines), FEWEST_RUNNING)
@@ -78,8 +82,8 @@ class Batches:
             mix.rates / mix.request_rate[:, None],
             mix.adapters,
             mix.output_tokens,
-            mix.kv_tokens,
-            mix.prompts,
+            mix.prefix_tokens + mix.kv_tokens,
+            mix.prompts + own_prefix[:, None, None] * np.arange(len(mix.prompts[0]))[:, None],
             np.array(calibration.step_time.token_breaks_, float),
             _coefficients(calibration.step_time, slots, ranks),
             float(TILE),

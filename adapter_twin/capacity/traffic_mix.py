@@ -76,7 +76,7 @@ def _moments(
     lengths: Lengths, marginals: LengthMarginals | None, early_stops: tuple[float, float]
 ) -> Moments:
     rng = np.random.default_rng(0)
-    prompt, output = draw_lengths(lengths, SAMPLES, rng, marginals)
+    prompt, output = draw_lengths(lengths, SAMPLES, rng, marginals)  # without what all share
     early_stop = EarlyStopLaw.from_dict(
         dict(zip(("probability_", "kept_"), early_stops, strict=True))
     )
@@ -219,7 +219,9 @@ class Mix:
         Requests/s of one adapter, adapters with that rate, and their part of the requests.
     input_tokens, output_tokens, kv_tokens : float64, shape (n,)
     prompts : float64, shape (n, PROMPTS + 1, POINTS)
-        See `Moments`.
+        See `Moments`; without the tokens that all prompts of an adapter begin with.
+    prefix_tokens : float64, shape (n,)
+        Those.
     """
 
     request_rate: Floats
@@ -232,6 +234,7 @@ class Mix:
     output_tokens: Floats
     kv_tokens: Floats
     prompts: Floats
+    prefix_tokens: Floats
 
     @classmethod
     def of(cls, traffic: Sequence[Traffic], calibration: Calibration) -> Self:
@@ -250,7 +253,8 @@ class Mix:
         request_rate = (rates * adapters).sum(axis=1) + [mix.base_model_rate for mix in mixes]
         sizes = {lengths: moments(lengths, calibration) for lengths in {m.lengths for m in mixes}}
         own = [sizes[mix.lengths] for mix in mixes]
-        offered_tokens = [m.lengths.mean_input_tokens + m.lengths.mean_output_tokens for m in mixes]
+        asked = [mix.lengths for mix in mixes]
+        offered_tokens = [one.mean_prompt_tokens + one.mean_output_tokens for one in asked]
         return cls(
             request_rate=request_rate[row],
             offered_tokens=np.array(offered_tokens)[row],
@@ -262,9 +266,10 @@ class Mix:
             output_tokens=np.array([size.output_tokens for size in own])[row],
             kv_tokens=np.array([size.kv_tokens for size in own])[row],
             prompts=np.array([size.prompts for size in own])[row],
+            prefix_tokens=np.array([float(one.shared_prefix_tokens) for one in asked])[row],
         )
 
     @property
     def tokens(self) -> Floats:
         """Tokens of a request that completes."""
-        return self.input_tokens + self.output_tokens
+        return self.prefix_tokens + self.input_tokens + self.output_tokens

@@ -44,7 +44,7 @@ def memory(
         report.print_json(found)
         return
     reason = found.pop("reason")
-    for name in ("flags", "largest_max_loras_by_rank"):
+    for name in [name for name, value in found.items() if isinstance(value, dict)]:
         found[name] = ", ".join(f"{key}: {value}" for key, value in found[name].items())
     report.print_mapping(found, model)
     if reason is not None:

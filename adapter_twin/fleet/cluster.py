@@ -216,7 +216,6 @@ class Cluster:
     def __post_init__(self) -> None:
         self.router.start(self.workload, self.placement)
         self.env = simpy.Environment()
-        self.longest_output = int(np.max(self.trace.output_tokens, initial=1))
         self.rng = np.random.default_rng([self.seed, 1])
         *_, self.order = generators(self.seed)
         self.retries = np.zeros(len(self.trace), np.int32)
@@ -246,19 +245,14 @@ class Cluster:
             engine,
             calibration,
             self.workload.adapters,
+            self.trace,
             duration_s=self.workload.duration_s,
-            longest_output=self.longest_output,
             order=self.order,
             now_s=float(self.env.now),
             policy=self.policy,
         )
 
     def _check(self, index: int, engine: EngineConfig, adapters: frozenset[int]) -> None:
-        require(
-            self.trace.contents is None or engine.enable_prefix_caching is False,
-            "enable_prefix_caching: the traffic shares prefixes, which a cluster's servers cannot "
-            "keep; turn it off",
-        )
         for adapter in adapters:
             known = self.workload.adapters[adapter]
             require(
@@ -283,14 +277,8 @@ class Cluster:
             self.backlog.append(request)
             return
         replica = self.router.route(adapter, candidates, self.rng)
-        trace = self.trace
-        self.given_to[request] = replica.give(
-            request,
-            float(self.env.now) if arrival_s is None else arrival_s,
-            adapter,
-            int(trace.prompt_tokens[request]),
-            int(trace.output_tokens[request]),
-        )
+        now_s = float(self.env.now) if arrival_s is None else arrival_s
+        self.given_to[request] = replica.give(request, now_s)
 
     def _dispatch_backlog(self) -> None:
         for _ in range(len(self.backlog)):

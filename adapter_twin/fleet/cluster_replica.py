@@ -76,9 +76,7 @@ class Replica:
         self.up, self._idle, self.outstanding = True, None, 0
         self._process = self.env.process(self._turn_engine_loop(feed))
 
-    def give(
-        self, request: int, arrival_s: float, adapter: int, prompt_tokens: int, output_tokens: int
-    ) -> Life:
+    def give(self, request: int, arrival_s: float) -> Life:
         """Hand over a request that arrives now; return the life that has it.
 
         Parameters
@@ -86,9 +84,8 @@ class Replica:
         request : int
             Number in the cluster's trace.
         arrival_s : float
-        adapter, prompt_tokens, output_tokens : int
         """
-        self.feed.push(arrival_s, adapter, prompt_tokens, output_tokens)
+        self.feed.push(request, arrival_s)
         self.lives[-1].requests.append(request)
         self.outstanding += 1
         if self._idle is not None and not self._idle.triggered:

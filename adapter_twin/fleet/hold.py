@@ -1,6 +1,6 @@
 """Placements in the twin: every GPU is simulated, and one that starves gives adapters away."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import joblib
@@ -153,12 +153,9 @@ def check_placement(
     tasks = []
     for index, plan in enumerate(placement.replicas):
         own = np.flatnonzero(replica == index)
-        requests = Trace(
-            trace.arrival_s[own],
-            pd.Index(plan.adapters).get_indexer(pd.Index(trace.adapter[own])).astype(np.int32),
-            trace.prompt_tokens[own],
-            trace.output_tokens[own],
-        )
+        requests = trace.take(own)
+        number = pd.Index(plan.adapters).get_indexer(pd.Index(requests.adapter))
+        requests = replace(requests, adapter=number.astype(np.int32))
         workload = replica_workload(demand, plan, duration_s)
         tasks.append(
             joblib.delayed(_serve)(plan, workload, requests, calibration, demand.slo, seed)

@@ -78,14 +78,10 @@ class Demand:
                 "`pinned` out",
             )
             require(
-                adapter.priority == 0,
-                f"adapters: {adapter.name!r} has a priority, which only `simulate` knows; leave "
-                "`priority` out",
+                adapter.priority == 0 or self.engine.scheduling_policy == "priority",
+                f"adapters: {adapter.name!r} has a priority, which counts with "
+                "engine.scheduling_policy: priority only; set that, or leave it out",
             )
-        require(
-            self.lengths.shared_prefix_tokens == 0,
-            "lengths.shared_prefix_tokens: only `simulate` knows it; leave it out",
-        )
         require(
             self.arrivals.process in ("poisson", "gamma"),
             f"arrivals.process: {self.arrivals.process} cannot be planned with; use poisson or "
@@ -121,12 +117,15 @@ class Demand:
 
     def engine_with(self, slots: int) -> EngineConfig:
         """Return the engine that keeps all adapters in host memory and `slots` on the GPU."""
+        flags = {flag.name: getattr(self.engine, flag.name) for flag in fields(ServeFlags)}
+        if flags["enable_prefix_caching"] is None:
+            flags["enable_prefix_caching"] = self.lengths.shared_prefix_tokens > 0 or None
         return EngineConfig(
             model=self.model,
             max_loras=slots,
             max_cpu_loras=len(self.adapters),
             max_lora_rank=self.max_lora_rank,
-            **{flag.name: getattr(self.engine, flag.name) for flag in fields(ServeFlags)},
+            **flags,
         )
 
     def subset(self, count: int) -> Demand:

@@ -20,6 +20,9 @@ MOST_SLOTS = 4096
 RANKS = (8, 16, 32, 64, 128)
 """The most slots that start are told for these ranks."""
 
+LENGTHS_TOKENS = (512, 2048, 8192, 32768)
+"""The requests that fit at once are told for these lengths."""
+
 
 def what_fits(
     model: str, gpu: str, flags: dict[str, Any] | None = None, *, version: str | None = None
@@ -48,7 +51,8 @@ def what_fits(
         ``estimates_graphs``: this version takes an estimate of its CUDA graphs off the KV cache,
         unless it is given these ``kv_cache_memory_bytes``;
         ``largest_max_loras`` that starts at this rank, and ``largest_max_loras_by_rank``;
-        ``longest_requests_at_once``, of ``max_model_len`` tokens each.
+        ``requests_at_once_by_tokens``: how many requests of some lengths, the last of them
+        ``max_model_len``, the KV cache holds whole.
 
     Raises
     ------
@@ -74,7 +78,7 @@ def what_fits(
         reason = None
     except AdapterTwinError as error:
         reason = str(error)
-    longest = law.max_model_len(engine)
+    longest, blocks = law.max_model_len(engine), tokens // engine.block_size
     one = replace(engine, max_loras=1, max_cpu_loras=1)
     ranks = sorted({*RANKS, engine.max_lora_rank})
     most = {str(rank): _most_slots(law, replace(engine, max_lora_rank=rank)) for rank in ranks}
@@ -99,7 +103,10 @@ def what_fits(
         "estimates_graphs": about.estimates_graphs and engine.kv_cache_memory_bytes is None,
         "largest_max_loras": most[str(engine.max_lora_rank)],
         "largest_max_loras_by_rank": most,
-        "longest_requests_at_once": tokens // longest,
+        "requests_at_once_by_tokens": {
+            str(length): blocks // -(-length // engine.block_size)
+            for length in (*(length for length in LENGTHS_TOKENS if length < longest), longest)
+        },
         "flags": {name: getattr(engine, name) for name in (*left_out, *(flags or {}))},
         "version": __version__,
     }

@@ -16,6 +16,8 @@ Sources: ``BlockPool`` in ``vllm/v1/core/block_pool.py``, ``FullAttentionManager
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,7 +44,6 @@ def new_pool(trace: Trace, blocks: int, seats: int, blocks_per_seat: int) -> Poo
     """
     free = np.arange(blocks + 1, dtype=np.int32)
     nodes = np.arange(blocks + _buckets(blocks), dtype=np.int32)  # an empty list is its sentinel
-    first_piece, piece_end, piece_content = _pieces(trace)
     return Pool(
         references=np.zeros(blocks, np.int32),
         contents=np.full(blocks, NOTHING, np.int64),
@@ -52,9 +53,7 @@ def new_pool(trace: Trace, blocks: int, seats: int, blocks_per_seat: int) -> Poo
         alike_previous=nodes.copy(),
         table=np.zeros((seats, blocks_per_seat), np.int32),
         seats=np.arange(seats, dtype=np.int32),
-        first_piece=first_piece,
-        piece_end=piece_end,
-        piece_content=piece_content,
+        **pieces(trace),
     )
 
 
@@ -63,8 +62,8 @@ def _buckets(blocks: int) -> int:
     return 1 << max(blocks - 1, 0).bit_length()
 
 
-def _pieces(trace: Trace) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
-    """Return each request's first piece, and of each piece its end and the number of its content.
+def pieces(trace: Trace) -> dict[str, NDArray[Any]]:
+    """Return the fields of a `Pool` that tell what the requests of a trace consist of.
 
     The number of a piece is a hash of the one before it and of what it is. So the k-th pieces of
     all requests are numbered at once.
@@ -88,7 +87,10 @@ def _pieces(trace: Trace) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray
     number = np.insert(shared_content, first[1:], own)
     end = np.insert(shared_end, first[1:], np.iinfo(np.int32).max)
     # two bits less: a block's place can be added
-    return first + np.arange(n + 1), end.astype(np.int32), (number >> np.uint64(2)).astype(np.int64)
+    content = (number >> np.uint64(2)).astype(np.int64)
+    first = first + np.arange(n + 1)
+    own_pieces = {"first_piece": first[:-1].copy(), "last_piece": first[1:] - 1}
+    return {**own_pieces, "piece_end": end.astype(np.int32), "piece_content": content}
 
 
 def _hash(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -103,7 +105,7 @@ def _hash(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def _content(limits: Limits, pool: Pool, request: int, place: int) -> int:
     """Return the content of a full block of a request."""
     end = (place + 1) * limits.block_size
-    low, high = pool.first_piece[request], pool.first_piece[request + 1] - 1
+    low, high = pool.first_piece[request], pool.last_piece[request]
     while low < high:
         middle = (low + high) // 2
         if pool.piece_end[middle] < end:

@@ -6,10 +6,11 @@ import numpy as np
 
 from adapter_twin.errors import require
 from adapter_twin.laws import Calibration
+from adapter_twin.twin.block_pool import pieces
 from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.session import Session, new_requests, state_of_requests
 from adapter_twin.twin.state import PROGRESS, Links, Requests, State
-from adapter_twin.twin.wiring import begin
+from adapter_twin.twin.wiring import begin, with_defaults
 from adapter_twin.workload.scenario import Adapter, EngineConfig
 from adapter_twin.workload.trace import BASE_MODEL, Trace
 
@@ -25,10 +26,10 @@ class Feed:
     calibration : Calibration
     adapters : sequence of Adapter
         All that may be asked for; requests name them by their index.
+    trace : Trace
+        All requests of which it may be given some.
     duration_s : float
         End of the run.
-    longest_output : int
-        Most output tokens of any request.
     order : numpy.random.Generator
         Draws the order in which the server's steps touch adapters.
     now_s : float
@@ -49,9 +50,9 @@ class Feed:
         engine: EngineConfig,
         calibration: Calibration,
         adapters: tuple[Adapter, ...],
+        trace: Trace,
         *,
         duration_s: float,
-        longest_output: int,
         order: np.random.Generator,
         now_s: float = 0.0,
         policy: Policy = VLLM,
@@ -59,16 +60,25 @@ class Feed:
     ) -> None:
         for adapter in adapters:
             require(not adapter.pinned, f"{adapter.name}: a cluster pins none; leave `pinned` out")
-        require(
-            not engine.enable_prefix_caching,
-            "enable_prefix_caching: a cluster's servers cannot keep prefixes; turn it off",
-        )
-        nothing = _nothing(room, longest_output)
+        longest = int(np.max(trace.prompt_tokens + trace.output_tokens, initial=2))
+        output_tokens = int(np.max(trace.output_tokens, initial=1))
         self.session: Session = begin(
-            nothing, engine, calibration, adapters, order, duration_s=duration_s, policy=policy
+            _nothing(room, longest - output_tokens, output_tokens),
+            with_defaults(engine, trace, calibration),
+            calibration,
+            adapters,
+            order,
+            duration_s=duration_s,
+            policy=policy,
         )
         self.session.clock.now_s = now_s
-        self.pushed = 0
+        self.trace, self.pushed = trace, 0
+        blocks = self.session.state.blocks
+        if blocks is not None:
+            known = pieces(trace)
+            self._own_pieces = known.pop("first_piece"), known.pop("last_piece")
+            blocks = blocks._replace(pool=blocks.pool._replace(**known))
+            self.session.state = self.session.state._replace(blocks=blocks)
 
     @property
     def outstanding(self) -> int:
@@ -76,26 +86,28 @@ class Feed:
         clock = self.session.clock
         return int(self.pushed - clock["accepted"] + clock["in_flight"])
 
-    def push(self, arrival_s: float, adapter: int, prompt_tokens: int, output_tokens: int) -> int:
+    def push(self, request: int, arrival_s: float) -> int:
         """Give the server a request, and return its number here.
 
         Parameters
         ----------
+        request : int
+            Number in the trace.
         arrival_s : float
             When it reaches the server, after all that were given before.
-        adapter : int
-            -1 is the base model.
-        prompt_tokens, output_tokens : int
         """
-        requests = self.session.requests
-        if self.pushed == len(requests.arrival_s):
+        if self.pushed == len(self.session.requests.arrival_s):
             _make_room(self.session)
-            requests = self.session.requests
-        place = self.pushed
+        requests, blocks, trace = self.session.requests, self.session.state.blocks, self.trace
+        place, adapter = self.pushed, trace.adapter[request]
         requests.arrival_s[place] = arrival_s
         requests.adapter[place] = adapter if adapter >= 0 else self.session.limits.base_model
-        requests.prompt_tokens[place] = prompt_tokens
-        requests.output_tokens[place] = output_tokens
+        requests.prompt_tokens[place] = trace.prompt_tokens[request]
+        requests.output_tokens[place] = trace.output_tokens[request]
+        if blocks is not None:
+            first, last = self._own_pieces
+            blocks.pool.first_piece[place] = first[request]
+            blocks.pool.last_piece[place] = last[request]
         self.pushed += 1
         return place
 
@@ -104,12 +116,12 @@ class Feed:
         return adapter < 0 or bool(self.session.state.on_gpu[adapter])
 
 
-def _nothing(room: int, output_tokens: int) -> Trace:
+def _nothing(room: int, prompt_tokens: int = 1, output_tokens: int = 1) -> Trace:
     """Return requests that never arrive."""
     return Trace(
         np.full(room, np.inf),
         np.full(room, BASE_MODEL, np.int32),
-        np.ones(room, np.int32),
+        np.full(room, prompt_tokens, np.int32),
         np.full(room, output_tokens, np.int32),
     )
 
@@ -118,7 +130,7 @@ def _make_room(session: Session) -> None:
     """Double the places for requests."""
     n = len(session.requests.arrival_s)
     had = session.requests._asdict()
-    fresh = new_requests(_nothing(n, 1), session.limits.base_model)._asdict()
+    fresh = new_requests(_nothing(n), session.limits.base_model)._asdict()
     doubled = {name: np.concatenate((had[name], fresh[name])) for name in had}
     session.requests = Requests(**doubled)
     state = session.state._asdict()
@@ -128,8 +140,13 @@ def _make_room(session: Session) -> None:
         state[name] = _move_sentinels(state[name], n)
     blocks = session.state.blocks
     if blocks is not None:
-        progress = np.concatenate((blocks.progress, np.zeros(n, PROGRESS)))
-        state["blocks"] = blocks._replace(progress=progress.view(np.recarray))
+        progress, pool = np.concatenate((blocks.progress, np.zeros(n, PROGRESS))), blocks.pool
+        own = {
+            name: np.resize(getattr(pool, name), 2 * n) for name in ("first_piece", "last_piece")
+        }
+        state["blocks"] = blocks._replace(
+            progress=progress.view(np.recarray), pool=pool._replace(**own)
+        )
     session.state = State(**state)
 
 

@@ -139,8 +139,9 @@ class Pool(NamedTuple):
     alike_previous: Links
     table: NDArray[np.int32]  # blocks of the running requests, a row per seat
     seats: NDArray[np.int32]  # from place `running` on those that are free
-    # what the sequence of a request consists of: its pieces from `first_piece` on
+    # what the sequence of a request consists of: its pieces from the first to the last
     first_piece: NDArray[np.int64]
+    last_piece: NDArray[np.int64]
     piece_end: NDArray[np.int32]
     piece_content: NDArray[np.int64]  # of it and all before it, for blocks that end in it
 

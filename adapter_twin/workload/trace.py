@@ -9,7 +9,7 @@ import heapq
 import random
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,13 @@ class Contents:
     piece: NDArray[np.int64]
     end: Ints
 
+    def take(self, requests: NDArray[np.int64]) -> Contents:
+        """Return the contents of some of the requests."""
+        start, counts = self.first[requests], np.diff(self.first)[requests]
+        first = np.concatenate(([0], np.cumsum(counts)))
+        chosen = np.arange(first[-1]) + np.repeat(start - first[:-1], counts)
+        return Contents(first, self.piece[chosen], self.end[chosen])
+
 
 @dataclass(frozen=True, slots=True)
 class Trace:
@@ -91,6 +98,12 @@ class Trace:
 
     def __len__(self) -> int:
         return len(self.arrival_s)
+
+    def take(self, requests: NDArray[np.int64]) -> Trace:
+        """Return some of the requests, by their numbers."""
+        contents = None if self.contents is None else self.contents.take(requests)
+        columns = {name: getattr(self, name)[requests] for name in COLUMNS}
+        return replace(self, contents=contents, **columns)
 
     def to_frame(self) -> pd.DataFrame:
         """Return the trace as a table, one row per request."""
@@ -206,13 +219,7 @@ def generate(
 
 def _replay(workload: Workload, path: str, rng: np.random.Generator) -> Trace:
     trace = read_trace(path, workload.adapters, workload.base_model_request_rate, rng)
-    end = int(np.searchsorted(trace.arrival_s, workload.duration_s))
-    columns: dict[str, Any] = {name: getattr(trace, name)[:end] for name in COLUMNS}
-    if trace.contents is not None:
-        first, last = trace.contents.first[: end + 1], trace.contents.first[end]
-        kept = Contents(first, trace.contents.piece[:last], trace.contents.end[:last])
-        columns["contents"] = kept
-    return Trace(**columns)
+    return trace.take(np.arange(np.searchsorted(trace.arrival_s, workload.duration_s)))
 
 
 def _poisson_arrivals(

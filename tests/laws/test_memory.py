@@ -133,7 +133,10 @@ def test_what_fits_adds_up_and_tells_the_most_slots() -> None:
     for slots, starts in ((most, True), (most + 1, False)):
         flags = {"max_loras": slots, "max_model_len": 8192}
         assert what_fits("Qwen/Qwen3-8B", "l40s", flags)["starts"] is starts
-    assert found["longest_requests_at_once"] == found["kv_cache_tokens"] // 8192
+    at_once = found["requests_at_once_by_tokens"]
+    assert at_once == {
+        length: found["kv_cache_tokens"] // int(length) for length in ("512", "2048", "8192")
+    }
 
 
 def test_an_h100_of_80_gb_holds_what_its_size_adds() -> None:

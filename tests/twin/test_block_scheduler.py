@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adapter_twin.capacity.analytic import analyse
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.fleet.cluster import simulate_cluster
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
@@ -25,6 +26,7 @@ from adapter_twin.fleet.routers import RoundRobin
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.measure.campaign import Serving, ServingRun
 from adapter_twin.plan.demand import Demand
+from adapter_twin.plan.recommend import recommend
 from adapter_twin.service.metrics import service_of
 from adapter_twin.twin.block_scheduler import BY_BLOCK
 from adapter_twin.twin.feed import Feed
@@ -32,16 +34,17 @@ from adapter_twin.twin.policies import Drain
 from adapter_twin.twin.policy import VLLM
 from adapter_twin.twin.session import Session
 from adapter_twin.twin.simulate import run_in_simpy, simulate
-from adapter_twin.twin.wiring import begin, with_defaults
+from adapter_twin.twin.wiring import with_defaults
 from adapter_twin.workload.scenario import (
     Adapter,
     Arrivals,
     EngineConfig,
     Lengths,
+    ServeFlags,
     Workload,
     deal_adapters,
 )
-from adapter_twin.workload.trace import generate, generators
+from adapter_twin.workload.trace import Trace, generate, generators
 from study.conformance import Case, Step, feature_cases, twin_steps
 
 Requests = Sequence[tuple[int, int, int, int]]
@@ -359,10 +362,8 @@ def test_priorities_need_the_policy_that_heeds_them(calibration: Calibration) ->
     assert first_s < 0.1 * second_s
 
 
-def test_traffic_that_shares_prefixes_is_for_simulate_only(calibration: Calibration) -> None:
+def test_traffic_that_cannot_be_is_refused(calibration: Calibration) -> None:
     adapters, asked = deal_adapters(8, [1.0], [8]), workload(100)
-    with pytest.raises(AdapterTwinError, match=r"^lengths.shared_prefix_tokens: only `simulate`"):
-        Demand(model=ENGINE.model, adapters=adapters, lengths=asked.lengths)
     run = ServingRun(served_adapters=8, adapter_slots=8, rates=(1.0,), ranks=(8,), max_lora_rank=8)
     with pytest.raises(AdapterTwinError, match=r"^lengths.shared_prefix_tokens: a campaign's"):
         Serving(duration_s=60.0, lengths=asked.lengths, runs=(run,))
@@ -372,33 +373,83 @@ def test_traffic_that_shares_prefixes_is_for_simulate_only(calibration: Calibrat
     with pytest.raises(AdapterTwinError, match=r"^shared_prefix_tokens: a replayed trace"):
         replace(asked, arrivals=Arrivals(process="trace", path="trace.csv"))
     placement = Placement((ReplicaPlan(ENGINE, tuple(range(8)), (1.0,) * 8),))
-    with pytest.raises(AdapterTwinError, match=r"^enable_prefix_caching: the traffic shares"):
-        simulate_cluster(asked, placement, calibration, RoundRobin())
+    with pytest.raises(AdapterTwinError, match=r"^enable_prefix_caching: Drain cannot"):
+        simulate_cluster(asked, placement, calibration, RoundRobin(), policy=Drain(max_wait_s=1.0))
 
 
 @extrapolates
-def test_the_servers_of_a_cluster_do_all_but_cache(calibration: Calibration) -> None:
-    adapters = deal_adapters(8, [1.0], [8])
+@pytest.mark.parametrize("flags", [{}, {"async_scheduling": True}])
+def test_a_cluster_of_one_server_that_caches_gives_the_records_of_simulate(
+    calibration: Calibration, flags: dict[str, Any]
+) -> None:
+    calibration = of_version(calibration, "0.32.0")
+    asked, engine = workload(100), replace(ENGINE, **flags)
+    adapters = range(len(asked.adapters))
+    placement = Placement((ReplicaPlan(engine, tuple(adapters), (1.0,) * len(adapters)),))
+    alone = simulate(asked, engine, calibration).records
+    cluster = simulate_cluster(asked, placement, calibration, RoundRobin()).records
+    assert alone.cached_tokens.max() == 96
+    for column in fields(alone):
+        assert np.array_equal(
+            getattr(alone, column.name), getattr(cluster, column.name), equal_nan=True
+        ), column.name
+
+
+@extrapolates
+def test_servers_of_a_cluster_keep_what_their_own_requests_share(calibration: Calibration) -> None:
+    asked = workload(100)
+    adapters = tuple(range(len(asked.adapters)))
+    shares = (0.5,) * len(adapters)
+    placement = Placement((ReplicaPlan(ENGINE, adapters, shares),) * 2)
+    run = simulate_cluster(asked, placement, calibration, RoundRobin())
+    for replica in range(2):
+        own = run.records[run.replica == replica]
+        first = [own.cached_tokens[own.adapter == adapter][0] for adapter in adapters]
+        assert not any(first), "each server computes each adapter's prompt itself, once"
+        assert own.cached_tokens.max() == 96
+
+
+@extrapolates
+def test_recommend_plans_for_the_cache_that_it_asks_for(calibration: Calibration) -> None:
+    lengths = Lengths(mean_input_tokens=223, mean_output_tokens=198, shared_prefix_tokens=1500)
+    demand = Demand(model=ENGINE.model, adapters=deal_adapters(8, [0.5], [8]), lengths=lengths)
+    off = replace(demand, engine=ServeFlags(enable_prefix_caching=False))
+    cached, computed = recommend(demand), recommend(off)
+    assert "--enable-prefix-caching" in cached["vllm_args"]
+    assert "--no-enable-prefix-caching" in computed["vllm_args"]
+    ttft_ms = (answer["expected"]["mean_ttft_ms"]["value"] for answer in (cached, computed))
+    assert next(ttft_ms) < 0.6 * next(ttft_ms)
+    assert cached["utilisation"] < 0.6 * computed["utilisation"]
+
+
+@extrapolates
+def test_the_analytic_model_knows_what_caching_saves(calibration: Calibration) -> None:
+    lengths = Lengths(mean_input_tokens=223, mean_output_tokens=198, shared_prefix_tokens=1500)
+    asked = Workload(adapters=deal_adapters(32, [0.2], [8]), duration_s=900, lengths=lengths)
+    engines = [
+        replace(ENGINE, max_loras=32, max_cpu_loras=32, max_num_seqs=512, enable_prefix_caching=on)
+        for on in (True, False)
+    ]
+    table = analyse(asked, engines, calibration)
+    for row, engine in zip(table.itertuples(), engines, strict=True):
+        twin = service_of(simulate(asked, engine, calibration), warm_up_s=100.0)
+        assert row.mean_itl_ms == pytest.approx(twin["mean_itl_ms"], rel=0.1)
+        assert row.offered_tokens_per_s == pytest.approx(twin["offered_tokens_per_s"], rel=0.05)
+        assert row.total_throughput == pytest.approx(twin["total_throughput"], rel=0.05)
+
+
+@extrapolates
+def test_the_servers_of_a_cluster_take_what_they_are_given(calibration: Calibration) -> None:
     calibration = of_version(calibration, "0.32.0")
     engine = replace(ENGINE, async_scheduling=True)
-    order = generators(0)[2]
-    with pytest.raises(AdapterTwinError, match=r"^enable_prefix_caching: a cluster's servers"):
-        Feed(
-            replace(engine, enable_prefix_caching=True),
-            calibration,
-            adapters,
-            duration_s=1e3,
-            longest_output=10,
-            order=order,
-        )
-    feed = Feed(
-        engine, calibration, adapters, duration_s=1e3, longest_output=10, order=order, room=2
+    trace = Trace(
+        np.arange(9.0), np.arange(9, dtype=np.int32) % 8, *np.full((2, 9), [[50], [10]], np.int32)
     )
+    adapters, order = deal_adapters(8, [1.0], [8]), generators(0)[2]
+    feed = Feed(engine, calibration, adapters, trace, duration_s=1e3, order=order, room=2)
     for request in range(9):
-        feed.push(float(request), request % 8, 50, 10)
+        feed.push(request, float(request))
     feed.session.run()
-    trace = generate(workload(0), generators(0)[0])
-    whole = begin(trace, engine, calibration, adapters, order, duration_s=1e3)
-    assert feed.session.policy == whole.policy == BY_BLOCK
+    assert feed.session.policy == BY_BLOCK
     assert np.isfinite(feed.session.requests.end_s[:9]).all()
     assert all(a < b for a, b in pairwise(feed.session.requests.end_s[:9].tolist()))
