@@ -147,7 +147,11 @@ def simulate(
 def traffic(
     source: Annotated[
         Path,
-        Argument(metavar="SOURCE", help="A log: .csv, .csv.gz, .jsonl or .parquet of requests."),
+        Argument(
+            metavar="SOURCE",
+            help="A log of requests, .csv, .csv.gz, .jsonl or .parquet, or what vllm bench serve "
+            "--save-detailed, guidellm or AIPerf saved of each.",
+        ),
     ],
     window_s: Annotated[
         float, Option(min=1, help="Length of the busiest stretch that is named, in s.")
