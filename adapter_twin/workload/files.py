@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from adapter_twin.errors import AdapterTwinError, one_line, require
+from adapter_twin.workload.adapter_folders import resolve
 from adapter_twin.workload.calibration_files import complete
 from adapter_twin.workload.scenario import (
     Adapter,
@@ -26,7 +27,7 @@ from adapter_twin.workload.scenario import (
     deal_adapters,
     zipf_adapters,
 )
-from adapter_twin.workload.serve_command import read_command
+from adapter_twin.workload.serve_command import lora_modules, read_command
 from adapter_twin.workload.strict import read
 
 if TYPE_CHECKING:
@@ -48,17 +49,19 @@ def load_scenario(path: str | Path, vllm_args: str | None = None) -> Scenario:
     """Read a ``CONFIG.yaml``.
 
     Adapters are a list of ``{name, rank, request_rate}``, with ``pinned: true`` where one is, or
-    one of the short forms ``{count, request_rates, ranks}`` and ``{count, total_request_rate,
-    zipf_exponent, ranks}``. The path of a trace is relative to the file. ``engine.policy`` is the
-    name of a policy, or ``{name, ...}`` with its parameters; for ``engine.defaults`` see
-    `adapter_twin.workload.calibration_files.complete`.
+    one of the short forms ``{count, request_rates, ranks}``, ``{count, total_request_rate,
+    zipf_exponent, ranks}`` and ``{traffic_split: {name: share}, total_request_rate, ranks}``; for
+    folders and tables of them see `adapter_twin.workload.adapter_folders`. The path of a trace is
+    relative to the file. ``engine.policy`` is the name of a policy, or ``{name, ...}`` with its
+    parameters; for ``engine.defaults`` see `adapter_twin.workload.calibration_files.complete`.
 
     Parameters
     ----------
     path : path-like
     vllm_args : str, optional
         A ``vllm serve`` command line in place of the file's engine, of which the model is kept
-        where the command names none, and the policy.
+        where the command names none, and the policy. The adapters of its ``--lora-modules`` are
+        the file's, which then needs only their rates.
 
     Raises
     ------
@@ -79,6 +82,12 @@ def load_scenario(path: str | Path, vllm_args: str | None = None) -> Scenario:
             elif "defaults" in engine:
                 engine = complete(engine, calibration, str(engine.get("model")))
             content["engine"] = engine
+            workload = content.get("workload")
+            if isinstance(workload, dict) and "adapters" in workload:
+                named = lora_modules(vllm_args) if vllm_args else {}
+                told, model = workload["adapters"], str(engine.get("model"))
+                adapters = resolve(told, Path(path), model, named, "workload.adapters")
+                workload["adapters"] = adapters
     scenario = read(Scenario, content)
     trace = scenario.workload.arrivals.path
     if trace is None:
