@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapter_twin.errors import AdapterTwinError, require
+from adapter_twin.workload.models import same_model
 from adapter_twin.workload.strict import Count, Positive, Text, dataclass, read
 
 if TYPE_CHECKING:
     import pandas as pd
+
+LONGEST_S = 1e6
+"""A benchmark lasts until all is answered; no one waits longer than this."""
 
 VLLM_COLUMNS = {"start_times": "arrival_s", "input_lens": "prompt_tokens"}
 VLLM_COLUMNS |= {"output_lens": "output_tokens"}
@@ -32,7 +36,6 @@ class Benchmark:
     Attributes
     ----------
     model_id : str
-        The served model, or the adapter that all requests went to.
     num_prompts : int
     request_rate : float or "inf"
         Requests/s; with ``inf`` all are sent at once.
@@ -46,6 +49,9 @@ class Benchmark:
     total_input_tokens, total_output_tokens : int
         Of the completed requests.
     ramp_up_strategy : str, optional
+        How the rate grows, of requests that were not saved one by one.
+    detailed : bool
+        Requests were saved one by one, with the times at which they were sent.
     """
 
     model_id: Text
@@ -58,17 +64,85 @@ class Benchmark:
     total_input_tokens: Count
     total_output_tokens: Count
     ramp_up_strategy: Text | None = None
+    detailed: bool = False
+
+    def __post_init__(self) -> None:
+        held = self.max_concurrency is not None and self.max_concurrency < self.num_prompts
+        require(
+            not held,
+            f"max_concurrency: the client held requests back while {self.max_concurrency} were "
+            "running, which the twin does not; measure without --max-concurrency",
+        )
+        require(
+            self.detailed or self.ramp_up_strategy is None,
+            "ramp_up_strategy: a growing rate is not known here; measure it with --save-detailed",
+        )
 
     @property
     def sending_s(self) -> float:
         """Time in s over which the client spreads its requests."""
         return 0.0 if self.request_rate == "inf" else self.num_prompts / self.request_rate
 
+    def workload(self, told: Mapping[str, Any], model: str) -> dict[str, Any]:
+        """Return the keys of a `adapter_twin.workload.scenario.Workload` with this traffic.
+
+        Parameters
+        ----------
+        told : mapping
+            What a file says: ``adapters`` without rates, all asked alike; and ``lengths`` without
+            means, unless requests were saved one by one.
+        model : str
+            That is served.
+
+        Raises
+        ------
+        AdapterTwinError
+            The file tells what the benchmark does, or of another model.
+        """
+        require(
+            same_model(self.model_id, model),
+            f"engine.model: the benchmark is of {self.model_id}, not of {model}; correct it",
+        )
+        lengths, adapters = told.get("lengths") or {}, told.get("adapters", [])
+        require(isinstance(lengths, dict), "workload.lengths: expected a mapping of keys")
+        means = ("mean_input_tokens", "mean_output_tokens", "shared_prefix_tokens")
+        rates = ("request_rate", "request_rates", "total_request_rate", "zipf_exponent")
+        places = [told, lengths, *(adapters if isinstance(adapters, list) else [adapters])]
+        brought = ("duration_s", "arrivals", "base_model_request_rate", *rates, *means)
+        for key in brought:
+            twice = any(isinstance(place, dict) and key in place for place in places)
+            require(not twice, f"workload: {key}: the benchmark tells; leave it out")
+        require(
+            self.detailed == ("lengths" not in told),
+            "workload.lengths: the requests' own are saved; leave it out"
+            if self.detailed
+            else "workload.lengths: the benchmark holds means alone; tell their distribution, as "
+            "{distribution: fixed}, or measure it with --save-detailed",
+        )
+        rate = self.num_prompts / (self.sending_s or 1.0)  # all at once: within a second
+        if isinstance(adapters, dict):
+            adapters = {**adapters, "total_request_rate": rate, "zipf_exponent": 0}  # all alike
+        elif isinstance(adapters, list):
+            each = {"request_rate": rate / max(len(adapters), 1)}
+            adapters = [one | each if isinstance(one, dict) else one for one in adapters]
+        totals = (self.total_input_tokens, self.total_output_tokens)
+        tokens: list[float] = [total / self.completed for total in totals]
+        if lengths.get("distribution") == "fixed":
+            tokens = [round(mean) for mean in tokens]
+        return {
+            **told,
+            "duration_s": LONGEST_S,
+            "adapters": adapters,
+            "lengths": {**lengths, **dict(zip(means, tokens, strict=False))},
+            "base_model_request_rate": 0.0 if adapters else rate,
+        }
+
 
 def read_benchmark(content: Mapping[str, Any], path: str | Path) -> Benchmark:
     """Read one result of ``vllm bench serve``; raises `AdapterTwinError` where a field is wrong."""
-    known = {field.name for field in fields(Benchmark)}
-    return read(Benchmark, {k: v for k, v in content.items() if k in known}, str(path))
+    known = {field.name for field in fields(Benchmark)} - {"detailed"}
+    told = {name: value for name, value in content.items() if name in known}
+    return read(Benchmark, told | {"detailed": bool(content.get("start_times"))}, str(path))
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:

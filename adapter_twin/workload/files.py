@@ -13,6 +13,7 @@ import yaml
 
 from adapter_twin.errors import AdapterTwinError, one_line, require
 from adapter_twin.workload.adapter_folders import resolve
+from adapter_twin.workload.benchmark_clients import Benchmark
 from adapter_twin.workload.calibration_files import complete
 from adapter_twin.workload.scenario import (
     Adapter,
@@ -45,7 +46,9 @@ DEFAULT_BATCHED_TOKENS = 2048
 """Rows that do not tell the engine's token budget take this."""
 
 
-def load_scenario(path: str | Path, vllm_args: str | None = None) -> Scenario:
+def load_scenario(
+    path: str | Path, vllm_args: str | None = None, benchmark: Benchmark | None = None
+) -> Scenario:
     """Read a ``CONFIG.yaml``.
 
     Adapters are a list of ``{name, rank, request_rate}``, with ``pinned: true`` where one is, or
@@ -62,6 +65,8 @@ def load_scenario(path: str | Path, vllm_args: str | None = None) -> Scenario:
         A ``vllm serve`` command line in place of the file's engine, of which the model is kept
         where the command names none, and the policy. The adapters of its ``--lora-modules`` are
         the file's, which then needs only their rates.
+    benchmark : Benchmark, optional
+        Tells the traffic in place of the file.
 
     Raises
     ------
@@ -82,12 +87,14 @@ def load_scenario(path: str | Path, vllm_args: str | None = None) -> Scenario:
             elif "defaults" in engine:
                 engine = complete(engine, calibration, str(engine.get("model")))
             content["engine"] = engine
-            workload = content.get("workload")
+            model, workload = str(engine.get("model")), content.get("workload")
             if isinstance(workload, dict) and "adapters" in workload:
                 named = lora_modules(vllm_args) if vllm_args else {}
-                told, model = workload["adapters"], str(engine.get("model"))
-                adapters = resolve(told, Path(path), model, named, "workload.adapters")
-                workload["adapters"] = adapters
+                told = workload["adapters"]
+                workload["adapters"] = resolve(told, Path(path), model, named, "workload.adapters")
+            if benchmark is not None:
+                told = workload if isinstance(workload, dict) else {}
+                content["workload"] = benchmark.workload(told, model)
     scenario = read(Scenario, content)
     trace = scenario.workload.arrivals.path
     if trace is None:
