@@ -1,5 +1,6 @@
 """Verbs that plan: memory, optimum, recommend, place, sweep, train."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -142,7 +143,7 @@ def recommend(workload: WORKLOAD, as_json: JSON = False) -> None:
         report.print_mapping(worst, "Worst-served adapter")
     report.print_table(what_if, "What if")
     report.print_text(reason)
-    print("vllm serve MODEL", *vllm)
+    print("vllm serve MODEL", shlex.join(vllm))
     print("python -m sglang.launch_server --model-path MODEL", *sglang)
 
 
@@ -202,7 +203,7 @@ def place(
     left_out += ["worst_adapter", "worst_adapter_mean_ttft_ms"]
     report.print_table(table.drop(columns=left_out).rename_axis("gpu").reset_index(), "GPUs")
     for number, row in enumerate(replicas):
-        print(f"GPU {number}: vllm serve MODEL", *row["vllm_args"])
+        print(f"GPU {number}: vllm serve MODEL", shlex.join(row["vllm_args"]))
     if advice is not None:
         report.print_text(advice)
 

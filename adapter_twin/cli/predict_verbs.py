@@ -42,9 +42,16 @@ def predict(
     )
 
 
-@verbs.example("validate runs.parquet --calibration auto --out validation")
+@verbs.example(
+    "validate runs.parquet --calibration auto --out validation; validate bench.json --config "
+    "server.yaml, with what vllm bench serve --save-result wrote"
+)
 def validate(
     runs: RUNS,
+    config: Annotated[
+        Path | None,
+        Option(metavar="CONFIG.yaml", help="The server of a benchmark, where RUNS is its .json."),
+    ] = None,
     calibration: CALIBRATION = "auto",
     out: Annotated[
         Path | None, Option(metavar="DIR", help="Folder for the predictions and the error tables.")
@@ -58,6 +65,16 @@ def validate(
     from adapter_twin.service.validate import summary, validate_runs, write_validation
 
     report.check_target(out)
+    if runs.suffix == ".json":
+        require(
+            config is not None,
+            f"{runs}: a benchmark's result tells no slots, adapters or ranks; tell the server's "
+            "engine and workload.adapters by --config CONFIG.yaml",
+        )
+        assert config is not None
+        _validate_benchmark(runs, config, calibration, seed, out, as_json=as_json)
+        return
+    require(config is None, "config: a table of runs tells its engines; leave it out")
     measured = datasets.read_measured_runs(runs)
     predictions = predict(measured, calibration, seed=seed, jobs=jobs)
     starts = authors = None
@@ -85,6 +102,21 @@ def validate(
     report.print_table(
         worst[["figure", "run_id", "regime", "measured", "predicted", "error"]], "Worst"
     )
+
+
+def _validate_benchmark(
+    path: Path, config: Path, calibration: str, seed: int, out: Path | None, *, as_json: bool
+) -> None:
+    from adapter_twin.service.benchmark import compare_benchmarks
+
+    compared = compare_benchmarks(path, config, calibration, seed=seed)
+    if out is not None:
+        out.mkdir(exist_ok=True)
+        datasets.write_table(compared, out / "benchmarks.csv")
+    if as_json:
+        report.print_json({"provenance": compared.attrs, "figures": compared.to_dict("records")})
+    else:
+        report.print_each(compared, "benchmark", "Benchmark, errors in percent")
 
 
 @verbs.example("simulate examples/simulate.yaml --trace trace.json")
@@ -147,7 +179,11 @@ def simulate(
 def traffic(
     source: Annotated[
         Path,
-        Argument(metavar="SOURCE", help="A log: .csv, .csv.gz, .jsonl or .parquet of requests."),
+        Argument(
+            metavar="SOURCE",
+            help="A log of requests, .csv, .csv.gz, .jsonl or .parquet, or what vllm bench serve "
+            "--save-detailed, guidellm or AIPerf saved of each.",
+        ),
     ],
     window_s: Annotated[
         float, Option(min=1, help="Length of the busiest stretch that is named, in s.")

@@ -105,18 +105,19 @@ def _replicas(held: Held) -> list[dict[str, Any]]:
     served = zip(held.placement.replicas, held.checked.to_dict("records"), strict=True)
     for plan, service in served:
         slots, rank = plan.engine.max_loras, plan.engine.max_lora_rank
+        own = [demand.adapters[i] for i in plan.adapters]
         verdict = held.oracle.serve_plan(plan)
         assert verdict is not None  # the oracle has accepted it
         rows.append(
             {
-                "adapters": [demand.adapters[i].name for i in plan.adapters],
+                "adapters": [adapter.name for adapter in own],
                 "shares": list(plan.shares),
                 "adapter_slots": slots,
                 "max_lora_rank": rank,
                 "kv_cache_tokens": calibration.memory.kv_cache_tokens(plan.engine),
                 "utilisation": verdict.utilisation,
                 **{str(k): v for k, v in service.items() if k in SERVICE},
-                "vllm_args": vllm_args(plan.engine, calibration),
+                "vllm_args": vllm_args(plan.engine, calibration, own),
             }
         )
     return rows

@@ -16,11 +16,10 @@ from typing import Any
 
 from adapter_twin.errors import AdapterTwinError, one_line, require
 from adapter_twin.tables.datasets import replacing, write_text
+from adapter_twin.workload.adapter_folders import PEFT_CONFIG, WEIGHTS, peft_config, peft_rank
 from adapter_twin.workload.models import model_config, shipped_models
 from adapter_twin.workload.strict import suggestion
 
-WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 _TRAINED_TOKENS = 1000
 
 
@@ -116,7 +115,7 @@ def write_adapters(model_folder: Path, folder: Path, ranks: Sequence[int]) -> li
     for adapter, rank in zip(adapters, ranks, strict=True):
         adapter.mkdir(exist_ok=True)
         _link(weights[rank], adapter / WEIGHTS)
-        _write_json(_adapter_config(rank, model_folder.name, widths), adapter / ADAPTER_CONFIG)
+        _write_json(_adapter_config(rank, model_folder.name, widths), adapter / PEFT_CONFIG)
     return adapters
 
 
@@ -128,13 +127,10 @@ def adapter_rank(folder: Path) -> int:
     AdapterTwinError
         The folder holds none.
     """
-    config = _read_json(folder / ADAPTER_CONFIG, "a PEFT adapter")
-    rank: Any = config.get("r")
-    is_lora = config.get("peft_type") == "LORA" and isinstance(rank, int) and rank > 0
-    require(is_lora, f"{folder / ADAPTER_CONFIG}: no LoRA of PEFT; give a LoRA adapter")
+    rank = peft_rank(peft_config(folder))
     has_weights = any((folder / name).is_file() for name in (WEIGHTS, "adapter_model.bin"))
     require(has_weights, f"{folder / WEIGHTS}: no such file; give a PEFT adapter")
-    return int(rank)
+    return rank
 
 
 def check_adapters(folders: Iterable[Path], max_lora_rank: int) -> None:

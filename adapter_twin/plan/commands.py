@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+
 from adapter_twin.laws import Calibration
 from adapter_twin.laws.memory import GIB
-from adapter_twin.workload.scenario import EngineConfig, ServeFlags
+from adapter_twin.workload.scenario import Adapter, EngineConfig, ServeFlags
 
 
-def vllm_args(engine: EngineConfig, calibration: Calibration) -> list[str]:
+def vllm_args(
+    engine: EngineConfig, calibration: Calibration, adapters: Sequence[Adapter] = ()
+) -> list[str]:
     """Return the flags for ``vllm serve MODEL``: all that the answer hangs on.
 
     Parameters
@@ -16,6 +21,8 @@ def vllm_args(engine: EngineConfig, calibration: Calibration) -> list[str]:
     calibration : Calibration
         Of the version that is started. Where that takes an estimate of its CUDA graphs off the KV
         cache, or runs on a CPU, the size of the KV cache is given as well.
+    adapters : sequence of Adapter
+        Named by ``--lora-modules`` where the engine names all at its start and each has a path.
     """
     memory, version = calibration.memory, calibration.version
     loras = ["--enable-lora"]
@@ -39,7 +46,17 @@ def vllm_args(engine: EngineConfig, calibration: Calibration) -> list[str]:
         if getattr(engine, name) != getattr(left_out, name):
             flags[name] = getattr(engine, name)
     words = loras if engine.max_loras else []
-    return [*words, *(word for name, value in flags.items() for word in _flag(name, value))]
+    words += [word for name, value in flags.items() for word in _flag(name, value)]
+    if engine.lora_modules == "all" and adapters and all(one.path for one in adapters):
+        words += ["--lora-modules", *map(_lora_module, adapters)]
+    return words
+
+
+def _lora_module(adapter: Adapter) -> str:
+    """Return an adapter as vLLM takes it: in JSON where a comma would mislead it."""
+    short = f"{adapter.name}={adapter.path}"
+    plain = "," not in short and "=" not in adapter.name
+    return short if plain else json.dumps({"name": adapter.name, "path": adapter.path})
 
 
 def _flag(name: str, value: object) -> list[str]:

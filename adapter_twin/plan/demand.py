@@ -14,6 +14,7 @@ from pydantic import Field
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws.calibration import version_of
 from adapter_twin.plan.grid import Grid, slot_rank
+from adapter_twin.workload.adapter_folders import resolve
 from adapter_twin.workload.calibration_files import complete
 from adapter_twin.workload.files import read_yaml
 from adapter_twin.workload.lengths import Floats
@@ -143,10 +144,9 @@ class Demand:
 def load_demand(path: str | Path) -> Demand:
     """Read a ``WORKLOAD.yaml``: the keys of `Demand`.
 
-    Adapters are listed or in one of the short forms of
-    `adapter_twin.workload.files.load_scenario`. In place of rates and `lengths` there may be a
-    ``request_log``, the path of a table relative to the file, see
-    `adapter_twin.workload.request_log`; adapters then have a name and a rank only.
+    Adapters are told as in `adapter_twin.workload.files.load_scenario`. In place of rates and
+    `lengths` there may be a ``request_log``, the path of a table relative to the file, see
+    `adapter_twin.workload.request_log`; adapters are then told without rates.
 
     Raises
     ------
@@ -162,6 +162,8 @@ def load_demand(path: str | Path) -> Demand:
     if isinstance(engine, dict) and "defaults" in engine:
         model, calibration = str(content.get("model")), str(content.get("calibration", "auto"))
         content["engine"] = complete(engine, calibration, model)
+    if "adapters" in content:
+        content["adapters"] = resolve(content["adapters"], file, str(content.get("model")), {})
     log = content.pop("request_log", None)
     if log is None:
         _require_rates(content.get("adapters"))

@@ -83,7 +83,7 @@ def recommend(demand: Demand) -> dict[str, Any]:
         "binds": str(best.binds),
         "binds_next": found.binds_next,
         "reason": explanation(found),
-        "vllm_args": vllm_args(engine, calibration),
+        "vllm_args": vllm_args(engine, calibration, demand.adapters),
         "sglang_args": sglang_args(engine, base_model=demand.base_model_request_rate > 0),
         "what_if": _what_if(found),
         "criterion": str(found.criterion),

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from adapter_twin.errors import AdapterTwinError, one_line, require
+from adapter_twin.workload.adapter_folders import resolve
+from adapter_twin.workload.benchmark_clients import Benchmark
 from adapter_twin.workload.calibration_files import complete
 from adapter_twin.workload.scenario import (
     Adapter,
@@ -26,7 +28,7 @@ from adapter_twin.workload.scenario import (
     deal_adapters,
     zipf_adapters,
 )
-from adapter_twin.workload.serve_command import read_command
+from adapter_twin.workload.serve_command import lora_modules, read_command
 from adapter_twin.workload.strict import read
 
 if TYPE_CHECKING:
@@ -44,21 +46,27 @@ DEFAULT_BATCHED_TOKENS = 2048
 """Rows that do not tell the engine's token budget take this."""
 
 
-def load_scenario(path: str | Path, vllm_args: str | None = None) -> Scenario:
+def load_scenario(
+    path: str | Path, vllm_args: str | None = None, benchmark: Benchmark | None = None
+) -> Scenario:
     """Read a ``CONFIG.yaml``.
 
     Adapters are a list of ``{name, rank, request_rate}``, with ``pinned: true`` where one is, or
-    one of the short forms ``{count, request_rates, ranks}`` and ``{count, total_request_rate,
-    zipf_exponent, ranks}``. The path of a trace is relative to the file. ``engine.policy`` is the
-    name of a policy, or ``{name, ...}`` with its parameters; for ``engine.defaults`` see
-    `adapter_twin.workload.calibration_files.complete`.
+    one of the short forms ``{count, request_rates, ranks}``, ``{count, total_request_rate,
+    zipf_exponent, ranks}`` and ``{traffic_split: {name: share}, total_request_rate, ranks}``; for
+    folders and tables of them see `adapter_twin.workload.adapter_folders`. The path of a trace is
+    relative to the file. ``engine.policy`` is the name of a policy, or ``{name, ...}`` with its
+    parameters; for ``engine.defaults`` see `adapter_twin.workload.calibration_files.complete`.
 
     Parameters
     ----------
     path : path-like
     vllm_args : str, optional
         A ``vllm serve`` command line in place of the file's engine, of which the model is kept
-        where the command names none, and the policy.
+        where the command names none, and the policy. The adapters of its ``--lora-modules`` are
+        the file's, which then needs only their rates.
+    benchmark : Benchmark, optional
+        Tells the traffic in place of the file.
 
     Raises
     ------
@@ -79,6 +87,14 @@ def load_scenario(path: str | Path, vllm_args: str | None = None) -> Scenario:
             elif "defaults" in engine:
                 engine = complete(engine, calibration, str(engine.get("model")))
             content["engine"] = engine
+            model, workload = str(engine.get("model")), content.get("workload")
+            if isinstance(workload, dict) and "adapters" in workload:
+                named = lora_modules(vllm_args) if vllm_args else {}
+                told = workload["adapters"]
+                workload["adapters"] = resolve(told, Path(path), model, named, "workload.adapters")
+            if benchmark is not None:
+                told = workload if isinstance(workload, dict) else {}
+                content["workload"] = benchmark.workload(told, model)
     scenario = read(Scenario, content)
     trace = scenario.workload.arrivals.path
     if trace is None:

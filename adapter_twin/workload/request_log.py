@@ -4,7 +4,8 @@ Read are ``.csv``, ``.csv.gz``, ``.jsonl`` and ``.parquet`` with a time of arriv
 and output, and an adapter if there is one, under the names of `NAMES`: a gateway's log, the Azure
 LLM inference traces (``TIMESTAMP, ContextTokens, GeneratedTokens``), BurstGPT (``Timestamp, Request
 tokens, Response tokens``) and Mooncake (milliseconds, ``hash_ids`` of the prompts' blocks). Other
-columns are ignored.
+columns are ignored. What benchmark clients save is read as well, ``.json`` and ``.jsonl``, see
+`adapter_twin.workload.benchmark_clients`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin.errors import AdapterTwinError, one_line, require
+from adapter_twin.workload.benchmark_clients import aiperf_requests, requests_of_results
 from adapter_twin.workload.lengths import Floats
 from adapter_twin.workload.strict import suggestion
 
@@ -253,13 +255,19 @@ def _read(path: Path) -> pd.DataFrame:
             frame = pd.read_csv(path)
         elif name.endswith((".jsonl", ".jsonl.gz")):
             frame = pd.read_json(path, lines=True, dtype=False)
+            if {"metadata", "metrics"} <= set(frame.columns):
+                frame = aiperf_requests(frame, path)
+        elif name.endswith(".json"):
+            frame = requests_of_results(path)
         else:
             frame = pd.read_parquet(path)
+    except AdapterTwinError:
+        raise
     except (OSError, ValueError) as error:  # pandas' and Arrow's parse errors are ValueErrors
         reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
         raise AdapterTwinError(
-            f"{path}: cannot be read as a trace ({reason}); give a .csv, .csv.gz, .jsonl or "
-            ".parquet of requests"
+            f"{path}: cannot be read as a trace ({reason}); give a .csv, .csv.gz, .jsonl, "
+            ".parquet or .json of requests"
         ) from None
     require(len(frame) > 0, f"{path}: the trace is empty; give at least one request")
     return frame

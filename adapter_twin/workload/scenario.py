@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from itertools import cycle
 from typing import Annotated, Any, Literal
 
@@ -64,6 +64,9 @@ class Adapter:
         first, and the highest is preempted first. That of the base model is 0.
     target_modules : tuple of str, optional
         Modules that it changes; left out, all of a layer. Fewer are read and copied faster.
+    path : str, optional
+        Its folder, for the printed ``--lora-modules``; a file need not tell what the folder does,
+        see `adapter_twin.workload.adapter_folders`.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Adapter:
     pinned: bool = False
     priority: Integer = 0
     target_modules: Some[Text] | None = None
+    path: Text | None = None
 
 
 @function
@@ -113,15 +117,39 @@ def zipf_adapters(
     return deal_adapters(count, [scale * weight for weight in weights], ranks)
 
 
-def _dealt(adapters: Any) -> Any:
-    """Return the adapters that a short form stands for: the arguments of one of these two."""
+@function
+def split_adapters(
+    traffic_split: dict[Text, Share], total_request_rate: NotNegative, ranks: Several[Count]
+) -> tuple[Adapter, ...]:
+    """Share out requests by name, as inference-perf's ``lora_traffic_split`` does.
+
+    Parameters
+    ----------
+    traffic_split : dict
+        Share of the requests by adapter; together 1.
+    total_request_rate : float
+        Requests/s of all adapters.
+    ranks : sequence of int
+        Dealt round-robin.
+    """
+    total = math.fsum(traffic_split.values())
+    require(abs(total - 1) < 1e-6, f"traffic_split: shares add up to {total:g}; make that 1")
+    rates = [total_request_rate * share for share in traffic_split.values()]
+    named = zip(traffic_split, deal_adapters(len(rates), rates, ranks), strict=True)
+    return tuple(replace(adapter, name=name) for name, adapter in named)
+
+
+def dealt(adapters: Any) -> Any:
+    """Return the adapters that a short form stands for: the arguments of one of these three."""
     if not isinstance(adapters, dict):
         return adapters
+    if "traffic_split" in adapters:
+        return split_adapters(**adapters)
     is_zipf = "zipf_exponent" in adapters or "total_request_rate" in adapters
     return (zipf_adapters if is_zipf else deal_adapters)(**adapters)
 
 
-Adapters = Annotated[Many[Adapter], BeforeValidator(_dealt)]
+Adapters = Annotated[Many[Adapter], BeforeValidator(dealt)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,7 +358,7 @@ class Workload:
     Attributes
     ----------
     adapters : tuple of Adapter
-        In a file also the arguments of `deal_adapters` or `zipf_adapters`.
+        In a file also the arguments of `deal_adapters`, `zipf_adapters` or `split_adapters`.
     duration_s : float
     lengths : Lengths
     arrivals : Arrivals

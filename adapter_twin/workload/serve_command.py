@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from adapter_twin.errors import AdapterTwinError, require
@@ -50,13 +53,7 @@ def read_command(command: str, model: str | None = None, calibration: str = "aut
     >>> read_command(f"vllm serve meta-llama/Llama-3.1-8B-Instruct {flags}").max_model_len
     8000
     """
-    try:
-        words = shlex.split(command, comments=True)
-    except ValueError as error:
-        raise AdapterTwinError(f"vllm_args: not a command line ({error}); correct it") from None
-    while words and (words[0] in ("vllm", "serve") or "=" in words[0].partition("-")[0]):
-        words.pop(0)  # and variables in front
-    named, flags = parse_flags(words)
+    named, flags = parse_flags(_words(command))
     model = named or model
     require(model is not None, "vllm_args: the command names no model; add it after `vllm serve`")
     assert model is not None
@@ -64,6 +61,52 @@ def read_command(command: str, model: str | None = None, calibration: str = "aut
         flags["max_loras"] = 0
     engine = complete({"max_loras": 1, **flags, "defaults": "vllm"}, calibration, model)
     return read(EngineConfig, {"model": model, **engine}, "vllm_args")
+
+
+def _words(command: str) -> list[str]:
+    """Return the words of a command line behind ``vllm serve``."""
+    try:
+        words = shlex.split(command, comments=True)
+    except ValueError as error:
+        raise AdapterTwinError(f"vllm_args: not a command line ({error}); correct it") from None
+    while words and (words[0] in ("vllm", "serve") or "=" in words[0].partition("-")[0]):
+        words.pop(0)  # and variables in front
+    return words
+
+
+def lora_modules(command: str) -> dict[str, str]:
+    """Return the adapters' paths by name that a command line names, ``--lora-modules``.
+
+    Each is ``name=path`` or a JSON object with ``name`` and ``path``, as vLLM takes them; relative
+    paths are of the folder in which this runs.
+
+    Raises
+    ------
+    AdapterTwinError
+        One is neither.
+
+    Examples
+    --------
+    >>> lora_modules("vllm serve m --enable-lora --lora-modules sql=/adapters/sql")
+    {'sql': '/adapters/sql'}
+    """
+    left, found = _words(command), dict[str, str]()
+    while left:
+        start, left = left, left[1:]
+        if start[0].partition("=")[0] not in ("--lora-modules", "--lora_modules"):
+            continue
+        _, values, left = _next_flag(start)
+        for value in values:
+            name, _, path = value.partition("=")
+            if "," in value:  # vLLM takes it as JSON
+                name = path = ""
+                with suppress(ValueError, KeyError, TypeError):
+                    told = json.loads(value)
+                    name, path = str(told["name"]), str(told["path"])
+            neither = f"--lora-modules: {value!r} is neither name=path nor JSON with name and path"
+            require(bool(name and path), f"{neither}; correct it")
+            found[name] = str(Path(path).absolute())
+    return found
 
 
 def parse_flags(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
@@ -112,6 +155,8 @@ def _next_flag(words: list[str]) -> tuple[str, Any, list[str]]:
         values.append(rest.pop(0))
     if not values:
         return name, True, rest
+    if name == "lora_modules":
+        return name, values, rest
     if _FLAGS.get(name, "").startswith("Some["):
         return name, [part for value in values for part in value.split(",")], rest
     return name, _value(name, values[0] if len(values) == 1 else " ".join(values)), rest

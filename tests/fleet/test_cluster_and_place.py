@@ -25,7 +25,7 @@ from adapter_twin.fleet.strategies import place_and_hold, shortest_wait, spread
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.steady_state import warmed_up
-from adapter_twin.workload.scenario import EngineConfig, Lengths, Slo, zipf_adapters
+from adapter_twin.workload.scenario import EngineConfig, Lengths, ServeFlags, Slo, zipf_adapters
 
 LLAMA = "llama-3.1-8b-instruct"
 LENGTHS = Lengths(mean_input_tokens=223, mean_output_tokens=200)
@@ -74,6 +74,15 @@ def test_the_answer_tells_flags_service_and_hidden_waits(
         assert row["total_throughput"] >= 0.9 * row["offered_tokens_per_s"]
     waits = max(row["mean_ttft_ms"] for row in answer["replicas"]) > 1000
     assert (answer["advice"] is not None) == waits
+
+
+def test_each_gpu_names_its_own_adapters_whose_folders_are_known() -> None:
+    asked = demand(3, 0.5, engine=ServeFlags(lora_modules="all"))
+    in_folders = tuple(replace(one, path=f"/srv/{one.name}") for one in asked.adapters)
+    answer, _ = place(replace(asked, adapters=in_folders), gpus=2, jobs=1)
+    for row in answer["replicas"]:
+        named = row["vllm_args"][row["vllm_args"].index("--lora-modules") + 1 :]
+        assert named == [f"{name}=/srv/{name}" for name in row["adapters"]]
 
 
 def test_an_slo_takes_more_gpus_and_is_met(laws: Calibration) -> None:

@@ -31,7 +31,7 @@ from adapter_twin.plan.steady_state import (
     warmed_up,
 )
 from adapter_twin.twin.simulate import draw_requests, simulate
-from adapter_twin.workload.scenario import Adapter, Lengths, Slo, deal_adapters
+from adapter_twin.workload.scenario import Adapter, Lengths, ServeFlags, Slo, deal_adapters
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = "llama-3.1-8b-instruct"
@@ -285,6 +285,13 @@ def test_waits_that_throughput_does_not_show_are_pointed_out() -> None:
     assert "give an slo" in recommend(asked)["reason"]
     asked = replace(asked, slots=None)
     assert "give an slo" not in recommend(asked)["reason"]
+
+
+def test_the_command_names_adapters_whose_folders_are_known() -> None:
+    listed = [Adapter(name=n, path=f"/srv/{n}", rank=8, request_rate=0.1) for n in ("a", "b")]
+    asked = demand(2, 0.1, slots=(2,), engine=ServeFlags(lora_modules="all"))
+    answer = recommend(replace(asked, adapters=tuple(listed)))
+    assert answer["vllm_args"][-3:] == ["--lora-modules", "a=/srv/a", "b=/srv/b"]
 
 
 def test_an_unknown_calibration_is_refused() -> None:
