@@ -11,7 +11,7 @@ import typer
 from typer import Option, Typer
 
 from adapter_twin import __version__
-from adapter_twin.cli import measure_verbs, plan_verbs, predict_verbs
+from adapter_twin.cli import measure_verbs, plan_verbs, predict_verbs, report
 from adapter_twin.errors import AdapterTwinError
 
 app = Typer(
@@ -24,7 +24,11 @@ for group in (predict_verbs, plan_verbs, measure_verbs):
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit; bad input is one line on stderr and status 2."""
+    """Run the command line and exit; bad input is one line on stderr and status 2.
+
+    With ``--json`` stdout holds JSON whatever happens: the same line as ``error.message``.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
     warnings.showwarning = _show_warning
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("adapter_twin").setLevel(logging.INFO)
@@ -36,17 +40,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if status == 130:  # typer's answer to Ctrl-C, without a word
             raise KeyboardInterrupt
     except AdapterTwinError as error:
-        status = _fail(str(error), 2)
+        status = _fail(str(error), 2, arguments)
     except typer.TyperException as error:
         # Without arguments the message is the help text, which typer has printed.
-        status = _fail(error.format_message(), 2) if error.format_message() else 2
+        status = _fail(error.format_message(), 2, arguments) if error.format_message() else 2
     except (KeyboardInterrupt, typer.Abort):
-        status = _fail("interrupted", 130)
+        status = _fail("interrupted", 130, arguments)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _fail(message: str, status: int) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+def _fail(message: str, status: int, arguments: Sequence[str]) -> int:
+    message = " ".join(message.split())
+    print("error:", message, file=sys.stderr)
+    if "--json" in arguments:
+        report.print_json({"error": {"message": message}})
     return status
 
 

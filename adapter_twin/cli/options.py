@@ -14,7 +14,9 @@ SEED = Annotated[int, Option(min=0, help="Same seed, same result.")]
 JOBS = Annotated[int, Option(help="Processes; -1 is one per core.")]
 JSON = Annotated[bool, Option("--json", help="Print JSON.")]
 WORKLOAD = Annotated[Path, Argument(metavar="WORKLOAD.yaml", help="Adapters, traffic and SLO.")]
-MARGIN = Annotated[float | None, Option(help="Safety margin on the served share of the load.")]
+MARGIN = Annotated[
+    float | None, Option(help="Safety margin on the served share of the load, as 0.02.")
+]
 RESUMED = Annotated[
     Path, Option(metavar="DIR", help="Folder for the tables; run again to go on in it.")
 ]

@@ -17,7 +17,7 @@ verbs = Verbs()
 @verbs.example("predict runs.parquet --calibration auto --out predictions.parquet")
 def predict(
     runs: RUNS,
-    out: Annotated[Path, Option(metavar="PRED.parquet", help="Where predictions go.")],
+    out: Annotated[Path, Option(metavar="PRED.parquet|.csv", help="Where predictions go.")],
     calibration: CALIBRATION = "auto",
     seed: SEED = 0,
     jobs: JOBS = -1,
@@ -126,7 +126,7 @@ def simulate(
         Path | None, Option(metavar="OUT.json", help="Write a Perfetto trace.")
     ] = None,
     records: Annotated[
-        Path | None, Option(metavar="OUT.parquet", help="Write one row per request.")
+        Path | None, Option(metavar="OUT.parquet|.csv", help="Write one row per request.")
     ] = None,
     policy: Annotated[
         str | None,
@@ -189,7 +189,8 @@ def traffic(
         float, Option(min=1, help="Length of the busiest stretch that is named, in s.")
     ] = 3600.0,
     out: Annotated[
-        Path | None, Option(metavar="OUT.parquet", help="Write the requests in the common form.")
+        Path | None,
+        Option(metavar="OUT.parquet|.csv", help="Write the requests in the common form."),
     ] = None,
     as_json: JSON = False,
 ) -> None:

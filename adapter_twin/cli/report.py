@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+SCHEMA_VERSION = 2
+"""A higher one tells that a key is gone or means something else."""
+
+
 def check_target(path: Path | None, *suffixes: str) -> None:
     """Refuse a place that cannot be written to before the work begins.
 
@@ -57,8 +61,9 @@ def working(text: str) -> AbstractContextManager[Any]:
     return Console(stderr=True).status(text)
 
 
-def print_json(content: Any) -> None:
-    """Print strict JSON: what is not finite is null."""
+def print_json(content: Mapping[str, Any]) -> None:
+    """Print strict JSON with its `SCHEMA_VERSION`: what is not finite is null."""
+    content = {"schema_version": SCHEMA_VERSION, **content}
     plain = to_jsonable_python(content, inf_nan_mode="null", fallback=lambda number: number.item())
     print(json.dumps(plain, indent=2, allow_nan=False))
 

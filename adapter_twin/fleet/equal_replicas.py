@@ -8,7 +8,6 @@ from adapter_twin.fleet.cluster import ClusterRun, simulate_cluster
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
 from adapter_twin.fleet.routers import ROUTERS, Router
 from adapter_twin.laws import load_calibration
-from adapter_twin.service.predict import SCHEMA_VERSION
 from adapter_twin.twin.policies import make_policy
 from adapter_twin.twin.policy import VLLM
 from adapter_twin.workload.named import make_named
@@ -49,7 +48,6 @@ def simulate_fleet(scenario: Scenario) -> tuple[ClusterRun, dict[str, Any]]:
         policy=policy,
     )
     return run, {
-        "schema_version": SCHEMA_VERSION,
         "replicas": fleet.replicas,
         "router": repr(router),
         **run.service(slo=scenario.slo, adapters=workload.adapters),

@@ -29,9 +29,6 @@ from adapter_twin.twin.simulate import simulate, simulate_run
 from adapter_twin.workload.files import records, run_to_engine, run_to_workload
 from adapter_twin.workload.scenario import EngineConfig, Scenario
 
-SCHEMA_VERSION = 2
-"""Version of what `predict_scenario` tells: figures of TTFT count every arrival since 2."""
-
 
 def predict(
     runs: pd.DataFrame,
@@ -157,7 +154,6 @@ def predict_scenario(scenario: Scenario) -> tuple[Simulation, dict[str, Any]]:
     served = per_adapter(run.records, run.duration_s)
     share = served["total_throughput"] / served["offered_tokens_per_s"]
     return run, {
-        "schema_version": SCHEMA_VERSION,
         **service_of(run, slo=scenario.slo),
         "jain_fairness": jain_fairness(share) if len(share) else float("nan"),
         **adapter_loading(run.steps, run.duration_s),

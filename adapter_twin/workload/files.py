@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
@@ -104,7 +105,13 @@ def load_scenario(
 
 
 def read_yaml(file: Path) -> Any:
-    """Return the content of a YAML file; raise `AdapterTwinError` if it cannot be read."""
+    """Return the content of a YAML file, the path of a calibration relative to its folder.
+
+    Raises
+    ------
+    AdapterTwinError
+        It cannot be read.
+    """
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -119,6 +126,9 @@ def read_yaml(file: Path) -> Any:
             reason = f"{place}: {getattr(error, 'problem', error)}"
         raise AdapterTwinError(f"{file}: not valid YAML ({reason}); correct it") from None
     require(content is not None, f"{file}: the file is empty; write its keys, or copy an example")
+    calibration = content.get("calibration") if isinstance(content, dict) else None
+    if isinstance(calibration, str) and calibration.endswith(".json"):
+        content["calibration"] = os.path.normpath(file.parent / calibration)
     return content
 
 

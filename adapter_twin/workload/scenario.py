@@ -282,6 +282,7 @@ class Slo:
     percentile: Annotated[float, Field(gt=0, lt=100)] = 99.0
 
     def __post_init__(self) -> None:
+        require(self.percentile > 1, f"percentile: in percent, 99, not 0.99; got {self.percentile}")
         limited = self.ttft_ms is not None or self.itl_ms is not None
         require(limited, "ttft_ms: an SLO needs ttft_ms or itl_ms")
 

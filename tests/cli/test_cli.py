@@ -148,7 +148,8 @@ def test_validate_prints_and_writes_the_bars(run: Cli, tmp_path: Path) -> None:
     summary = json.loads(out)
     assert summary["counts"]["scored"] == 1
     assert {"figure", "measure", "value", "bar", "passed"} <= set(summary["bars"][0])
-    assert json.loads((tmp_path / "report/summary.json").read_text()) == summary
+    written = json.loads((tmp_path / "report/summary.json").read_text())
+    assert {"schema_version": report.SCHEMA_VERSION, **written} == summary
     status, out, _ = run("validate", measured, "--jobs", "1")
     assert status == 0
     assert "Bars" in out
@@ -186,7 +187,7 @@ def test_simulate_prints_the_service_as_json(run: Cli, tmp_path: Path) -> None:
     status, out, err = run("simulate", config, "--json")
     assert (status, err) == (0, "")
     service = json.loads(out)
-    assert service["schema_version"] == 2
+    assert service["schema_version"] == report.SCHEMA_VERSION
     assert service["completed_requests"] > 0
     assert service["completed_mean_ttft_ms"] > 0
     assert service["worst_adapter"].startswith("adapter-")
@@ -237,6 +238,50 @@ def test_simulate_writes_records_and_a_trace(run: Cli, tmp_path: Path) -> None:
     assert min(gaps_us) == 0  # no two steps at a time
     assert max(gaps_us) > 1e6  # nothing to do between two requests
     assert min(step["dur"] for step in steps) > 1000
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
+def test_a_table_is_written_as_its_name_says(run: Cli, tmp_path: Path, name: str) -> None:
+    calls = (
+        ("simulate", write_config(tmp_path), "--records", name),
+        ("predict", write_runs(tmp_path), "--jobs", "1", "--out", name),
+        ("traffic", "requests.csv", "--out", name),
+    )
+    log = {"arrival_s": [0.0, 1.0], "prompt_tokens": 9, "output_tokens": 9}
+    pd.DataFrame(log).to_csv(tmp_path / "requests.csv", index=False)
+    read = pd.read_csv if name.endswith(".csv") else pd.read_parquet
+    for call in calls:
+        assert run(*call)[0] == 0
+        assert len(read(tmp_path / name)) >= 1
+        (tmp_path / name).unlink()
+        assert run(*call[:-1], "out.txt")[0] == 2
+
+
+def test_a_calibration_lies_beside_the_file_that_names_it(run: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    demand = {"model": LLAMA, **{key: CONFIG["workload"][key] for key in ("adapters", "lengths")}}
+    shipped = datasets.REPOSITORY / "data/calibrations" / f"{LLAMA}@h100-64gb-vllm0.8.5.json"
+    (folder / "own.json").write_text(shipped.read_text().replace("@h100", "@own"))
+    for verb, content in (("simulate", CONFIG), ("recommend", demand), ("place", demand)):
+        for named in ("mine/own.json", "own.json"):
+            told = yaml.safe_dump({**content, "calibration": named})
+            (folder / "file.yaml").write_text(told)
+            status, out, err = run(verb, "mine/file.yaml", "--json")
+            assert (status == 0) == (named == "own.json"), err
+        assert json.loads(out)["calibration"] == f"{LLAMA}@own-64gb-vllm0.8.5"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("simulate", "none.yaml"), ("optimum",), ("doctor", "--wrong"), ("memory", "m", "--gpu", "x")],
+)
+def test_with_json_an_error_is_json_too(run: Cli, arguments: tuple[str, ...]) -> None:
+    status, out, err = run(*arguments, "--json")
+    assert status == 2
+    told = json.loads(out)
+    assert told["schema_version"] == report.SCHEMA_VERSION
+    assert err == f"error: {told['error']['message']}\n"
 
 
 def test_an_empty_run_gives_null_and_not_nan(run: Cli, tmp_path: Path) -> None:
