@@ -1,4 +1,4 @@
-"""Verbs that measure: calibrate, profile, data, doctor."""
+"""Verbs that measure: calibrate, profile, prove, watch, data, doctor."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -105,6 +105,44 @@ def prove(
     if summary.stopped is not None:
         report.print_text(summary.stopped)
     print(f"{out}: {summary.complete} of {summary.pieces} runs")
+
+
+@verbs.example("watch http://localhost:8000 CONFIG.yaml")
+def watch(
+    source: Annotated[
+        str, Argument(metavar="URL|METRICS.prom", help="A vLLM server, or its saved /metrics.")
+    ],
+    config: Annotated[Path, Argument(metavar="CONFIG.yaml", help="What `simulate` takes.")],
+    every: Annotated[
+        float | None, Option(min=1, help="Time between the two reads of a URL in s; else 10.")
+    ] = None,
+    span_s: Annotated[
+        float | None,
+        Option(help="Time from the server's start to a saved page; else to the file's own time."),
+    ] = None,
+    as_json: JSON = False,
+) -> None:
+    """Show a running server's metrics beside what the twin expects of the same load."""
+    import pandas as pd
+
+    from adapter_twin.prove.watch import watch
+    from adapter_twin.workload.files import load_scenario
+
+    scenario = load_scenario(config)
+    with report.working("watching"):
+        seen = watch(source, scenario, every_s=every, span_s=span_s)
+    if as_json:
+        report.print_json(seen)
+        return
+    verdicts = {True: "yes", False: "NO", None: ""}
+    table = pd.DataFrame(seen["figures"]).replace({"agrees": verdicts})
+    report.print_table(table, f"{source}, {seen['span_s']:.0f} s, and the twin at its load")
+    report.print_text(
+        f"{seen['finished_requests']} requests finished; rates of {config} were multiplied by "
+        f"{seen['load_factor']:.3g} and its mean lengths replaced; percentiles of the server are "
+        "interpolated in buckets, whose edges are its low and high"
+    )
+    print(seen["conclusion"])
 
 
 @verbs.example("data --import ~/GPULLMAdapterOptimization")

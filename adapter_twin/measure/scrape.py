@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import math
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
 import pandas as pd
 
 from adapter_twin.errors import AdapterTwinError, require
+from adapter_twin.measure.metrics_page import CACHE, MetricsPage, fetch
 
 if TYPE_CHECKING:
     import aiohttp
-    from prometheus_client.samples import Sample
 
 METRICS = {
     "running": "vllm:num_requests_running",
@@ -28,7 +27,6 @@ METRICS = {
 """Each column of ``series`` is one of vLLM's metrics."""
 
 COUNTERS = [column for column, metric in METRICS.items() if metric.endswith("_total")]
-CACHE = "vllm:cache_config_info"
 IDLE_WITHIN_S = 60.0
 
 # Only these: the whole page takes the server's event loop, which also hands out the tokens, twenty
@@ -36,12 +34,6 @@ IDLE_WITHIN_S = 60.0
 # without it another handler answers, which knows no name[].
 _QUERY = [("name[]", metric) for metric in METRICS.values()]
 _PATH = "/metrics/"
-
-
-def _samples(text: str) -> Iterator[Sample]:
-    from prometheus_client.parser import text_string_to_metric_families
-
-    return (sample for family in text_string_to_metric_families(text) for sample in family.samples)
 
 
 def parse_metrics(text: str) -> dict[str, float]:
@@ -52,9 +44,7 @@ def parse_metrics(text: str) -> dict[str, float]:
     AdapterTwinError
         A metric is missing.
     """
-    values: dict[str, float] = {}
-    for sample in _samples(text):
-        values[sample.name] = values.get(sample.name, 0.0) + sample.value
+    values = MetricsPage.parse(text).values
     for metric in METRICS.values():
         require(metric in values, f"metrics: {metric} is missing; profiling needs vLLM 0.32's")
     return {column: values[metric] for column, metric in METRICS.items()}
@@ -63,13 +53,9 @@ def parse_metrics(text: str) -> dict[str, float]:
 def kv_cache(base_url: str) -> dict[str, float]:
     """Ask a running server for the size of its KV cache and of a block, in tokens."""
     url = f"{base_url}{_PATH}?{urlencode({'name[]': CACHE})}"
-    with urllib.request.urlopen(url, timeout=30) as response:
-        text = response.read().decode()
-    labels = next((sample.labels for sample in _samples(text) if sample.name == CACHE), {})
-    names = ("num_gpu_blocks", "block_size")
-    require(all(labels.get(name, "").isdigit() for name in names), f"metrics: {CACHE} is missing")
-    blocks, block_size = (int(labels[name]) for name in names)
-    return {"kv_cache_tokens": blocks * block_size, "block_size": block_size}
+    told = MetricsPage.parse(fetch(url, timeout_s=30.0)).kv_cache()
+    require(not any(map(math.isnan, told.values())), f"metrics: {CACHE} is missing")
+    return told
 
 
 async def sample(session: aiohttp.ClientSession, base_url: str) -> dict[str, float]:

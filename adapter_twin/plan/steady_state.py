@@ -160,15 +160,12 @@ def expect(windows: Sequence[Window], slo: Slo | None) -> dict[str, dict[str, fl
     dict
         Figure to ``value`` (mean over the windows), ``low`` and ``high``.
     """
-    chance = float(stdtrit(len(windows) - 1, 0.975)) * math.sqrt(1 + 1 / len(windows))
-    expected = {}
-    for name, error in TWIN_ERROR.items():
-        values = np.array([window.figures[name] for window in windows])
-        spread = chance * float(np.log(values).std(ddof=1))
-        factor = math.exp(math.hypot(spread, math.log1p(error)))
-        mean = float(values.mean())
-        expected[name] = {"value": mean, "low": mean / factor, "high": mean * factor}
+    expected = {
+        name: predict_window([window.figures[name] for window in windows], error)
+        for name, error in TWIN_ERROR.items()
+    }
     if slo is not None:
+        chance = _chance(len(windows))
         share, tight, wide = (_attained(windows, slo, scale) for scale in (0, -1, 1))
         expected["slo_attainment"] = {
             "value": float(share.mean()),
@@ -176,6 +173,27 @@ def expect(windows: Sequence[Window], slo: Slo | None) -> dict[str, dict[str, fl
             "high": min(float(wide.mean() + chance * wide.std(ddof=1)), 1.0),
         }
     return expected
+
+
+def predict_window(values: Sequence[float], error: float) -> dict[str, float]:
+    """Return a figure's 95 % prediction interval for one more window.
+
+    Parameters
+    ----------
+    values : sequence of float
+        The figure in several windows, positive.
+    error : float
+        Of the twin, relative; one of `TWIN_ERROR`.
+    """
+    spread = _chance(len(values)) * float(np.log(values).std(ddof=1))
+    factor = math.exp(math.hypot(spread, math.log1p(error)))
+    mean = float(np.mean(values))
+    return {"value": mean, "low": mean / factor, "high": mean * factor}
+
+
+def _chance(windows: int) -> float:
+    """Return how many standard deviations one more window may be off (Student's t)."""
+    return float(stdtrit(windows - 1, 0.975)) * math.sqrt(1 + 1 / windows)
 
 
 def _attained(windows: Sequence[Window], slo: Slo, scale: int) -> Floats:

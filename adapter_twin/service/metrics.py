@@ -35,15 +35,17 @@ RESAMPLES = 2000
 """An interval is taken from n bootstrap samples."""
 
 
+def shown(value: Any) -> str:
+    """Return a figure with four digits, and whole where it has more before the point."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 class Service(dict[str, Any]):
     """A run's figures by name, as `service` tells them; it shows itself as a table."""
 
     def _shown(self) -> dict[str, str]:
-        def shown(value: Any) -> str:
-            if not isinstance(value, float):
-                return str(value)
-            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
         return {name: shown(value) for name, value in self.items()}
 
     def __repr__(self) -> str:
@@ -132,9 +134,9 @@ def service(
         **throughput,
         starved=bool(is_starved(throughput["total_throughput"], offered)),
         **({} if slo is None else {"slo_attainment": slo_attainment(arrived, slo, duration_s)}),
-        **_statistics("ttft_ms", ttft_ms),
+        **statistics("ttft_ms", ttft_ms),
         ttft_is_lower_bound=bool(len(arrived) > 0 and p99_place >= started.sum()),
-        **{f"completed_{k}": v for k, v in _statistics("ttft_ms", 1e3 * ttft_s(completed)).items()},
+        **{f"completed_{k}": v for k, v in statistics("ttft_ms", 1e3 * ttft_s(completed)).items()},
         **_itl_ms(completed, gaps, warm_up_s),
         **_tpot_ms(completed),
         **_prefix_hits(arrived),
@@ -191,7 +193,7 @@ def _worst_adapter(
     """Return the worst-served adapter and its figures, as `service` tells them."""
     worst = worst_served(adapter, ttft_ms)
     own_ms = ttft_ms[adapter == worst] if worst is not None else ttft_ms[:0]
-    told = _statistics("ttft_ms", own_ms)
+    told = statistics("ttft_ms", own_ms)
     return {
         "worst_adapter": adapters[worst].name if adapters and worst is not None else worst,
         "worst_adapter_requests": len(own_ms),
@@ -222,9 +224,9 @@ def summarize(records: Records, gaps: Gaps, duration_s: float) -> dict[str, floa
     return {
         "completed_requests": len(completed),
         **_throughput(completed, duration_s),
-        **_statistics("ttft_ms", 1e3 * ttft_s(completed)),
+        **statistics("ttft_ms", 1e3 * ttft_s(completed)),
         **_tpot_ms(completed),
-        **_statistics("itl_ms", 1e3 * gaps.gap_s, gaps.count),
+        **statistics("itl_ms", 1e3 * gaps.gap_s, gaps.count),
     }
 
 
@@ -241,13 +243,13 @@ def _throughput(completed: Records, window_s: float) -> dict[str, float]:
 
 def _tpot_ms(completed: Records) -> dict[str, float]:
     tpot_ms = 1e3 * tpot_s(completed)
-    return _statistics("tpot_ms", tpot_ms[np.isfinite(tpot_ms)])
+    return statistics("tpot_ms", tpot_ms[np.isfinite(tpot_ms)])
 
 
 def _itl_ms(completed: Records, gaps: Gaps | None, since_s: float) -> dict[str, float]:
     if gaps is not None:
         late = gaps.end_s >= since_s
-        return _statistics("itl_ms", 1e3 * gaps.gap_s[late], gaps.count[late])
+        return statistics("itl_ms", 1e3 * gaps.gap_s[late], gaps.count[late])
     count = int(completed.output_tokens.sum(dtype=np.int64)) - len(completed)
     decode_s = float((completed.end_s - completed.first_token_s).sum())
     return {"mean_itl_ms": 1e3 * decode_s / count if count else math.nan}
@@ -300,9 +302,10 @@ def tpot_s(records: Records) -> Floats:
     )
 
 
-def _statistics(
+def statistics(
     name: str, values: Floats, counts: NDArray[np.int64] | None = None
 ) -> dict[str, float]:
+    """Return mean, median and p99 of a sample, each before `name`; NaN for an empty one."""
     percentiles = list(PERCENTILES.values())
     total = len(values) if counts is None else int(counts.sum())
     if not total:

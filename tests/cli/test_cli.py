@@ -55,7 +55,7 @@ CONFIG = {
     },
 }
 EXAMPLES = Path(__file__).parents[2] / "examples"
-VERBS = ("predict", "validate", "simulate", "calibrate", "profile", "data", "doctor")
+VERBS = ("predict", "validate", "simulate", "calibrate", "profile", "watch", "data", "doctor")
 
 Cli = Callable[..., tuple[int, str, str]]
 
