@@ -25,6 +25,7 @@ from adapter_twin.parallel import track
 from adapter_twin.plan.commands import vllm_args
 from adapter_twin.plan.criterion import MARGIN, TIE, Criterion
 from adapter_twin.plan.grid import GRID, STARVING_UTILISATION, evaluate, grid_runs, slot_rank
+from adapter_twin.plan.steady_state import warmed_up
 from adapter_twin.service.metrics import STARVATION_THRESHOLD
 from adapter_twin.tables import datasets
 from adapter_twin.tables.datasets import write_text
@@ -97,7 +98,7 @@ OPTIMUM = (
     "  --rates {rates_per_adapter} --ranks {ranks} \\\n"
     "  --mean-input-tokens {mean_input_tokens} --mean-output-tokens {mean_output_tokens}"
 )
-"""This command simulates a setting of the page afresh; an SLO adds the next line's file."""
+"""This command simulates a setting of the page afresh, with the next line's SLO or without."""
 WITH_SLO = "echo '{slo}' > slo.yaml\n{optimum} \\\n  --slo slo.yaml"
 
 
@@ -142,7 +143,7 @@ def explore(jobs: int = -1) -> pd.DataFrame:
     pandas.DataFrame
         `EXPLORER`, in the order of `workloads`.
     """
-    calibrations = {model: load_calibration("auto", model) for model in MODELS}
+    calibrations = {model: warmed_up(load_calibration("auto", model)) for model in MODELS}
     tasks = [
         joblib.delayed(_predict)(workload, calibrations[workload["model"]])
         for workload in workloads()
@@ -154,7 +155,8 @@ def explore(jobs: int = -1) -> pd.DataFrame:
 
 
 def _predict(workload: Mapping[str, Any], calibration: Calibration) -> pd.DataFrame:
-    runs = evaluate(grid_runs(workload, GRID, GRID, DURATION_S), calibration, seed=SEED, slo=SLOS)
+    runs = grid_runs(workload, GRID, GRID, DURATION_S, calibration.version)
+    runs = evaluate(runs, calibration, seed=SEED, slo=SLOS)
     return runs.assign(**{name: hundredths(runs[name]) for name in SLOS})[
         [*EXPLORER.columns, *SLOS]
     ]
@@ -275,7 +277,7 @@ def _criterion_templates() -> dict[str, str]:
     with_slo = str(Criterion(margin=MARGIN, slo=Slo(ttft_ms=1.0, percentile=1.0)))
     return {
         "plain": str(Criterion(margin=MARGIN)),
-        "slo": with_slo.replace("by 1 %", "by {percentile} %"),
+        "slo": with_slo.replace(" (TTFT 1 ms)", "").replace("by 1 %", "by {percentile} %"),
     }
 
 

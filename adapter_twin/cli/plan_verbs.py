@@ -71,7 +71,11 @@ def optimum(
         str | None, Option(metavar="G,G,...", help="Adapter slots to choose from.")
     ] = None,
     slo: Annotated[
-        Path | None, Option(metavar="CONFIG.yaml", help="File with ttft_ms, itl_ms, percentile.")
+        str | None,
+        Option(
+            metavar="CONFIG.yaml|none",
+            help="File with ttft_ms, itl_ms, percentile; left out, 2,000 ms and 100 ms for 99 %.",
+        ),
     ] = None,
     margin: MARGIN = None,
     mean_input_tokens: Annotated[
@@ -107,7 +111,7 @@ def optimum(
         slots_grid=GRID if slots_grid is None else parse_grid("slots_grid", slots_grid),
         criterion=criterion.Criterion(
             margin=criterion.MARGIN if margin is None else margin,
-            slo=None if slo is None else load_slo(slo),
+            slo=criterion.DEFAULT_SLO if slo is None else None if slo == "none" else load_slo(slo),
         ),
         seed=seed,
         jobs=jobs,

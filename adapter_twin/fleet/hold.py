@@ -16,6 +16,7 @@ from adapter_twin.laws import Calibration
 from adapter_twin.plan.candidates import HOUR_S
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import simulate_quietly
+from adapter_twin.plan.logged import stretch
 from adapter_twin.service.metrics import service_of, tpot_s, waits_ms
 from adapter_twin.twin.simulate import draw_requests
 from adapter_twin.workload.scenario import Slo, Workload
@@ -137,6 +138,7 @@ def check_placement(
     calibration : Calibration
     seed : int
     duration_s : float
+        Of drawn traffic; a log is replayed, see `adapter_twin.plan.logged.stretch`.
     jobs : int
         Processes; -1 is one per core.
 
@@ -148,7 +150,11 @@ def check_placement(
         percentile, the requests' ``slo_ttft_ms``, counting what still waits with its wait so far,
         and ``slo_itl_ms``.
     """
-    trace = draw_requests(demand.workload(duration_s), calibration, seed=seed)
+    trace = demand.trace
+    if trace is None:
+        trace = draw_requests(demand.workload(duration_s), calibration, seed=seed)
+    else:
+        trace, duration_s, _ = stretch(trace, seed - demand.seed, lead_in_s=0.0)
     replica = split_trace(trace, placement, seed)
     tasks = []
     for index, plan in enumerate(placement.replicas):

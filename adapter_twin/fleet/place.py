@@ -13,6 +13,7 @@ from adapter_twin.plan.commands import vllm_args
 from adapter_twin.plan.criterion import MARGIN
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.explanation import NOTABLE_WAIT_MS
+from adapter_twin.plan.logged import described
 from adapter_twin.workload.scenario import config_hash
 
 SERVICE = (*GPU_FIGURES, "slo_attainment")
@@ -48,8 +49,8 @@ def place(
         `adapter_twin.fleet.proof.bound`; ``repaired`` GPUs after the check; ``replicas``, for each
         GPU the names of its ``adapters`` and their ``shares``, ``adapter_slots``,
         ``max_lora_rank``, ``kv_cache_tokens``, ``utilisation`` of the analytic capacity, the
-        service of a simulated hour and ``vllm_args``; ``advice``, where throughput hides long
-        waits, or None; ``criterion`` and provenance.
+        service of a simulated hour, or of the log, and ``vllm_args``; ``traffic`` in words;
+        ``advice``, where throughput hides long waits, or None; ``criterion`` and provenance.
     placement : Placement
 
     Raises
@@ -77,6 +78,7 @@ def place(
         "gpus": len(held.placement.replicas),
         "lower_bound": held.bound,
         "repaired": held.repaired,
+        "traffic": described(demand.trace),
         "replicas": _replicas(held),
         "advice": _advice(demand, held.checked),
         "criterion": str(oracle.criterion),
@@ -106,8 +108,8 @@ def _replicas(held: Held) -> list[dict[str, Any]]:
     for plan, service in served:
         slots, rank = plan.engine.max_loras, plan.engine.max_lora_rank
         own = [demand.adapters[i] for i in plan.adapters]
-        verdict = held.oracle.serve_plan(plan)
-        assert verdict is not None  # the oracle has accepted it
+        rates = [share * one.request_rate for share, one in zip(plan.shares, own, strict=True)]
+        known = held.oracle.table(rates, [plan.engine])
         rows.append(
             {
                 "adapters": [adapter.name for adapter in own],
@@ -115,7 +117,7 @@ def _replicas(held: Held) -> list[dict[str, Any]]:
                 "adapter_slots": slots,
                 "max_lora_rank": rank,
                 "kv_cache_tokens": calibration.memory.kv_cache_tokens(plan.engine),
-                "utilisation": verdict.utilisation,
+                "utilisation": float(known.utilisation.iloc[0]),
                 **{str(k): v for k, v in service.items() if k in SERVICE},
                 "vllm_args": vllm_args(plan.engine, calibration, own),
             }

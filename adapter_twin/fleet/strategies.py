@@ -7,7 +7,9 @@ from adapter_twin.errors import require
 from adapter_twin.fleet.hold import Held, NotServed, check_placement, hold, learn_spread
 from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.packing import Groups, best_greedy, improve
+from adapter_twin.fleet.placement import Placement, ReplicaPlan
 from adapter_twin.fleet.proof.bound import gpus_for, prices_of
+from adapter_twin.plan.candidates import Candidates
 from adapter_twin.workload.lengths import Floats
 
 ATTEMPTS = 6
@@ -24,6 +26,34 @@ def fewest(oracle: Oracle) -> tuple[Groups, Floats]:
     return improve(oracle, best_greedy(oracle), prices, enough=gpus_for(prices)), prices
 
 
+def on_one_gpu(oracle: Oracle, *, jobs: int = -1) -> Held | None:
+    """Return all adapters on one GPU, as `adapter_twin.plan.recommend` has it; None if it cannot.
+
+    The twin decides, where the oracle's allowance for waits that it does not know may be too much.
+
+    Parameters
+    ----------
+    oracle : Oracle
+    jobs : int
+        Processes; -1 is one per core.
+    """
+    demand, adapters = oracle.demand, tuple(range(len(oracle.demand.adapters)))
+    if len(oracle.parts) > len(adapters):  # an adapter that is too much for one
+        return None
+    replica = Candidates.of(demand, oracle.criterion.margin)
+    bounds = replica.bounds()
+    able = bounds.promising & (bounds.utilisation < 1)
+    chosen = replica.choose(replica.table()) if able.any() else None
+    if chosen is None:
+        return None
+    engine = demand.engine_with(int(chosen[0].adapter_slots))
+    placement = Placement((ReplicaPlan(engine, adapters, (1.0,) * len(adapters)),))
+    checked = check_placement(demand, placement, oracle.calibration, seed=demand.seed, jobs=jobs)
+    if not checked.serves.all():
+        return None
+    return Held(oracle, 1, placement, checked, repaired=0)
+
+
 def place_and_hold(oracle: Oracle, *, jobs: int = -1) -> Held:
     """Place by an oracle and have the twin agree; where an SLO is missed, learn why and try again.
 
@@ -34,6 +64,9 @@ def place_and_hold(oracle: Oracle, *, jobs: int = -1) -> Held:
     AdapterTwinError
         No GPU serves one of the adapters by what has been learned.
     """
+    one = on_one_gpu(oracle, jobs=jobs)
+    if one is not None:
+        return one
     left = ATTEMPTS
     while True:
         groups, prices = fewest(oracle)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from adapter_twin.capacity.analytic import analyse
 from adapter_twin.laws import load_calibration
 from adapter_twin.laws.calibration import Calibration
-from adapter_twin.plan.criterion import MARGIN, Criterion
+from adapter_twin.plan.criterion import MARGIN, RESERVE_LOAD, SIMILAR_TTFT, Criterion
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import STARVING_UTILISATION
 from adapter_twin.plan.steady_state import (
@@ -18,8 +18,8 @@ from adapter_twin.plan.steady_state import (
     Window,
     WindowTraffic,
     draw_traffic,
-    mean_figures,
     serve,
+    typical_figures,
     warmed_up,
 )
 
@@ -45,12 +45,6 @@ GROWTH_STEP = 1.1
 MOST_GROWTH = 10.0
 """The search for the highest load ends at this factor on all rates."""
 
-SIMILAR_TTFT = 1.1
-"""Mean TTFTs within this ratio differ by less than the twin errs by."""
-
-RESERVE_LOAD = 1.25
-"""Of candidates with similar mean TTFTs, the one with the lowest at this load is taken."""
-
 HOUR_S = 3600.0
 
 
@@ -74,22 +68,19 @@ class Candidates:
         Of a server on which every adapter has been used.
     criterion : Criterion
         When a configuration serves well enough, and which one is best.
-    traffic : WindowTraffic
-        Requests that configurations are compared on.
     """
 
     demand: Demand
     calibration: Calibration
     criterion: Criterion
-    traffic: WindowTraffic
     _known: dict[tuple[int, float], dict[str, float]] = field(default_factory=dict)
+    _drawn: dict[int, WindowTraffic] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, demand: Demand) -> Self:
-        """Draw the requests and load the calibration; raises where there is none."""
+    def of(cls, demand: Demand, margin: float = MARGIN) -> Self:
+        """Load the demand's calibration; raises where there is none."""
         calibration = warmed_up(load_calibration(demand.calibration, demand.model))
-        traffic = draw_traffic(demand, calibration, seed=demand.seed)
-        return cls(demand, calibration, Criterion(margin=MARGIN, slo=demand.slo), traffic)
+        return cls(demand, calibration, Criterion(margin=margin, slo=demand.slo))
 
     def bounds(self) -> pd.DataFrame:
         """Return what the analytic model says of all candidates.
@@ -129,13 +120,18 @@ class Candidates:
     def figures(self, slots: int, load: float = 1.0) -> dict[str, float]:
         """Simulate one number of slots, all rates multiplied by `load`, unless it is known."""
         if (slots, load) not in self._known:
-            traffic = self.traffic if load == 1 else self._draw(self.demand.seed, load)
+            traffic = self._traffic(self.demand.seed, load)
             window = serve(traffic, self.demand.engine_with(slots), self.calibration)
             self._known[slots, load] = window.figures
         return self._known[slots, load]
 
-    def _draw(self, seed: int, load: float = 1.0) -> WindowTraffic:
-        return draw_traffic(self.demand, self.calibration, seed=seed, load=load)
+    def _traffic(self, seed: int, load: float = 1.0) -> WindowTraffic:
+        """Return the requests that configurations are compared on."""
+        if load != 1:
+            return draw_traffic(self.demand, self.calibration, seed=seed, load=load)
+        if seed not in self._drawn:
+            self._drawn[seed] = draw_traffic(self.demand, self.calibration, seed=seed)
+        return self._drawn[seed]
 
     def is_served(self, figures: Mapping[str, float]) -> bool:
         """Return whether figures satisfy the criterion."""
@@ -155,12 +151,13 @@ class Candidates:
     def choose(self, table: pd.DataFrame) -> tuple[pd.Series[Any], list[Window]] | None:
         """Return the best row of `table` that serves further windows too, and all its windows."""
         ranked = self._ranked(table)
-        others = range(self.demand.seed + 1, self.demand.seed + REPLICATIONS)
-        traffics = [self.traffic, *map(self._draw, others)] if len(ranked) else []
         for _, row in ranked.iterrows():
             engine = self.demand.engine_with(int(row.adapter_slots))
-            windows = [serve(traffic, engine, self.calibration) for traffic in traffics]
-            if self.is_served(mean_figures(windows)):
+            windows = [
+                serve(self._traffic(self.demand.seed + number), engine, self.calibration)
+                for number in range(REPLICATIONS)
+            ]
+            if self.is_served(typical_figures(windows, self.demand)):
                 return row, windows
         return None
 

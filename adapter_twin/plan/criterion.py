@@ -20,6 +20,15 @@ TIE = 0.01
 MARGIN = 0.02
 """This safety margin of a pick costs little throughput, and keeps picks from starving."""
 
+DEFAULT_SLO = Slo(ttft_ms=2000.0, itl_ms=100.0, percentile=99.0)
+"""Plans meet this one where none is told: throughput alone lets requests wait for minutes."""
+
+SIMILAR_TTFT = 1.1
+"""Mean TTFTs within this ratio differ by less than the twin errs by."""
+
+RESERVE_LOAD = 1.25
+"""Of candidates with similar mean TTFTs, the one with the lowest at this load is taken."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Criterion:
@@ -97,11 +106,13 @@ class Criterion:
         )
 
     def __str__(self) -> str:
-        share = 100 * (STARVATION_THRESHOLD + self.margin)
-        slo = (
-            "" if self.slo is None else f" and an SLO met by {self.slo.percentile:g} % of requests"
-        )
+        share, slo = 100 * (STARVATION_THRESHOLD + self.margin), ""
+        if self.slo is not None:
+            limits = {"TTFT": self.slo.ttft_ms, "ITL": self.slo.itl_ms}
+            told = ", ".join(f"{k} {ms:,.6g} ms" for k, ms in limits.items() if ms is not None)
+            slo = f" and an SLO ({told}) met by {self.slo.percentile:g} % of requests"
         return (
             f"highest throughput with {share:g} % of the offered load served{slo}; ties within "
-            f"{100 * TIE:g} % by mean TTFT"
+            f"{100 * TIE:g} % by mean TTFT, of similar ones by that at {RESERVE_LOAD:g} times the "
+            "load"
         )

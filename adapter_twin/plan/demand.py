@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
-from dataclasses import field, fields, replace
+from dataclasses import asdict, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws.calibration import version_of
+from adapter_twin.plan.criterion import DEFAULT_SLO
 from adapter_twin.plan.grid import Grid, slot_rank
+from adapter_twin.plan.logged import read_log
 from adapter_twin.workload.adapter_folders import resolve
 from adapter_twin.workload.calibration_files import complete
 from adapter_twin.workload.files import read_yaml
-from adapter_twin.workload.lengths import Floats
-from adapter_twin.workload.request_log import BASE_MODEL, RequestLog, read_requests
 from adapter_twin.workload.scenario import (
     Adapters,
     Arrivals,
@@ -29,12 +28,7 @@ from adapter_twin.workload.scenario import (
     Workload,
 )
 from adapter_twin.workload.strict import NotNegative, Whole, dataclass, read
-
-BURSTY_CV = 1.25
-"""Arrivals whose gaps vary less are taken as Poisson."""
-
-LEAST_CV = 0.01
-"""Lengths that vary less than this are as good as constant."""
+from adapter_twin.workload.trace import Trace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +52,8 @@ class Demand:
         All flags but slots, host cache and rank, which are chosen.
     slots : tuple of int, optional
         Numbers of adapter slots to choose from; left out, all sizes are tried.
+    trace : Trace, optional
+        The requests of a log, which are replayed: rates and lengths only say what they amount to.
     """
 
     model: str
@@ -70,8 +66,11 @@ class Demand:
     seed: Whole = 0
     engine: ServeFlags = field(default_factory=ServeFlags)
     slots: Grid | None = None
+    trace: Any = None
 
     def __post_init__(self) -> None:
+        is_trace = self.trace is None or isinstance(self.trace, Trace)
+        require(is_trace, "trace: unknown key; give the path of a log as request_log")
         for adapter in self.adapters:
             require(
                 not adapter.pinned,
@@ -120,7 +119,8 @@ class Demand:
         """Return the engine that keeps all adapters in host memory and `slots` on the GPU."""
         flags = {flag.name: getattr(self.engine, flag.name) for flag in fields(ServeFlags)}
         if flags["enable_prefix_caching"] is None:
-            flags["enable_prefix_caching"] = self.lengths.shared_prefix_tokens > 0 or None
+            shares = self.trace is not None and self.trace.contents is not None
+            flags["enable_prefix_caching"] = self.lengths.shared_prefix_tokens > 0 or shares or None
         return EngineConfig(
             model=self.model,
             max_loras=slots,
@@ -131,13 +131,28 @@ class Demand:
 
     def subset(self, count: int) -> Demand:
         """Return the demand of `count` adapters, spread evenly over all rates and ranks."""
-        ordered = sorted(self.adapters, key=lambda adapter: (adapter.request_rate, adapter.rank))
-        chosen = ((np.arange(count) + 0.5) * len(ordered) / count).astype(int)
+        rates = [adapter.request_rate for adapter in self.adapters]
+        ordered = np.lexsort(([adapter.rank for adapter in self.adapters], rates))
+        chosen = ordered[((np.arange(count) + 0.5) * len(ordered) / count).astype(int)]
+        return self.only(chosen, count / len(ordered))
+
+    def only(self, chosen: NDArray[np.int64], base_model_share: float = 1.0) -> Demand:
+        """Return the demand of some of the adapters.
+
+        Parameters
+        ----------
+        chosen : int64, shape (n,)
+            Their numbers.
+        base_model_share : float
+            Share of the requests to the base model that are kept.
+        """
+        slots = self.slots and tuple(size for size in self.slots if size <= len(chosen))
         return replace(
             self,
-            adapters=tuple(ordered[i] for i in chosen),
-            base_model_request_rate=self.base_model_request_rate * count / len(ordered),
-            slots=self.slots and (tuple(size for size in self.slots if size <= count) or (count,)),
+            adapters=tuple(self.adapters[i] for i in chosen),
+            base_model_request_rate=base_model_share * self.base_model_request_rate,
+            slots=None if self.slots is None else slots or (len(chosen),),
+            trace=None if self.trace is None else self.trace.only(chosen, base_model_share),
         )
 
 
@@ -146,7 +161,8 @@ def load_demand(path: str | Path) -> Demand:
 
     Adapters are told as in `adapter_twin.workload.files.load_scenario`. In place of rates and
     `lengths` there may be a ``request_log``, the path of a table relative to the file, see
-    `adapter_twin.workload.request_log`; adapters are then told without rates.
+    `adapter_twin.workload.request_log`; adapters are then told without rates. Without an ``slo``
+    the demand has to meet `adapter_twin.plan.criterion.DEFAULT_SLO`, with ``slo: none`` none.
 
     Raises
     ------
@@ -158,6 +174,8 @@ def load_demand(path: str | Path) -> Demand:
     content = read_yaml(file)
     if not isinstance(content, dict):
         return read(Demand, content)
+    slo = content.get("slo", asdict(DEFAULT_SLO))
+    content["slo"] = None if slo == "none" else slo
     engine = content.get("engine")
     if isinstance(engine, dict) and "defaults" in engine:
         model, calibration = str(content.get("model")), str(content.get("calibration", "auto"))
@@ -167,13 +185,12 @@ def load_demand(path: str | Path) -> Demand:
     log = content.pop("request_log", None)
     if log is None:
         _require_rates(content.get("adapters"))
-    else:
-        require(isinstance(log, str), f"request_log: expected the path of a table, got {log!r}")
-        for name in ("lengths", "arrivals", "base_model_request_rate"):
-            require(name not in content, f"{name}: the request_log tells; leave it out")
-        logged = file.parent / log
-        content |= measure(read_requests(logged), content.get("adapters"), logged)
-    return read(Demand, content)
+        return read(Demand, content)
+    require(isinstance(log, str), f"request_log: expected the path of a table, got {log!r}")
+    for name in ("lengths", "arrivals", "base_model_request_rate"):
+        require(name not in content, f"{name}: the request_log tells; leave it out")
+    keys, trace = read_log(content.get("adapters"), file.parent / log)
+    return replace(read(Demand, content | keys), trace=trace)
 
 
 def _require_rates(adapters: object) -> None:
@@ -185,79 +202,3 @@ def _require_rates(adapters: object) -> None:
                 f"adapters[{i}].request_rate: adapter {name!r} has no rate; give its requests/s, "
                 "or a request_log for all"
             )
-
-
-def measure(log: RequestLog, adapters: object, path: Path) -> dict[str, Any]:
-    """Return the keys of `Demand` that follow from a request log.
-
-    Parameters
-    ----------
-    log : RequestLog
-    adapters : object
-        What the YAML file lists: names and ranks.
-    path : pathlib.Path
-        Of the log, for messages.
-
-    Returns
-    -------
-    dict
-        ``adapters`` with their rates, 0 for those without a request, equal ones where the log tells
-        no adapters; ``base_model_request_rate``; ``arrivals``, as bursty as each adapter's own;
-        ``lengths``: log-normal with the log's means, the mean of its two coefficients of variation,
-        and its rank correlation.
-    """
-    first, last, n = log.arrival_s[0], log.arrival_s[-1], len(log.arrival_s)
-    require(n > 1 and last > first, "request_log: give requests at two different times")
-    span_s = float(last - first) * n / (n - 1)  # n arrivals span n - 1 gaps
-    listed = adapters if isinstance(adapters, list) else []
-    names = [str(one.get("name")) if isinstance(one, Mapping) else "" for one in listed]
-    index = log.indices(names, path)
-    if index is None:
-        warnings.warn(f"{path}: names no adapters; all get an equal share", stacklevel=2)
-        counts, base = np.full(len(names), n / max(len(names), 1)), 0.0
-    else:
-        counts = np.bincount(index[index >= 0], minlength=len(names)).astype(float)
-        base = float((index == BASE_MODEL).sum() / span_s)
-    return {
-        "adapters": [_with_rate(one, i, counts / span_s) for i, one in enumerate(listed)],
-        "base_model_request_rate": base,
-        "arrivals": _arrivals(log.gap_cv, path),
-        "lengths": _lengths(log),
-    }
-
-
-def _arrivals(cv: float, path: Path) -> dict[str, Any]:
-    """Return a renewal process as bursty as the gaps between each adapter's requests."""
-    if cv < BURSTY_CV:
-        return {"process": "poisson"}
-    warnings.warn(
-        f"{path}: arrivals are bursty (gaps of cv {cv:.2g}); they are drawn as such, those of each "
-        "adapter apart",
-        stacklevel=3,
-    )
-    return {"process": "gamma", "cv": cv}
-
-
-def _with_rate(adapter: object, i: int, rates: Floats) -> object:
-    if not isinstance(adapter, Mapping):
-        return adapter
-    told = "request_rate" in adapter
-    require(not told, f"adapters[{i}].request_rate: the request_log tells; leave it out")
-    return {**adapter, "request_rate": float(rates[i])}
-
-
-def _lengths(log: RequestLog) -> dict[str, Any]:
-    import pandas as pd
-
-    told = {"prompt_tokens": log.prompt_tokens, "output_tokens": log.output_tokens}
-    columns = pd.DataFrame(told).astype(float)
-    mean, deviation = columns.mean(), columns.std(ddof=0)
-    constant = bool((deviation == 0).any())
-    correlation = 0.0 if constant else columns.corr("spearman").to_numpy()[0, 1]
-    return {
-        "distribution": "lognormal",
-        "mean_input_tokens": float(mean.prompt_tokens),
-        "mean_output_tokens": float(mean.output_tokens),
-        "cv": max(float((deviation / mean).mean()), LEAST_CV),
-        "rank_correlation": float(correlation),
-    }

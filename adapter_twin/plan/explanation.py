@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from adapter_twin.plan.candidates import GROWTH_STEP, MOST_GROWTH, RESERVE_LOAD, SIMILAR_TTFT
-from adapter_twin.plan.criterion import MARGIN, Criterion
+from adapter_twin.plan.candidates import GROWTH_STEP, MOST_GROWTH
+from adapter_twin.plan.criterion import MARGIN, RESERVE_LOAD, SIMILAR_TTFT, Criterion
 from adapter_twin.plan.search import Answer, Refusal, around
 
 if TYPE_CHECKING:

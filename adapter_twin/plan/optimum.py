@@ -7,8 +7,11 @@ from typing import Any
 
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws import load_calibration
+from adapter_twin.plan.candidates import Candidates
 from adapter_twin.plan.criterion import MARGIN, Criterion
+from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import GRID, check_grids, evaluate, grid_runs
+from adapter_twin.plan.steady_state import typical_figures, warmed_up
 from adapter_twin.workload.files import parse_rates, records, run_to_workload
 
 CONFIGURATION = ("served_adapters", "adapter_slots")
@@ -42,7 +45,7 @@ def optimum(
     criterion : Criterion, optional
         The paper's rule with a safety margin of `MARGIN` if left out.
     duration_s : float
-        Window of each simulated run.
+        Window of each run of the grid, on a server on which each adapter has been used.
     seed : int
     jobs : int
         Processes; -1 is one per core.
@@ -50,10 +53,11 @@ def optimum(
     Returns
     -------
     dict
-        ``served_adapters``, ``adapter_slots``; ``total_throughput`` in tokens/s, ``mean_ttft_ms``
-        and ``p99_ttft_ms`` predicted for it; ``starved``; ``criterion`` in words; ``at_edge``: the
-        grid ends at the chosen number of adapters, more might be served; ``alternatives``: the
-        configurations that tie, then the next best ones.
+        ``served_adapters``, the best of the grid; ``adapter_slots``, what `recommend` chooses for
+        them; ``total_throughput`` in tokens/s, ``mean_ttft_ms`` and ``p99_ttft_ms`` that it
+        expects; ``starved``; ``criterion`` in words; ``at_edge``: the grid ends at the chosen
+        number of adapters, more might be served; ``alternatives``: the configurations that tie in
+        the grid, then the next best ones.
 
     Raises
     ------
@@ -74,6 +78,8 @@ def optimum(
     >>> found["served_adapters"], found["adapter_slots"]
     (32, 32)
     """
+    import pandas as pd
+
     check_grids(tuple(served_grid), tuple(slots_grid))
     highest = max(parse_rates(workload["rates_per_adapter"]))
     require(highest > 0, "rates: all are zero; give at least one above zero")
@@ -82,15 +88,37 @@ def optimum(
     runs = grid_runs(workload, served_grid, slots_grid, duration_s, fitted.version)
     if runs.empty:
         raise AdapterTwinError("slots_grid: all are above served_grid; lower the slots")
-    table = evaluate(runs, fitted, seed=seed, slo=criterion.slo, jobs=jobs)
+    table = evaluate(runs, warmed_up(fitted), seed=seed, slo=criterion.slo, jobs=jobs)
     ranked = criterion.ranked(table)
     if ranked.empty:
         raise AdapterTwinError(_why_none(table, criterion))
-    best = records(ranked)[0]
-    fitted.warn_outside_range(*run_to_workload(best))
-    shown = ranked.iloc[1 : int(ranked.tied.sum()) + ALTERNATIVES]
+    for row in records(ranked.drop_duplicates("served_adapters")):
+        engine, traffic = run_to_workload(row)
+        demand = Demand(
+            model=engine.model,
+            adapters=traffic.adapters,
+            lengths=traffic.lengths,
+            slo=criterion.slo,
+            calibration=calibration,
+            seed=seed,
+            engine=engine.flags,
+            slots=tuple(slots for slots in slots_grid if slots <= row["served_adapters"]),
+        )
+        replica = Candidates.of(demand, criterion.margin)
+        chosen = replica.choose(replica.table())
+        if chosen is not None:
+            break
+    else:
+        raise AdapterTwinError(_why_none(table, criterion))
+    slots, windows = int(chosen[0].adapter_slots), chosen[1]
+    best = {"served_adapters": row["served_adapters"], "adapter_slots": slots}
+    fitted.warn_outside_range(demand.engine_with(slots), traffic)
+    others = ranked[(ranked[[*CONFIGURATION]] != pd.Series(best)).any(axis=1)]
+    shown = others.iloc[: int(others.tied.sum()) + ALTERNATIVES]
+    told = typical_figures(windows, demand)
     return {
-        **{name: best[name] for name in CONFIGURATION + SERVICE},
+        **best,
+        **{name: told[name] for name in SERVICE},
         "starved": False,
         "criterion": str(criterion),
         "at_edge": best["served_adapters"] == max(served_grid),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from adapter_twin.capacity.analytic import analyse
 from adapter_twin.laws.calibration import version_of
@@ -12,10 +14,9 @@ from adapter_twin.plan.candidates import (
     HOUR_S,
     MOST_GROWTH,
     MOST_UTILISATION,
-    RESERVE_LOAD,
     Candidates,
 )
-from adapter_twin.plan.criterion import Criterion
+from adapter_twin.plan.criterion import RESERVE_LOAD, Criterion
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.steady_state import Window
 from adapter_twin.workload.scenario import EngineConfig
@@ -28,9 +29,6 @@ LOADS = (0.5, 0.75, 1.25, 1.5, 2.0)
 
 CAPACITY_REACHED = 0.8
 """Waiting, not the capacity, ends a growth that falls short of this share of the capacity."""
-
-SUBSET_PARTS = 16
-"""The number of adapters that can be served is found to this part of all of them."""
 
 MOST_LEFT_OUT = 0.2
 """At most this share of the adapters may be left out for the sake of the others."""
@@ -148,7 +146,7 @@ def around(table: pd.DataFrame, best: pd.Series[Any], distance: int = 1) -> pd.D
 def largest_subset(demand: Demand) -> int:
     """Return the largest number of adapters, spread evenly over the mix, that can be served."""
     low, high = 0, len(demand.adapters)
-    while high - low > max(1, len(demand.adapters) // SUBSET_PARTS):
+    while high - low > 1:
         middle = (low + high) // 2
         serves = Candidates.of(demand.subset(middle)).can_serve()
         low, high = (middle, high) if serves else (low, middle)
@@ -159,10 +157,10 @@ def _without_wide_adapters(demand: Demand) -> Demand | None:
     """Return the demand without the few adapters that force the rank, if that can be served."""
     sizes = version_of(demand.calibration, demand.model).max_lora_ranks
     for rank in reversed([rank for rank in sizes if rank < demand.max_lora_rank]):
-        kept = tuple(adapter for adapter in demand.adapters if adapter.rank <= rank)
+        kept = np.flatnonzero([adapter.rank <= rank for adapter in demand.adapters])
         if len(kept) < (1 - MOST_LEFT_OUT) * len(demand.adapters):
             return None
-        narrow = replace(demand, adapters=kept)
+        narrow = demand.only(kept)
         if Candidates.of(narrow).can_serve():
             return narrow
     return None

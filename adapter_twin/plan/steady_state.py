@@ -15,6 +15,7 @@ from scipy.special import stdtrit
 from adapter_twin.laws import Calibration
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import simulate_quietly
+from adapter_twin.plan.logged import stretch
 from adapter_twin.service.metrics import service_of, slo_attainment, waits_ms, worst_served
 from adapter_twin.twin.records import Records
 from adapter_twin.twin.simulate import draw_requests
@@ -63,12 +64,14 @@ class WindowTraffic:
     slo : Slo, optional
     seed : int
     trace : Trace
+    warm_up_s : float
     """
 
     workload: Workload
     slo: Slo | None
     seed: int
     trace: Trace
+    warm_up_s: float = WARM_UP_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,9 @@ def first_uses_s(demand: Demand, calibration: Calibration) -> float:
 def draw_traffic(
     demand: Demand, calibration: Calibration, *, seed: int, load: float = 1.0
 ) -> WindowTraffic:
-    """Draw the requests of one window.
+    """Draw the requests of one window, or replay a stretch of the demand's log.
+
+    Of a log, the demand's own seed is the log itself, see `adapter_twin.plan.logged.stretch`.
 
     Parameters
     ----------
@@ -121,8 +126,13 @@ def draw_traffic(
     calibration : Calibration
     seed : int
     load : float
-        Factor on all rates.
+        Factor on all rates: a log runs as much faster.
     """
+    if demand.trace is not None:
+        trace, duration_s, warm_up_s = stretch(demand.trace, seed - demand.seed, WARM_UP_S)
+        trace = replace(trace, arrival_s=trace.arrival_s / load)
+        workload = demand.workload(duration_s / load, load)
+        return WindowTraffic(workload, demand.slo, seed, trace, warm_up_s / load)
     workload = demand.workload(WARM_UP_S + WINDOW_S, load)
     rate = workload.offered_request_rate
     window_s = max(WINDOW_S, min(ENOUGH_REQUESTS / rate, LONG_WINDOW_S), FEWEST_REQUESTS / rate)
@@ -141,14 +151,14 @@ def serve(traffic: WindowTraffic, engine: EngineConfig, calibration: Calibration
     calibration : Calibration
     """
     run = simulate_quietly(traffic.workload, engine, calibration, traffic.seed, traffic.trace)
-    service = service_of(run, slo=traffic.slo, warm_up_s=WARM_UP_S)
+    service = service_of(run, slo=traffic.slo, warm_up_s=traffic.warm_up_s)
     names = FIGURES if traffic.slo is None else (*FIGURES, "slo_attainment")
-    own = run.records[run.records.arrival_s >= WARM_UP_S]
+    own = run.records[run.records.arrival_s >= traffic.warm_up_s]
     return Window({name: service[name] for name in names}, own, run.duration_s)
 
 
-def expect(windows: Sequence[Window], slo: Slo | None) -> dict[str, dict[str, float]]:
-    """Return each figure with a 95 % prediction interval, from independent windows.
+def expect(windows: Sequence[Window], demand: Demand) -> dict[str, dict[str, float]]:
+    """Return each figure with a 95 % prediction interval, from several windows.
 
     The interval is that of one more window: it holds the chance in arrivals and lengths (Student's
     t over the windows) and, added in quadrature on a logarithmic scale, `TWIN_ERROR`. It does not
@@ -158,24 +168,35 @@ def expect(windows: Sequence[Window], slo: Slo | None) -> dict[str, dict[str, fl
     Returns
     -------
     dict
-        Figure to ``value`` (mean over the windows), ``low`` and ``high``.
+        Figure to ``value``, see `typical`, ``low`` and ``high``.
     """
+    values = {name: [window.figures[name] for window in windows] for name in TWIN_ERROR}
     expected = {
-        name: predict_window([window.figures[name] for window in windows], error)
+        name: predict_window(values[name], error, typical(values[name], demand))
         for name, error in TWIN_ERROR.items()
     }
+    slo = demand.slo
     if slo is not None:
         chance = _chance(len(windows))
         share, tight, wide = (_attained(windows, slo, scale) for scale in (0, -1, 1))
+        low = typical(tight, demand) - chance * float(tight.std(ddof=1))
+        high = typical(wide, demand) + chance * float(wide.std(ddof=1))
         expected["slo_attainment"] = {
-            "value": float(share.mean()),
-            "low": max(float(tight.mean() - chance * tight.std(ddof=1)), 0.0),
-            "high": min(float(wide.mean() + chance * wide.std(ddof=1)), 1.0),
+            "value": typical(share, demand),
+            "low": max(low, 0.0),
+            "high": min(high, 1.0),
         }
     return expected
 
 
-def predict_window(values: Sequence[float], error: float) -> dict[str, float]:
+def typical(values: Sequence[float] | Floats, demand: Demand) -> float:
+    """Return what is told of a figure: its mean over drawn windows, but of a log that of itself."""
+    return float(np.mean(values) if demand.trace is None else values[0])
+
+
+def predict_window(
+    values: Sequence[float], error: float, value: float | None = None
+) -> dict[str, float]:
     """Return a figure's 95 % prediction interval for one more window.
 
     Parameters
@@ -184,11 +205,13 @@ def predict_window(values: Sequence[float], error: float) -> dict[str, float]:
         The figure in several windows, positive.
     error : float
         Of the twin, relative; one of `TWIN_ERROR`.
+    value : float, optional
+        In the middle of it; left out, their mean.
     """
     spread = _chance(len(values)) * float(np.log(values).std(ddof=1))
     factor = math.exp(math.hypot(spread, math.log1p(error)))
-    mean = float(np.mean(values))
-    return {"value": mean, "low": mean / factor, "high": mean * factor}
+    middle = float(np.mean(values)) if value is None else value
+    return {"value": middle, "low": middle / factor, "high": middle * factor}
 
 
 def _chance(windows: int) -> float:
@@ -211,7 +234,8 @@ def _attained(windows: Sequence[Window], slo: Slo, scale: int) -> Floats:
 
 
 def worst_adapter(demand: Demand, windows: Sequence[Window]) -> dict[str, Any] | None:
-    """Return the worst-served adapter of all windows together, and its service."""
+    """Return the worst-served adapter of all drawn windows, or of a log, and its service."""
+    windows = windows if demand.trace is None else windows[:1]
     adapter = np.concatenate([window.records.adapter for window in windows])
     ttft_ms = np.concatenate([waits_ms(window.records, window.duration_s) for window in windows])
     worst = worst_served(adapter, ttft_ms)
@@ -228,7 +252,7 @@ def worst_adapter(demand: Demand, windows: Sequence[Window]) -> dict[str, Any] |
     }
 
 
-def mean_figures(windows: Sequence[Window]) -> Mapping[str, float]:
-    """Return the means of the figures over several windows."""
+def typical_figures(windows: Sequence[Window], demand: Demand) -> Mapping[str, float]:
+    """Return `typical` values of all figures."""
     names = windows[0].figures
-    return {name: float(np.mean([window.figures[name] for window in windows])) for name in names}
+    return {name: typical([window.figures[name] for window in windows], demand) for name in names}

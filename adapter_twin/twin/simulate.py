@@ -122,12 +122,14 @@ def draw_requests(
 ) -> Trace:
     """Draw the requests of a workload, with the output lengths that the model will give them.
 
-    Parameters are those of `simulate`.
+    A trace tells these itself. Parameters are those of `simulate`.
     """
     traffic, stops, _ = generators(seed)
     if observer and workload.arrivals.process == "poisson":
         workload = replace(workload, arrivals=Arrivals(process=calibration.measurement.arrivals))
     trace = generate(workload, traffic, calibration.lengths.marginals)
+    if workload.arrivals.process == "trace":
+        return trace
     output_tokens = calibration.early_stop.apply(trace.output_tokens, stops)
     return replace(trace, output_tokens=output_tokens)
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from dataclasses import asdict, field, replace
+from dataclasses import asdict, field, fields, replace
 from itertools import cycle
 from typing import Annotated, Any, Literal
 
@@ -257,6 +257,11 @@ class EngineConfig(ServeFlags):
             f"{self.max_cpu_loras}, the adapters kept in host memory; lower the slots or raise it",
         )
 
+    @property
+    def flags(self) -> ServeFlags:
+        """Those that do not depend on the adapters."""
+        return ServeFlags(**{flag.name: getattr(self, flag.name) for flag in fields(ServeFlags)})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slo:
@@ -467,5 +472,10 @@ def check_ranks(engine: EngineConfig, workload: Workload) -> None:
 
 def config_hash(config: Any) -> str:
     """Return 12 hexadecimal digits that identify the content of a configuration dataclass."""
-    content = json.dumps({type(config).__name__: asdict(config)}, sort_keys=True)
+    content = json.dumps({type(config).__name__: asdict(config)}, sort_keys=True, default=_digest)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def _digest(array: Any) -> str:
+    """Return what identifies the content of an array."""
+    return hashlib.sha256(array.tobytes()).hexdigest()

@@ -19,7 +19,12 @@ from numpy.typing import NDArray
 
 from adapter_twin.errors import require
 from adapter_twin.workload.lengths import Floats, LengthMarginals, draw_lengths
-from adapter_twin.workload.request_log import BASE_MODEL, MOONCAKE_BLOCK_TOKENS, read_requests
+from adapter_twin.workload.request_log import (
+    BASE_MODEL,
+    MOONCAKE_BLOCK_TOKENS,
+    RequestLog,
+    read_requests,
+)
 from adapter_twin.workload.scenario import Adapter, Workload
 
 if TYPE_CHECKING:
@@ -85,7 +90,8 @@ class Trace:
     adapter : int32
         Index into the workload's adapters, or `BASE_MODEL`.
     prompt_tokens, output_tokens : int32
-        Prompt length and requested output length (``max_tokens``), at least 1.
+        Prompt length and requested output length (``max_tokens``), at least 1; a log's outputs are
+        as long as they were.
     contents : Contents, optional
         What requests share of their tokens, no column; left out, it is nothing.
     """
@@ -104,6 +110,24 @@ class Trace:
         contents = None if self.contents is None else self.contents.take(requests)
         columns = {name: getattr(self, name)[requests] for name in COLUMNS}
         return replace(self, contents=contents, **columns)
+
+    def only(self, adapters: NDArray[np.int64], base_model_share: float = 1.0) -> Trace:
+        """Return the requests of some adapters, which get the numbers of their places.
+
+        Parameters
+        ----------
+        adapters : int64, shape (n,)
+        base_model_share : float
+            Share of the requests to the base model that are kept, evenly spread.
+        """
+        order = np.argsort(adapters)
+        place = order[np.searchsorted(adapters[order], self.adapter) % len(order)]
+        base = np.flatnonzero(self.adapter == BASE_MODEL)
+        place[base] = BASE_MODEL
+        kept = adapters[place] == self.adapter
+        kept[base] = np.diff(np.floor(base_model_share * np.arange(len(base) + 1))) > 0
+        chosen = np.flatnonzero(kept)
+        return replace(self.take(chosen), adapter=place[chosen].astype(np.int32))
 
     def to_frame(self) -> pd.DataFrame:
         """Return the trace as a table, one row per request."""
@@ -136,9 +160,19 @@ def read_trace(
     AdapterTwinError
         The file cannot be read, is empty, lacks a column, or holds a value no request can have.
     """
-    log = read_requests(path)
+    return trace_of(read_requests(path), path, adapters, base_model_request_rate, rng)
+
+
+def trace_of(
+    log: RequestLog,
+    path: str | Path,
+    adapters: Sequence[Adapter] = (),
+    base_model_request_rate: float = 0.0,
+    rng: np.random.Generator | None = None,
+) -> Trace:
+    """Return a log's requests as `read_trace` does, to whose parameters `path` is for messages."""
     if log.left_out:
-        warnings.warn(f"{path}: {log.left_out} rows without output are left out", stacklevel=2)
+        warnings.warn(f"{path}: {log.left_out} rows without output are left out", stacklevel=3)
     names = [adapter.name for adapter in adapters]
     adapter = log.indices(names, path)
     if adapter is None:
@@ -151,7 +185,7 @@ def read_trace(
         adapter = dealt.astype(np.int32)
         warnings.warn(
             f"{path}: names no adapters; its requests are dealt over the workload's by their rates",
-            stacklevel=2,
+            stacklevel=3,
         )
     prompt, output = log.prompt_tokens, log.output_tokens
     return Trace(log.arrival_s, adapter, prompt, output, _contents(log.blocks, prompt))
