@@ -115,8 +115,8 @@ def _lora_tensors(path: Path) -> dict[str, tuple[int, int]]:
             size = int.from_bytes(file.read(8), "little")
             header: Any = json.loads(file.read(size)) if size <= LARGEST_HEADER_BYTES else None
         for name, about in header.items():
-            if ".lora_A" in name:
-                module = name.partition(".lora_A")[0].rpartition(".")[2]
+            if ".lora_A" in name or ".lora_embedding_A" in name:
+                module = name.partition(".lora_")[0].rpartition(".")[2]
                 rank, width = map(int, about["shape"])
                 found[module] = max(found.get(module, (0, 0)), (rank, width))
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
@@ -154,12 +154,13 @@ def resolve(
         return _of_folders(dict(adapters), file.parent, model, named, at)
     if not isinstance(adapters, list):
         return adapters
-    if named:
-        told = [one.get("name") if isinstance(one, dict) else None for one in adapters]
-        for name in told:
+    if named and all(isinstance(one, dict) for one in adapters):
+        told = [str(one.get("name")) for one in adapters]
+        for name, one in zip(told, adapters, strict=True):
             choices = suggestion(name, named)
             require(name in named, f"{at}: {name!r} is not in --lora-modules{choices}")
-        adapters = [{"path": named[one["name"]], **one} for one in adapters]
+            require("path" not in one, f"{at}: the --lora-modules tell path; leave it out")
+        adapters = [{**one, "path": named[name]} for name, one in zip(told, adapters, strict=True)]
         idle = {name: path for name, path in named.items() if name not in told}
         adapters += [{"name": n, "path": p, "request_rate": 0} for n, p in idle.items()]
     return [
