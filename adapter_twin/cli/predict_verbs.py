@@ -30,6 +30,8 @@ def predict(
     from adapter_twin.service.predict import predict
 
     report.check_target(out, ".parquet", ".csv")
+    is_table = runs.suffix != ".json"
+    require(is_table, f"{runs}: give a table of runs; benchmarks are for `validate --config`")
     predictions = predict(
         datasets.read_runs(runs), calibration, seed=seed, jobs=jobs, observer=observer == "recorded"
     )

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from adapter_twin.errors import AdapterTwinError, one_line, require
+from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.tables.datasets import replacing, write_text
 from adapter_twin.workload.adapter_folders import PEFT_CONFIG, WEIGHTS, peft_config, peft_rank
-from adapter_twin.workload.models import model_config, shipped_models
+from adapter_twin.workload.models import model_config, read_object, shipped_models
 from adapter_twin.workload.strict import suggestion
 
 _TRAINED_TOKENS = 1000
@@ -74,7 +74,7 @@ def check_model(folder: Path) -> dict[str, Any]:
     AdapterTwinError
         There is none, or it is no JSON object.
     """
-    return _read_json(folder / "config.json", "a model folder")
+    return read_object(folder / "config.json", "a model folder")
 
 
 def write_adapters(model_folder: Path, folder: Path, ranks: Sequence[int]) -> list[Path]:
@@ -251,15 +251,3 @@ def _write_json(content: dict[str, Any], path: Path) -> None:
     text = json.dumps(content, indent=2) + "\n"
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
-
-
-def _read_json(path: Path, kind: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterTwinError(f"{path}: no such file; give {kind}") from None
-    except (OSError, ValueError) as error:
-        reason = one_line(error)
-        raise AdapterTwinError(f"{path}: cannot be read ({reason}); give {kind}") from None
-    require(isinstance(content, dict), f"{path}: holds no JSON object; give {kind}")
-    return dict(content)

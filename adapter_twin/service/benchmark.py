@@ -114,10 +114,9 @@ def _requests(
         # the client stretches its gaps so that the last one ends when it shall
         arrival_s = np.cumsum(gaps) * (asked.sending_s / gaps.sum())
         prompt, output = draw_lengths(workload.lengths, len(gaps), rng, laws.lengths.marginals)
-    rates = np.array([adapter.request_rate for adapter in workload.adapters])
     adapter = np.full(len(arrival_s), BASE_MODEL, np.int32)
-    if rates.sum() > 0:
-        adapter[:] = rng.choice(len(rates), len(arrival_s), p=rates / rates.sum())
+    if workload.adapters:  # the client chooses one by chance
+        adapter = rng.integers(len(workload.adapters), size=len(arrival_s), dtype=np.int32)
     return Trace(arrival_s, adapter, prompt.astype(np.int32), output.astype(np.int32))
 
 

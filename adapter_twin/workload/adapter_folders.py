@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_twin.errors import AdapterTwinError, one_line, require
-from adapter_twin.workload.models import ModelShape, model_shape, same_model
+from adapter_twin.workload.models import ModelShape, model_shape, read_object, same_model
 from adapter_twin.workload.scenario import dealt
 from adapter_twin.workload.strict import suggestion
 
@@ -42,15 +42,11 @@ def peft_config(folder: Path) -> dict[str, Any]:
         There is none, or it uses what vLLM (0.32, ``PEFTHelper``) refuses.
     """
     path = folder / PEFT_CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
-        raise AdapterTwinError(f"{path}: cannot be read ({reason}); give a PEFT adapter") from None
-    is_lora = isinstance(config, dict) and config.get("peft_type") == "LORA"
-    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()] if is_lora else [None]
-    whole = all(isinstance(rank, int) and rank > 0 for rank in ranks)
-    require(whole, f"{path}: no LoRA of PEFT; give a LoRA adapter")
+    config = read_object(path, "a PEFT adapter")
+    ranks = (config.get("r"), *(config.get("rank_pattern") or {}).values())
+    is_lora = config.get("peft_type") == "LORA"
+    is_lora &= all(isinstance(rank, int) and rank > 0 for rank in ranks)
+    require(is_lora, f"{path}: no LoRA of PEFT; give a LoRA adapter")
     init, bias = config.get("init_lora_weights"), config.get("bias", "none")
     refused = {key: config.get(key) for key in _REFUSED}
     refused["bias"] = bias if bias != "none" else None
@@ -58,7 +54,7 @@ def peft_config(folder: Path) -> dict[str, Any]:
         refused["init_lora_weights"] = init if init.lower() not in _PLAIN_INITS else None
     for key, value in refused.items():
         require(not value, f"{path}: vLLM takes no adapter with {key} = {value!r}; leave it out")
-    return dict(config)
+    return config
 
 
 def peft_rank(config: Mapping[str, Any]) -> int:
@@ -83,8 +79,9 @@ def read_adapter(folder: Path, model: str) -> dict[str, Any]:
     """
     config = peft_config(folder)
     rank, targets = peft_rank(config), config.get("target_modules")
-    base, shape = str(config.get("base_model_name_or_path") or ""), _shape(model)
-    fits = not base or same_model(base, model) or _shape(base) in (None, shape)
+    base = str(config.get("base_model_name_or_path") or model)
+    shape, trained_on = _shape(model), _shape(base)
+    fits = same_model(base, model) or None in (shape, trained_on) or shape == trained_on
     require(fits, f"{folder}: an adapter of {base}, not of {model}; leave it out")
     if (folder / WEIGHTS).is_file():
         tensors = _lora_tensors(folder / WEIGHTS)
@@ -92,9 +89,9 @@ def read_adapter(folder: Path, model: str) -> dict[str, Any]:
         told = f"its weights have rank {largest}, above the {rank} of {PEFT_CONFIG}"
         require(largest <= rank, f"{folder}: {told}; save it again")
         widths = {tensors[module][1] for module in _OF_HIDDEN if module in tensors}
-        if shape is not None and widths - {shape.hidden}:
-            told = f"hidden states of {widths.pop()}, those of {model} have {shape.hidden}"
-            raise AdapterTwinError(f"{folder}: its weights are for {told}; leave it out")
+        others = widths - {shape.hidden} if shape is not None else set()
+        told = f"its weights are for hidden states of {others}, not those of {model}"
+        require(not others, f"{folder}: {told}; leave it out")
         targets = list(tensors)
     if not isinstance(targets, list):
         raise AdapterTwinError(
@@ -118,8 +115,8 @@ def _lora_tensors(path: Path) -> dict[str, tuple[int, int]]:
             size = int.from_bytes(file.read(8), "little")
             header: Any = json.loads(file.read(size)) if size <= LARGEST_HEADER_BYTES else None
         for name, about in header.items():
-            if ".lora_A" in name:
-                module = name.partition(".lora_A")[0].rpartition(".")[2]
+            if ".lora_A" in name or ".lora_embedding_A" in name:
+                module = name.partition(".lora_")[0].rpartition(".")[2]
                 rank, width = map(int, about["shape"])
                 found[module] = max(found.get(module, (0, 0)), (rank, width))
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
@@ -157,12 +154,13 @@ def resolve(
         return _of_folders(dict(adapters), file.parent, model, named, at)
     if not isinstance(adapters, list):
         return adapters
-    if named:
-        told = [one.get("name") if isinstance(one, dict) else None for one in adapters]
-        for name in told:
+    if named and all(isinstance(one, dict) for one in adapters):
+        told = [str(one.get("name")) for one in adapters]
+        for name, one in zip(told, adapters, strict=True):
             choices = suggestion(name, named)
             require(name in named, f"{at}: {name!r} is not in --lora-modules{choices}")
-        adapters = [{"path": named[one["name"]], **one} for one in adapters]
+            require("path" not in one, f"{at}: the --lora-modules tell path; leave it out")
+        adapters = [{**one, "path": named[name]} for name, one in zip(told, adapters, strict=True)]
         idle = {name: path for name, path in named.items() if name not in told}
         adapters += [{"name": n, "path": p, "request_rate": 0} for n, p in idle.items()]
     return [

@@ -24,9 +24,19 @@ if TYPE_CHECKING:
 LONGEST_S = 1e6
 """A benchmark lasts until all is answered; no one waits longer than this."""
 
-VLLM_COLUMNS = {"start_times": "arrival_s", "input_lens": "prompt_tokens"}
-VLLM_COLUMNS |= {"output_lens": "output_tokens"}
+VLLM_COLUMNS = {
+    "start_times": "arrival_s",
+    "input_lens": "prompt_tokens",
+    "output_lens": "output_tokens",
+}
 """Lists of vLLM's detailed results, and the columns of a log that they are."""
+
+AIPERF_COLUMNS = {
+    "metadata.request_start_ns": "arrival_s",
+    "metrics.input_sequence_length.value": "prompt_tokens",
+    "metrics.output_sequence_length.value": "output_tokens",
+}
+"""The same of AIPerf's records, of which the times are in ns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,23 +247,18 @@ def _guidellm_requests(content: Any, path: str | Path) -> pd.DataFrame:
     return frame.rename(columns={began: "arrival_s"})
 
 
-def aiperf_requests(frame: pd.DataFrame, path: str | Path) -> pd.DataFrame:
+def aiperf_requests(frame: pd.DataFrame) -> pd.DataFrame:
     """Return AIPerf's records as rows of a log; warm-up is left out, what failed has no output.
 
     Parameters
     ----------
     frame : pandas.DataFrame
         Columns ``metadata`` and ``metrics``, of mappings.
-    path : path-like
-        For messages.
     """
     import pandas as pd
 
-    about, metrics = pd.json_normalize(frame["metadata"]), pd.json_normalize(frame["metrics"])
-    names = {"input_sequence_length.value": "prompt_tokens"}
-    names |= {"output_sequence_length.value": "output_tokens"}
-    for name, told in (("request_start_ns", about), *((name, metrics) for name in names)):
-        require(name in told, f"{path}: AIPerf's records hold no {name.removesuffix('.value')}")
-    rows = metrics.rename(columns=names)[list(names.values())]
-    rows = rows.assign(arrival_s=about["request_start_ns"] / 1e9)
-    return rows[about["benchmark_phase"] == "profiling"] if "benchmark_phase" in about else rows
+    records: Any = frame[["metadata", "metrics"]].to_dict("records")
+    rows = pd.json_normalize(records).rename(columns=AIPERF_COLUMNS)
+    if "metadata.benchmark_phase" in rows:
+        rows = rows[rows["metadata.benchmark_phase"] == "profiling"]
+    return rows.assign(arrival_s=rows["arrival_s"] / 1e9) if "arrival_s" in rows else rows

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from adapter_twin.errors import AdapterTwinError, require
+from adapter_twin.errors import AdapterTwinError, one_line, require
 from adapter_twin.workload.shipped import facts
 from adapter_twin.workload.strict import Count, Positive, Whole, dataclass, suggestion
 
@@ -287,13 +287,25 @@ def model_config(model: str) -> Config:
         raise AdapterTwinError(
             f"model: {model!r} is neither shipped nor a folder with a config.json{near}"
         )
+    return read_object(path, "a model folder")
+
+
+def read_object(path: Path, kind: str) -> Config:
+    """Return the JSON object in a file of `kind`.
+
+    Raises
+    ------
+    AdapterTwinError
+        There is none.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = None
-    require(isinstance(config, dict), f"model: {path} is no JSON object; give a model folder")
-    assert isinstance(config, dict)
-    return config
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        not_json = f"no valid JSON ({one_line(error)})"
+        reason = error.strerror if isinstance(error, OSError) else not_json
+        raise AdapterTwinError(f"{path}: {reason}; give {kind}") from None
+    require(isinstance(content, dict), f"{path}: holds no JSON object; give {kind}")
+    return dict(content)
 
 
 @cache

@@ -256,7 +256,7 @@ def _read(path: Path) -> pd.DataFrame:
         elif name.endswith((".jsonl", ".jsonl.gz")):
             frame = pd.read_json(path, lines=True, dtype=False)
             if {"metadata", "metrics"} <= set(frame.columns):
-                frame = aiperf_requests(frame, path)
+                frame = aiperf_requests(frame)
         elif name.endswith(".json"):
             frame = requests_of_results(path)
         else:

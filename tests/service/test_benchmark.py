@@ -229,5 +229,7 @@ def test_the_verb_validates_a_benchmark(
     status, told = run("validate", path)
     assert (status, told.err.count("\n")) == (2, 1)
     assert "tell the server's engine and workload.adapters by --config" in told.err
+    status, told = run("predict", path, "--out", tmp_path / "pred.csv")
+    assert (status, "benchmarks are for `validate --config`" in told.err) == (2, True)
     status, told = run("validate", tmp_path / "runs.parquet", "--config", config)
     assert (status, "config: a table of runs tells its engines" in told.err) == (2, True)

@@ -116,7 +116,7 @@ def test_adapters_of_the_same_shape_fit(adapter: Write, base: str | None) -> Non
         ({"base_model_name_or_path": "Qwen/Qwen2.5-7B-Instruct"}, "an adapter of Qwen/"),
         ({"target_modules": r".*\.q_proj"}, "target_modules is a pattern, .* add adapter_model"),
         ({"weights": header({"q_proj": 64})}, "weights have rank 64, above the 16 of adapter_conf"),
-        ({"weights": header({"q_proj": 16}, 3584)}, "states of 3584, those of .* have 4096"),
+        ({"weights": header({"q_proj": 16}, 3584)}, r"states of \{3584\}, not those of llama"),
         ({"weights": header({})}, "holds no LoRA weights"),
         ({"weights": b"\xff" * 16}, "no safetensors file"),
         ({"weights": (99).to_bytes(8, "little") + b"{"}, "no safetensors file"),
@@ -129,6 +129,16 @@ def test_what_vllm_would_not_load_is_refused_by_name(
     with pytest.raises(AdapterTwinError, match=message) as caught:
         read_adapter(adapter("sql", **changes), LLAMA)
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapted_vocabulary_is_told(adapter: Write) -> None:
+    weights = header({"q_proj": 16}).replace(
+        b"self_attn.q_proj.lora_A", b"embed_tokens.lora_embedding_A"
+    )
+    size = (len(weights) - 8).to_bytes(8, "little")
+    assert read_adapter(adapter("sql", size + weights[8:]), LLAMA)["target_modules"] == [
+        "embed_tokens"
+    ]
 
 
 def test_no_more_of_the_weights_is_read_than_their_header(adapter: Write, tmp_path: Path) -> None:
@@ -292,6 +302,8 @@ def test_the_commands_adapters_are_those_of_the_file(adapter: Write, tmp_path: P
     [
         ([{"name": "c", "request_rate": 1}], "a=/x", "'c' is not in --lora-modules; use one of a"),
         ([{"name": "a", "request_rate": 1}], "a=/x", "/x holds no adapter_config.json"),
+        ([{"name": "a", "path": "/y"}], "a=/x", "adapters: the --lora-modules tell path; leave it"),
+        (["a"], "a=/x", r"adapters\[0\]: expected a mapping"),
         ({"count": 1, "request_rates": [1], "ranks": [8]}, "a=/x", "count: the folders tell"),
         ({"folders": "x", "request_rates": [1]}, "a=/x", "folders: the --lora-modules tell"),
         ([], "/x", "--lora-modules: '/x' is neither name=path nor JSON"),

@@ -131,7 +131,7 @@ def test_what_is_missing_for_a_log_is_named_in_one_line(
 
 def test_records_of_aiperf_without_lengths_are_refused(tmp_path: Path) -> None:
     raw = [{"metadata": {"request_start_ns": 1}, "metrics": {"x": {"value": 1}}}]
-    with pytest.raises(AdapterTwinError, match="AIPerf's records hold no input_sequence_length"):
+    with pytest.raises(AdapterTwinError, match="the column prompt_tokens is missing"):
         read_requests(write(tmp_path / "profile_export.jsonl", *raw))
 
 
