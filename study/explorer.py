@@ -100,6 +100,7 @@ OPTIMUM = (
 )
 """This command simulates a setting of the page afresh, with the next line's SLO or without."""
 WITH_SLO = "echo '{slo}' > slo.yaml\n{optimum} \\\n  --slo slo.yaml"
+WITHOUT_SLO = "{optimum} \\\n  --slo none"
 
 
 def workloads() -> list[dict[str, Any]]:
@@ -239,6 +240,7 @@ def page_data(table: pd.DataFrame) -> dict[str, Any]:
         "vllm": _vllm_template(),
         "optimum": OPTIMUM,
         "with_slo": WITH_SLO,
+        "without_slo": WITHOUT_SLO,
         "colours": _colours(),
     }
 
@@ -274,10 +276,10 @@ def _extrapolations(workload: Mapping[str, Any]) -> list[str]:
 
 def _criterion_templates() -> dict[str, str]:
     """Return the rule of choice in words, with a name in place of an SLO's percentile."""
-    with_slo = str(Criterion(margin=MARGIN, slo=Slo(ttft_ms=1.0, percentile=1.0)))
+    with_slo = str(Criterion(margin=MARGIN, slo=Slo(ttft_ms=1.0, percentile=99.0)))
     return {
         "plain": str(Criterion(margin=MARGIN)),
-        "slo": with_slo.replace(" (TTFT 1 ms)", "").replace("by 1 %", "by {percentile} %"),
+        "slo": with_slo.replace("TTFT 1 ms", "{limits}").replace("by 99 %", "by {percentile} %"),
     }
 
 

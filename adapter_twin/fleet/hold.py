@@ -16,8 +16,8 @@ from adapter_twin.laws import Calibration
 from adapter_twin.plan.candidates import HOUR_S
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import simulate_quietly
-from adapter_twin.plan.logged import stretch
-from adapter_twin.service.metrics import service_of, tpot_s, waits_ms
+from adapter_twin.plan.logged import ANSWERED_S, stretch
+from adapter_twin.service.metrics import service, tpot_s, waits_ms
 from adapter_twin.twin.simulate import draw_requests
 from adapter_twin.workload.scenario import Slo, Workload
 from adapter_twin.workload.trace import Trace
@@ -150,7 +150,7 @@ def check_placement(
         percentile, the requests' ``slo_ttft_ms``, counting what still waits with its wait so far,
         and ``slo_itl_ms``.
     """
-    trace = demand.trace
+    trace, answered_s = demand.trace, 0.0 if demand.trace is None else ANSWERED_S
     if trace is None:
         trace = draw_requests(demand.workload(duration_s), calibration, seed=seed)
     else:
@@ -162,10 +162,9 @@ def check_placement(
         requests = trace.take(own)
         number = pd.Index(plan.adapters).get_indexer(pd.Index(requests.adapter))
         requests = replace(requests, adapter=number.astype(np.int32))
-        workload = replica_workload(demand, plan, duration_s)
-        tasks.append(
-            joblib.delayed(_serve)(plan, workload, requests, calibration, demand.slo, seed)
-        )
+        workload = replica_workload(demand, plan, duration_s + answered_s)
+        arguments = plan, workload, requests, calibration, demand.slo, seed, duration_s
+        tasks.append(joblib.delayed(_serve)(*arguments))
     return pd.DataFrame(joblib.Parallel(jobs)(tasks))
 
 
@@ -176,23 +175,24 @@ def _serve(
     calibration: Calibration,
     slo: Slo | None,
     seed: int,
+    end_s: float,
 ) -> dict[str, Any]:
     """Simulate one GPU; return its row of `check_placement`."""
     run = simulate_quietly(workload, plan.engine, calibration, seed, trace)
-    service = service_of(run, slo=slo)
+    told = service(run.records, run.gaps, end_s, slo=slo, adapters=workload.adapters)
     row: dict[str, Any] = {
         "adapters": len(plan.adapters),
         "adapter_slots": plan.engine.max_loras,
         "max_lora_rank": plan.engine.max_lora_rank,
-        **{name: service[name] for name in GPU_FIGURES},
-        "serves": not service["starved"],
+        **{name: told[name] for name in GPU_FIGURES},
+        "serves": not told["starved"],
     }
     if slo is not None:
-        row["slo_attainment"] = service["slo_attainment"]
-        row["serves"] &= service["slo_attainment"] >= slo.percentile / 100
+        row["slo_attainment"] = told["slo_attainment"]
+        row["serves"] &= told["slo_attainment"] >= slo.percentile / 100
         itl_ms = 1e3 * tpot_s(run.records)
         itl_ms = itl_ms[np.isfinite(itl_ms)]
-        ttft_ms = waits_ms(run.records, run.duration_s)
+        ttft_ms = waits_ms(run.records, end_s)
         row["slo_ttft_ms"] = float(np.percentile(ttft_ms, slo.percentile))
         row["slo_itl_ms"] = float(np.percentile(itl_ms, slo.percentile)) if len(itl_ms) else np.nan
     return row
@@ -246,13 +246,13 @@ def learn_spread(oracle: Oracle, missed: NotServed) -> Oracle:
     assert slo is not None
     ratios, late = list[float](), False
     services = missed.checked.to_dict("records")
-    for plan, service in zip(missed.placement.replicas, services, strict=True):
+    for plan, told in zip(missed.placement.replicas, services, strict=True):
         verdict = oracle.serve_plan(plan)
-        if service["serves"] or verdict is None:
+        if told["serves"] or verdict is None:
             continue
-        late |= slo.ttft_ms is not None and service["slo_ttft_ms"] > REACHED * slo.ttft_ms
-        if slo.itl_ms is not None and service["slo_itl_ms"] > REACHED * slo.itl_ms:
-            ratios.append(service["slo_itl_ms"] / verdict.mean_itl_ms)
+        late |= slo.ttft_ms is not None and told["slo_ttft_ms"] > REACHED * slo.ttft_ms
+        if slo.itl_ms is not None and told["slo_itl_ms"] > REACHED * slo.itl_ms:
+            ratios.append(told["slo_itl_ms"] / verdict.mean_itl_ms)
     needed = float(np.quantile(ratios, 0.75)) if ratios else 0.0
     return Oracle(
         oracle.demand,

@@ -34,7 +34,7 @@ PROMISING_SHARE = 0.75
 
 LONGEST_TTFT_RATIO = 20.0
 """Nor is it where adapters wait so long for a slot that the mean TTFT is this many times the best
-one's, and no more is served."""
+one's, no more is served, and no SLO asks for a low ITL rather than that."""
 
 MOST_UTILISATION = 1.2
 """No load beyond this multiple of the analytic capacity is served."""
@@ -98,9 +98,12 @@ class Candidates:
         possible = table.feasible_start & (table.utilisation < STARVING_UTILISATION)
         share = table.total_throughput / table.offered_tokens_per_s
         promising = possible & (share >= min(PROMISING_SHARE, share[possible].max()))
-        sure = table[promising & table.holds]
+        sure, slo = table[promising & table.holds], self.demand.slo
         for best in sure.sort_values("mean_ttft_ms").head(1).itertuples():
-            behind = table.holds & (table.mean_ttft_ms > LONGEST_TTFT_RATIO * best.mean_ttft_ms)
+            longest_ms = LONGEST_TTFT_RATIO * best.mean_ttft_ms
+            if slo is not None and slo.itl_ms is not None:  # those who wait may have the lower ITL
+                longest_ms = max(longest_ms, slo.ttft_ms or math.inf)
+            behind = table.holds & (table.mean_ttft_ms > longest_ms)
             promising &= ~behind | (table.total_throughput > best.total_throughput)
         names = {name: f"analytic_{name}" for name in FIGURES}
         return table.rename(columns=names).assign(adapter_slots=slots, promising=promising)

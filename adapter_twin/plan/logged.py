@@ -26,6 +26,9 @@ BLOCKS = 12
 """Other logs that might have come are put together from this number of pieces of the one that did:
 long enough to keep bursts and sessions whole, and enough of them to differ."""
 
+ANSWERED_S = 30.0
+"""After the end of a log the server has this time to answer what came last."""
+
 LEAST_CV = 0.01
 """Lengths that vary less than this are as good as constant."""
 
@@ -74,7 +77,8 @@ def read_log(adapters: object, path: Path) -> tuple[dict[str, Any], Trace]:
 def _adapters(told: object) -> list[Adapter]:
     """Return adapters that need not tell rates."""
     if isinstance(told, dict):
-        told = list(dealt({"request_rates": [0.0]} | told if "count" in told else told))
+        is_dealt = "total_request_rate" not in told
+        told = list(dealt({"request_rates": [0.0]} | told if is_dealt else told))
     return [
         one if isinstance(one, Adapter) else read(Adapter, _idle(one), f"adapters[{i}]")
         for i, one in enumerate(told if isinstance(told, list) else [])

@@ -15,8 +15,8 @@ from scipy.special import stdtrit
 from adapter_twin.laws import Calibration
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import simulate_quietly
-from adapter_twin.plan.logged import stretch
-from adapter_twin.service.metrics import service_of, slo_attainment, waits_ms, worst_served
+from adapter_twin.plan.logged import ANSWERED_S, stretch
+from adapter_twin.service.metrics import service, slo_attainment, waits_ms, worst_served
 from adapter_twin.twin.records import Records
 from adapter_twin.twin.simulate import draw_requests
 from adapter_twin.workload.scenario import EngineConfig, Slo, Workload
@@ -60,11 +60,12 @@ class WindowTraffic:
     Attributes
     ----------
     workload : Workload
-        Over warm-up and window.
+        Over warm-up and window, and the time to answer what came last.
     slo : Slo, optional
     seed : int
     trace : Trace
-    warm_up_s : float
+    warm_up_s, answered_s : float
+        Of the workload's duration, before the window and after it.
     """
 
     workload: Workload
@@ -72,6 +73,7 @@ class WindowTraffic:
     seed: int
     trace: Trace
     warm_up_s: float = WARM_UP_S
+    answered_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class Window:
     records : Records
         Of the requests that arrived after the warm-up.
     duration_s : float
-        When the run ended.
+        When the window ended.
     """
 
     figures: dict[str, float]
@@ -131,8 +133,8 @@ def draw_traffic(
     if demand.trace is not None:
         trace, duration_s, warm_up_s = stretch(demand.trace, seed - demand.seed, WARM_UP_S)
         trace = replace(trace, arrival_s=trace.arrival_s / load)
-        workload = demand.workload(duration_s / load, load)
-        return WindowTraffic(workload, demand.slo, seed, trace, warm_up_s / load)
+        workload = demand.workload(duration_s / load + ANSWERED_S, load)
+        return WindowTraffic(workload, demand.slo, seed, trace, warm_up_s / load, ANSWERED_S)
     workload = demand.workload(WARM_UP_S + WINDOW_S, load)
     rate = workload.offered_request_rate
     window_s = max(WINDOW_S, min(ENOUGH_REQUESTS / rate, LONG_WINDOW_S), FEWEST_REQUESTS / rate)
@@ -151,10 +153,11 @@ def serve(traffic: WindowTraffic, engine: EngineConfig, calibration: Calibration
     calibration : Calibration
     """
     run = simulate_quietly(traffic.workload, engine, calibration, traffic.seed, traffic.trace)
-    service = service_of(run, slo=traffic.slo, warm_up_s=traffic.warm_up_s)
+    end_s = run.duration_s - traffic.answered_s
+    told = service(run.records, run.gaps, end_s, slo=traffic.slo, warm_up_s=traffic.warm_up_s)
     names = FIGURES if traffic.slo is None else (*FIGURES, "slo_attainment")
     own = run.records[run.records.arrival_s >= traffic.warm_up_s]
-    return Window({name: service[name] for name in names}, own, run.duration_s)
+    return Window({name: told[name] for name in names}, own, end_s)
 
 
 def expect(windows: Sequence[Window], demand: Demand) -> dict[str, dict[str, float]]:

@@ -106,7 +106,11 @@
       if (edge) lines.push(element("p", { class: "note" }, "The grid ends here: more adapters might be served."));
     }
     const slo = setting.percentile === null ? "plain" : "slo";
-    lines.push(element("p", { class: "note" }, `Rule: ${fill(data.criterion[slo], setting)}.`));
+    const limits = Object.entries(data.limits).map(([name, menu]) => [name, menu[setting[name]]])
+      .filter(([, ms]) => ms !== null)
+      .map(([name, ms]) => `${name.slice(0, -3).toUpperCase()} ${whole.format(ms)} ms`).join(", ");
+    lines.push(element("p", { class: "note" },
+      `Rule: ${fill(data.criterion[slo], { ...setting, limits })}.`));
     const { ranks, lengths } = data.choices;
     const beyond = data.extrapolations[
       (setting.model * ranks.length + setting.ranks) * lengths.length + setting.lengths];
@@ -345,7 +349,9 @@
     const limits = Object.keys(data.limits).filter((name) => value(name) !== null)
       .map((name) => `${name}: ${value(name)}`);
     const slo = `{${[...limits, `percentile: ${setting.percentile}`].join(", ")}}`;
-    part("optimum").textContent = limits.length ? fill(data.with_slo, { optimum, slo }) : optimum;
+    part("optimum").textContent = limits.length
+      ? fill(data.with_slo, { optimum, slo })
+      : fill(data.without_slo, { optimum });
     part("run").hidden = !best;
     part("vllm").textContent = best ? fill(data.vllm, { served_adapters: best.served,
       adapter_slots: best.slots, max_lora_rank: data.max_lora_rank[setting.ranks],

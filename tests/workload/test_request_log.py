@@ -9,7 +9,6 @@ import pytest
 
 from adapter_twin import cli
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.plan.demand import load_demand
 from adapter_twin.tables.datasets import write_table
 from adapter_twin.workload.request_log import read_requests
 from adapter_twin.workload.scenario import Adapter
@@ -136,18 +135,6 @@ def test_what_no_request_can_have_is_refused_in_one_line(
     with pytest.raises(AdapterTwinError, match=message) as caught:
         read_trace(write(tmp_path / "log.csv", rows), ADAPTERS)
     assert "\n" not in str(caught.value)
-
-
-def test_a_plan_on_a_bursty_log_draws_bursts(tmp_path: Path) -> None:
-    bursts = [f"{600 * k + 0.01 * i},sql,50,20" for k in range(6) for i in range(40)]
-    rows = "arrival_s,adapter,prompt_tokens,output_tokens\n" + "\n".join(bursts)
-    write(tmp_path / "log.csv", rows)
-    plan = "model: llama-3.1-8b-instruct\nadapters: [{name: sql, rank: 8}]\nrequest_log: log.csv\n"
-    with pytest.warns(UserWarning, match=r"arrivals are bursty \(gaps of cv"):
-        demand = load_demand(write(tmp_path / "plan.yaml", plan))
-    assert demand.arrivals.process == "gamma"
-    assert demand.arrivals.cv > 3
-    assert demand.adapters[0].request_rate == pytest.approx(240 / 3000, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["log.csv", "m.jsonl", "azure.csv"])
