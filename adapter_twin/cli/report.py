@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shlex
 import sys
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +27,27 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 """A higher one tells that a key is gone or means something else."""
+
+
+UNITS = {
+    "_tokens_per_s": "tokens/s",
+    "_tokens": "tokens",
+    "_bytes": "bytes",
+    "_gib": "GiB",
+    "_mib": "MiB",
+    "_ms": "ms",
+    "_s": "s",
+}
+"""Names end in their unit."""
+
+OTHER_UNITS = {
+    **dict.fromkeys(("request_throughput", "request_rate"), "requests/s"),
+    **dict.fromkeys(("total_throughput", "input_throughput", "output_throughput"), "tokens/s"),
+    "max_model_len": "tokens",
+    **dict.fromkeys(("utilisation", "headroom", "slo_attainment", "loading_share"), "%"),
+    "prefix_hit_rate": "%",
+}
+"""These have a unit that their name does not tell; shares are shown in percent."""
 
 
 def check_target(path: Path | None, *suffixes: str) -> None:
@@ -68,14 +92,19 @@ def print_json(content: Mapping[str, Any]) -> None:
     print(json.dumps(plain, indent=2, allow_nan=False))
 
 
+def tell(content: Mapping[str, Any], as_json: bool, show: Callable[..., None], *more: Any) -> None:
+    """Print what a verb has found: JSON, or what `show` makes of it for people."""
+    if as_json:
+        print_json(content)
+    else:
+        show(content, *more)
+
+
 def print_table(table: pd.DataFrame, title: str) -> None:
-    """Print a table for people."""
-    console = _console()
-    shown = _make_table(table, title)
+    """Print a table for people, units in its header."""
+    console, shown = _console(), _make_table(table, title)
     if console.measure(shown, options=console.options.update(width=1000)).maximum > console.width:
-        # Names break after their underscores, in place of anywhere.
-        table = table.rename(columns=lambda name: name.replace("_", "_\n"))
-        shown = _make_table(table, title)
+        shown = _make_table(table, title, "\n")  # headers break between words, not anywhere
     console.print(shown, "")
 
 
@@ -86,10 +115,11 @@ def print_each(table: pd.DataFrame, column: str, title: str) -> None:
 
 
 def print_mapping(content: Mapping[str, Any], title: str) -> None:
-    """Print names and values for people."""
+    """Print names, with their units, and values for people."""
     import pandas as pd
 
-    shown = _make_table(pd.DataFrame(list(content.items()), columns=["name", "value"]), title)
+    rows = [(_header(name), _cell(value, name)) for name, value in content.items()]
+    shown = _make_table(pd.DataFrame(rows, columns=["name", "value"]), title)
     shown.show_header = False
     _console().print(shown, "")
 
@@ -99,6 +129,38 @@ def print_text(text: str) -> None:
     _console().print(text, markup=False, highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
+def print_command(*words: str) -> None:
+    """Print a command to copy: lines of a shell, a flag and its value on one."""
+    text = re.sub(r"(--[\w-]+) (?!-)", "\\1\N{NO-BREAK SPACE}", shlex.join(words))
+    lines = textwrap.wrap(text, 78, break_long_words=False, break_on_hyphens=False)
+    print(" \\\n  ".join(lines).replace("\N{NO-BREAK SPACE}", " "), end="\n\n")
+
+
+def figures(content: Mapping[str, Any], *names: str) -> str:
+    """Return those of the figures that there are, in words.
+
+    >>> figures({"mean_ttft_ms": 79.8, "slo_attainment": 0.995}, "mean_ttft_ms", "slo_attainment")
+    'mean TTFT 79.8 ms, SLO attainment 99.5 %'
+    """
+    told = []
+    for name in (name for name in names if name in content):
+        label, _, unit = _header(name).partition(", ")
+        told.append(f"{label} {_cell(content[name], name)} {unit}".rstrip())
+    return ", ".join(told)
+
+
+def _header(name: str) -> str:
+    """Return a figure's name in words, and its unit; vLLM's flags keep their names."""
+    unit = OTHER_UNITS.get(name)
+    for suffix, own in UNITS.items():
+        if unit is None and name.endswith(suffix):
+            name, unit = name.removesuffix(suffix), own
+    if not name.startswith("max_"):
+        words = name.replace("_", " ")
+        name = re.sub(r"\b(ttft|itl|tpot|kv|slo|gpu)\b", lambda word: word[0].upper(), words)
+    return f"{name}, {unit}" if unit else name
+
+
 def _console() -> Console:
     from rich.console import Console
 
@@ -106,7 +168,7 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
 
-def _make_table(table: pd.DataFrame, title: str) -> Table:
+def _make_table(table: pd.DataFrame, title: str, between: str = " ") -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
@@ -122,16 +184,18 @@ def _make_table(table: pd.DataFrame, title: str) -> Table:
     )
     for name, kind in table.dtypes.items():
         side: Any = "right" if kind.kind in "iuf" else "left"
-        shown.add_column(str(name), justify=side, overflow="fold")
+        header = _header(str(name)).replace(" ", between)
+        shown.add_column(header, justify=side, overflow="fold")
     for row in table.itertuples(index=False):
-        shown.add_row(*(escape(_cell(value)) for value in row))
+        shown.add_row(*(escape(_cell(one, name)) for name, one in zip(table, row, strict=True)))
     return shown
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, name: Any = "") -> str:
     """Return a value with four digits, and whole where it has more before the point."""
     if not isinstance(value, float):
         return f"{value:,}" if type(value) is int else str(value)
     if not math.isfinite(value):
         return "–"
+    value *= 100 if OTHER_UNITS.get(name) == "%" else 1
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

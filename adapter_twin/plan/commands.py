@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from adapter_twin.laws import Calibration
 from adapter_twin.laws.memory import GIB
 from adapter_twin.workload.scenario import EngineConfig, ServeFlags
@@ -18,10 +20,10 @@ def vllm_args(engine: EngineConfig, calibration: Calibration) -> list[str]:
         cache, or runs on a CPU, the size of the KV cache is given as well.
     """
     memory, version = calibration.memory, calibration.version
-    loras = ["--enable-lora"]
-    for name in ("max_loras", "max_cpu_loras", "max_lora_rank"):
-        loras += _flag(name, getattr(engine, name))
+    names = ("max_loras", "max_cpu_loras", "max_lora_rank") if engine.max_loras else ()
     flags = {
+        **({"enable_lora": True} if engine.max_loras else {}),
+        **{name: getattr(engine, name) for name in names},
         **{name: getattr(engine, name) for name in ("max_num_seqs", "max_num_batched_tokens")},
         "block_size": engine.block_size,
         "gpu_memory_utilization": engine.gpu_memory_utilization,
@@ -39,8 +41,16 @@ def vllm_args(engine: EngineConfig, calibration: Calibration) -> list[str]:
                  "scheduling_policy"):  # fmt: skip
         if getattr(engine, name) != getattr(left_out, name):
             flags[name] = getattr(engine, name)
-    words = loras if engine.max_loras else []
-    return [*words, *(word for name, value in flags.items() for word in _flag(name, value))]
+    return flag_words(flags)
+
+
+def flag_words(flags: Mapping[str, object]) -> list[str]:
+    """Return vLLM's flags as words of a command line.
+
+    >>> flag_words({"max_loras": 8, "enable_prefix_caching": False})
+    ['--max-loras', '8', '--no-enable-prefix-caching']
+    """
+    return [word for name, value in flags.items() for word in _flag(name, value)]
 
 
 def _flag(name: str, value: object) -> list[str]:

@@ -121,7 +121,11 @@ def _dealt(adapters: Any) -> Any:
     return (zipf_adapters if is_zipf else deal_adapters)(**adapters)
 
 
-Adapters = Annotated[Many[Adapter], BeforeValidator(_dealt)]
+_TOLD = (
+    "A list, or dealt: {count, request_rates, ranks}, or {count, total_request_rate, "
+    "zipf_exponent, ranks}."
+)
+Adapters = Annotated[Many[Adapter], BeforeValidator(_dealt), Field(description=_TOLD)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
