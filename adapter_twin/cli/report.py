@@ -30,24 +30,13 @@ SCHEMA_VERSION = 2
 
 
 UNITS = {
-    "_tokens_per_s": "tokens/s",
-    "_tokens": "tokens",
-    "_bytes": "bytes",
-    "_gib": "GiB",
-    "_mib": "MiB",
-    "_ms": "ms",
-    "_s": "s",
-}
-"""Names end in their unit."""
-
-OTHER_UNITS = {
     **dict.fromkeys(("request_throughput", "request_rate"), "requests/s"),
-    **dict.fromkeys(("total_throughput", "input_throughput", "output_throughput"), "tokens/s"),
-    "max_model_len": "tokens",
-    **dict.fromkeys(("utilisation", "headroom", "slo_attainment", "loading_share"), "%"),
-    "prefix_hit_rate": "%",
+    **dict.fromkeys(("throughput", "_tokens_per_s"), "tokens/s"),
+    **dict.fromkeys(("max_model_len", "_tokens"), "tokens"),
+    **dict.fromkeys(("utilisation", "headroom", "attainment", "share", "hit_rate"), "%"),
+    **{f"_{unit.lower()}": unit for unit in ("bytes", "GiB", "MiB", "ms", "s")},
 }
-"""These have a unit that their name does not tell; shares are shown in percent."""
+"""Units by how names end. Endings with an underscore are units; shares are shown in percent."""
 
 
 def check_target(path: Path | None, *suffixes: str) -> None:
@@ -118,7 +107,7 @@ def print_mapping(content: Mapping[str, Any], title: str) -> None:
     """Print names, with their units, and values for people."""
     import pandas as pd
 
-    rows = [(_header(name), _cell(value, name)) for name, value in content.items()]
+    rows = [(in_words(name), _cell(value, name)) for name, value in content.items()]
     shown = _make_table(pd.DataFrame(rows, columns=["name", "value"]), title)
     shown.show_header = False
     _console().print(shown, "")
@@ -144,21 +133,28 @@ def figures(content: Mapping[str, Any], *names: str) -> str:
     """
     told = []
     for name in (name for name in names if name in content):
-        label, _, unit = _header(name).partition(", ")
+        label, _, unit = in_words(name).partition(", ")
         told.append(f"{label} {_cell(content[name], name)} {unit}".rstrip())
     return ", ".join(told)
 
 
-def _header(name: str) -> str:
-    """Return a figure's name in words, and its unit; vLLM's flags keep their names."""
-    unit = OTHER_UNITS.get(name)
-    for suffix, own in UNITS.items():
-        if unit is None and name.endswith(suffix):
-            name, unit = name.removesuffix(suffix), own
+def in_words(name: str) -> str:
+    """Return a figure's name with its unit; vLLM's flags keep their names.
+
+    >>> in_words("p99_ttft_ms"), in_words("total_throughput"), in_words("max_loras")
+    ('p99 TTFT, ms', 'total throughput, tokens/s', 'max_loras')
+    """
+    ending = _ending(name)
+    if ending.startswith("_"):
+        name = name.removesuffix(ending)
     if not name.startswith("max_"):
         words = name.replace("_", " ")
         name = re.sub(r"\b(ttft|itl|tpot|kv|slo|gpu)\b", lambda word: word[0].upper(), words)
-    return f"{name}, {unit}" if unit else name
+    return f"{name}, {UNITS[ending]}" if ending else name
+
+
+def _ending(name: str) -> str:
+    return next((ending for ending in UNITS if name.endswith(ending)), "")
 
 
 def _console() -> Console:
@@ -184,18 +180,20 @@ def _make_table(table: pd.DataFrame, title: str, between: str = " ") -> Table:
     )
     for name, kind in table.dtypes.items():
         side: Any = "right" if kind.kind in "iuf" else "left"
-        header = _header(str(name)).replace(" ", between)
+        header = in_words(str(name)).replace(" ", between)
         shown.add_column(header, justify=side, overflow="fold")
     for row in table.itertuples(index=False):
-        shown.add_row(*(escape(_cell(one, name)) for name, one in zip(table, row, strict=True)))
+        shown.add_row(
+            *(escape(_cell(one, str(name))) for name, one in zip(table, row, strict=True))
+        )
     return shown
 
 
-def _cell(value: Any, name: Any = "") -> str:
+def _cell(value: Any, name: str) -> str:
     """Return a value with four digits, and whole where it has more before the point."""
     if not isinstance(value, float):
         return f"{value:,}" if type(value) is int else str(value)
     if not math.isfinite(value):
         return "–"
-    value *= 100 if OTHER_UNITS.get(name) == "%" else 1
+    value *= 100 if UNITS.get(_ending(name)) == "%" else 1
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
