@@ -79,7 +79,8 @@ def holds(field: Mapping[str, Any]) -> str:
     if "$ref" in field:
         return "mapping"
     if field.get("type") == "array":
-        return f"list of {holds(field.get('items') or field['prefixItems'][0])}"
+        items = field.get("items") or field["prefixItems"][0]
+        return "list of mappings" if "$ref" in items else f"list of {holds(items)}"
     kind = WORDS.get(field.get("type", ""), field.get("type", "text or mapping"))
     limits = [f"{sign} {field[bound]:g}" for bound, sign in SIGNS.items() if bound in field]
     return " ".join([kind, ", ".join(limits)]).strip()

@@ -7,13 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from adapter_twin.cli.report import (
-    figures,
-    print_command,
-    print_mapping,
-    print_table,
-    print_text,
-)
+from adapter_twin.cli.report import figures, print_command, print_mapping, print_table, print_text
 from adapter_twin.plan.commands import flag_words
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import slot_rank

@@ -7,9 +7,8 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
@@ -33,40 +32,43 @@ ELSEWHERE: Mapping[str, Mapping[str, Mapping[str, tuple[str, Any]]]] = {
 }
 """Loaders take keys, under ``engine`` or at the top, that the class does not have there."""
 
-MODEL = "llama-3.1-8b-instruct"
-ADAPTERS = [
-    {"name": "customer-a", "rank": 16, "request_rate": 0.4},
-    {"name": "customer-b", "rank": 8, "request_rate": 0.1},
-]
-LENGTHS = {"distribution": "sharegpt", "mean_input_tokens": 223, "mean_output_tokens": 198}
-SLO = {"ttft_ms": 2000, "itl_ms": 100}
+MODEL = {"model": "llama-3.1-8b-instruct"}
+SLO = {"slo": {"ttft_ms": 2000, "itl_ms": 100}}
+TRAFFIC = {
+    "adapters": [
+        {"name": "customer-a", "rank": 16, "request_rate": 0.4},
+        {"name": "customer-b", "rank": 8, "request_rate": 0.1},
+    ],
+    "lengths": {"distribution": "sharegpt", "mean_input_tokens": 223, "mean_output_tokens": 198},
+}
 START: Mapping[str, Mapping[str, Any]] = {
-    "recommend": {"model": MODEL, "adapters": ADAPTERS, "lengths": LENGTHS, "slo": SLO},
+    "recommend": {**MODEL, **TRAFFIC, **SLO},
     "simulate": {
-        "engine": {"model": MODEL, "max_loras": 2, "max_cpu_loras": 2},
-        "workload": {"adapters": ADAPTERS, "duration_s": 600, "lengths": LENGTHS},
-        "slo": SLO,
+        "engine": {**MODEL, "max_loras": 2, "max_cpu_loras": 2},
+        "workload": {**TRAFFIC, "duration_s": 600},
+        **SLO,
     },
 }
 """A new file for a verb holds these values, and its other keys are off."""
 
 WIDTH = 88
+"""Its comments are as wide, in characters."""
 
 
-@dataclass(frozen=True)
-class Key:
-    """One key of a file: what it means, its default, what it holds as a JSON Schema has it.
-
-    It may hold a mapping of `keys`, or `several` such. One that is `needed` has no default.
-    """
+class Key(NamedTuple):
+    """One key of a file."""
 
     name: str
     about: str
     default: Any
-    held: Mapping[str, Any]
+    held: Mapping[str, Any]  # what it may hold, as JSON Schema has it
     needed: bool = False
-    several: bool = False
-    keys: tuple[Key, ...] = ()
+    keys: tuple[Key, ...] = ()  # of the mapping, or the list of such, that it holds
+
+    @property
+    def several(self) -> bool:
+        """Whether it holds a list."""
+        return "items" in self.held
 
 
 def keys_of(verb: str) -> tuple[Key, ...]:
@@ -109,15 +111,13 @@ def _keys(
         if name in elsewhere.get("engine", ()):
             continue
         held = next(one for one in field.get("anyOf", [field]) if one.get("type") != "null")
-        several = "$ref" in held.get("items", {})
-        inner = (held["items"] if several else held).get("$ref", "").rpartition("/")[2]
+        inner = held.get("items", held).get("$ref", "").rpartition("/")[2]
         key = Key(
             name=name,
             about=field.get("description", ""),
             default=field.get("default", held.get("minimum", held.get("enum", [None])[0])),
             held=held,
             needed=name in owner.get("required", ()),
-            several=several,
             keys=_keys(defs[inner], defs, elsewhere, name) if inner else (),
         )
         keys.append(key)
