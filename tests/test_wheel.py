@@ -120,6 +120,12 @@ def test_the_examples_run(answer: Callable[..., dict], tmp_path: Path) -> None:
     assert list(manifests.glob("*.yaml"))
 
 
+def test_a_new_file_is_explained_and_runs(installed: Command, tmp_path: Path) -> None:
+    assert installed("init", "--kind", "simulate").returncode == 0
+    assert "# GPUs that share every layer." in (tmp_path / "workload.yaml").read_text()
+    assert installed("simulate", "workload.yaml").returncode == 0
+
+
 def test_a_design_is_swept(answer: Callable[..., dict], tmp_path: Path) -> None:
     shutil.copy(ROOT / "experiments" / "designs" / "quick.yaml", tmp_path)
     assert answer("sweep", "quick.yaml", "--out", "sweep")["runs"] > 0

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option, Typer
+from typer.core import TyperCommand
 
 RUNS = Annotated[Path, Argument(metavar="RUNS", help="Table of runs, .parquet or .csv.")]
 CALIBRATION = Annotated[
@@ -22,9 +23,22 @@ RESUMED = Annotated[
 ]
 
 
+class Verb(TyperCommand):
+    """A command whose help tells the keys of the file that it reads."""
+
+    def get_help(self, ctx: Any) -> str:
+        """Return the help; what the file's class imports is not loaded before."""
+        from adapter_twin.cli.keys import READS, keys_of, outline
+
+        if self.name in READS:
+            keys = f"Keys of the YAML file, those with * needed: {outline(keys_of(self.name))}"
+            self.epilog = f"{self.epilog}\n\n{keys}"
+        return super().get_help(ctx)
+
+
 class Verbs(Typer):
     """Commands whose help ends with an example of their use."""
 
     def example(self, line: str, **options: Any) -> Callable[..., Any]:
         """Return the decorator of a command."""
-        return self.command(epilog=f"Example: adapter-twin {line}", **options)
+        return self.command(cls=Verb, epilog=f"Example: adapter-twin {line}", **options)

@@ -1,8 +1,7 @@
-"""Verbs that plan: memory, optimum, recommend, place, sweep, train."""
+"""Verbs that plan: memory, init, optimum, recommend, place, sweep, train."""
 
-import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Argument, Context, Option
 
@@ -16,10 +15,7 @@ verbs = Verbs()
 
 @verbs.example(
     "memory Qwen/Qwen3-8B --gpu l40s --max-loras 32 --max-model-len 8192. Flags of vllm serve are "
-    "taken as they are: --max-loras, --max-lora-rank, --max-model-len, --gpu-memory-utilization, "
-    "--max-num-seqs, --max-num-batched-tokens, --kv-cache-dtype, --kv-cache-memory-bytes, "
-    "--block-size, --tensor-parallel-size, --fully-sharded-loras, --lora-target-modules; left "
-    "out, they are vLLM's own",
+    "taken as they are, those that simulate takes under engine; left out, they are vLLM's own",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def memory(
@@ -34,6 +30,7 @@ def memory(
     as_json: JSON = False,
 ) -> None:
     """Tell what fits into a GPU's memory, and whether vLLM starts; any dense model, any GPU."""
+    from adapter_twin.cli.answers import show_memory
     from adapter_twin.plan.what_fits import what_fits
     from adapter_twin.workload.serve_command import parse_flags
 
@@ -41,21 +38,27 @@ def memory(
     require(extra is None, f"{extra}: unexpected argument; leave it out")
     flags.pop("enable_lora", None)
     found = what_fits(model, gpu, flags, version=engine)
-    if as_json:
-        report.print_json(found)
-        return
-    reason = found.pop("reason")
-    for name in [name for name, value in found.items() if isinstance(value, dict)]:
-        found[name] = ", ".join(f"{key}: {value}" for key, value in found[name].items())
-    report.print_mapping(found, model)
-    if reason is not None:
-        report.print_text(f"vLLM does not start. {reason}")
-    elif found["estimates_graphs"]:
-        report.print_text(
-            f"vLLM {found['engine_version']} takes an estimate of its CUDA graphs off this "
-            "KV cache; to have all of it, start it with "
-            f"--kv-cache-memory-bytes {found['kv_cache_memory_bytes']}"
-        )
+    report.tell(found, as_json, show_memory)
+
+
+@verbs.example("init workload.yaml")
+def init(
+    target: Annotated[Path, Argument(metavar="FILE.yaml", help="Where it goes.")] = Path(
+        "workload.yaml"
+    ),
+    kind: Annotated[
+        Literal["recommend", "simulate"],
+        Option(help="The verb that it is for; place reads what recommend does."),
+    ] = "recommend",
+    force: Annotated[bool, Option("--force", help="Write over a file that is there.")] = False,
+) -> None:
+    """Write a file to begin with, in which every key is explained."""
+    from adapter_twin.cli.keys import template
+
+    report.check_target(target, ".yaml", ".yml")
+    require(force or not target.exists(), f"{target}: is there; name another, or give --force")
+    datasets.write_text(target, template(kind, str(target)))
+    print(f"{target}: put in your adapters, then run adapter-twin {kind} {target}")
 
 
 @verbs.example("optimum --model llama-3.1-8b-instruct --rates 0.4-0.1-0.05 --ranks 8-16 --json")
@@ -89,8 +92,7 @@ def optimum(
     as_json: JSON = False,
 ) -> None:
     """Find how many adapters a GPU can serve, with how many slots, at the highest throughput."""
-    import pandas as pd
-
+    from adapter_twin.cli.answers import show_optimum
     from adapter_twin.plan import criterion
     from adapter_twin.plan.grid import GRID
     from adapter_twin.plan.optimum import optimum
@@ -104,51 +106,32 @@ def optimum(
         "mean_input_tokens": mean_input_tokens,
         "mean_requested_output_tokens": mean_output_tokens,
     }
+    limits = None if slo == "none" else load_slo(slo) if slo else criterion.DEFAULT_SLO
     found = optimum(
         workload,
         calibration,
         served_grid=GRID if served_grid is None else parse_grid("served_grid", served_grid),
         slots_grid=GRID if slots_grid is None else parse_grid("slots_grid", slots_grid),
         criterion=criterion.Criterion(
-            margin=criterion.MARGIN if margin is None else margin,
-            slo=criterion.DEFAULT_SLO if slo is None else None if slo == "none" else load_slo(slo),
+            margin=criterion.MARGIN if margin is None else margin, slo=limits
         ),
         seed=seed,
         jobs=jobs,
     )
-    if as_json:
-        report.print_json(found)
-        return
-    alternatives = pd.DataFrame(found.pop("alternatives"))
-    report.print_mapping(found, f"{model}, {rates} requests/s, ranks {ranks}")
-    report.print_table(alternatives, "Alternatives")
+    report.tell(found, as_json, show_optimum, model, ranks, limits)
 
 
 @verbs.example("recommend examples/recommend.yaml --json")
 def recommend(workload: WORKLOAD, as_json: JSON = False) -> None:
     """Choose slots and flags for a set of adapters, and tell the service to expect."""
-    import pandas as pd
-
+    from adapter_twin.cli.answers import show_recommendation
     from adapter_twin.plan.demand import load_demand
     from adapter_twin.plan.recommend import recommend
 
+    demand = load_demand(workload)
     with report.working("simulating"):
-        answer = recommend(load_demand(workload))
-    if as_json:
-        report.print_json(answer)
-        return
-    reason, vllm, sglang = (answer.pop(key) for key in ("reason", "vllm_args", "sglang_args"))
-    what_if = pd.DataFrame(answer.pop("what_if"))
-    expected = pd.DataFrame(answer.pop("expected")).T.rename_axis("figure").reset_index()
-    worst = answer.pop("worst_served")
-    report.print_mapping(answer, str(workload))
-    report.print_table(expected, "Expected service, with 95 % intervals")
-    if worst is not None:
-        report.print_mapping(worst, "Worst-served adapter")
-    report.print_table(what_if, "What if")
-    report.print_text(reason)
-    print("vllm serve MODEL", shlex.join(vllm))
-    print("python -m sglang.launch_server --model-path MODEL", *sglang)
+        answer = recommend(demand)
+    report.tell(answer, as_json, show_recommendation, demand)
 
 
 @verbs.example("place examples/place.yaml --manifests k8s --picture packing.png")
@@ -171,8 +154,7 @@ def place(
     as_json: JSON = False,
 ) -> None:
     """Place all adapters on as few GPUs as possible, or on a given number, and check them."""
-    import pandas as pd
-
+    from adapter_twin.cli.answers import show_placement
     from adapter_twin.fleet.manifests import write_manifests
     from adapter_twin.fleet.place import place as place_adapters
     from adapter_twin.plan import criterion
@@ -196,20 +178,7 @@ def place(
 
         with datasets.replacing(picture) as temporary:
             packing(demand, placement).savefig(temporary, format=picture.suffix[1:], dpi=150)
-    if as_json:
-        report.print_json(answer)
-        return
-    replicas, advice = answer.pop("replicas"), answer.pop("advice")
-    report.print_mapping(answer, str(workload))
-    table = pd.DataFrame(replicas).assign(adapters=[len(row["adapters"]) for row in replicas])
-    # What 80 columns do not hold is in the JSON.
-    left_out = ["shares", "vllm_args", "kv_cache_tokens", "offered_tokens_per_s"]
-    left_out += ["worst_adapter", "worst_adapter_mean_ttft_ms"]
-    report.print_table(table.drop(columns=left_out).rename_axis("gpu").reset_index(), "GPUs")
-    for number, row in enumerate(replicas):
-        print(f"GPU {number}: vllm serve MODEL", shlex.join(row["vllm_args"]))
-    if advice is not None:
-        report.print_text(advice)
+    report.tell(answer, as_json, show_placement, demand)
 
 
 @verbs.example("sweep experiments/designs/quick.yaml --out data/external/quick")
@@ -246,10 +215,7 @@ def sweep(
         "runs": len(runs),
         "simulated": int(runs["simulated"].sum()),
     }
-    if as_json:
-        report.print_json(content)
-    else:
-        report.print_mapping(content, str(design))
+    report.tell(content, as_json, report.print_mapping, str(design))
 
 
 @verbs.example("train data/sweeps/paper.parquet --out models")

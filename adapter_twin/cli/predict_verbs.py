@@ -147,6 +147,7 @@ def simulate(
     as_json: JSON = False,
 ) -> None:
     """Simulate one configuration and summarise the service it gives."""
+    from adapter_twin.cli.answers import show_service
     from adapter_twin.fleet.equal_replicas import simulate_fleet
     from adapter_twin.service.perfetto import write_trace
     from adapter_twin.service.predict import predict_scenario
@@ -171,10 +172,7 @@ def simulate(
         told = ("config_hash", "seed", "version", "calibration", "policy")
         frame.attrs.update({name: content[name] for name in told if name in content})
         datasets.write_table(frame, records)
-    if as_json:
-        report.print_json(content)
-    else:
-        report.print_mapping(content, str(config))
+    report.tell(content, as_json, show_service, str(config))
 
 
 @verbs.example("traffic AzureLLMInferenceTrace_conv.csv --out requests.parquet")
@@ -204,7 +202,4 @@ def traffic(
     told = log.describe(window_s)
     if out is not None:
         datasets.write_table(log.to_frame(), out)
-    if as_json:
-        report.print_json(told)
-    else:
-        report.print_mapping(told, source.name)
+    report.tell(told, as_json, report.print_mapping, source.name)

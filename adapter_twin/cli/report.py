@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shlex
 import sys
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +27,16 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 """A higher one tells that a key is gone or means something else."""
+
+
+UNITS = {
+    **dict.fromkeys(("request_throughput", "request_rate"), "requests/s"),
+    **dict.fromkeys(("throughput", "_tokens_per_s"), "tokens/s"),
+    **dict.fromkeys(("max_model_len", "_tokens"), "tokens"),
+    **dict.fromkeys(("utilisation", "headroom", "attainment", "share", "hit_rate"), "%"),
+    **{f"_{unit.lower()}": unit for unit in ("bytes", "GiB", "MiB", "ms", "s")},
+}
+"""Units by how names end. Endings with an underscore are units; shares are shown in percent."""
 
 
 def check_target(path: Path | None, *suffixes: str) -> None:
@@ -68,14 +81,19 @@ def print_json(content: Mapping[str, Any]) -> None:
     print(json.dumps(plain, indent=2, allow_nan=False))
 
 
+def tell(content: Mapping[str, Any], as_json: bool, show: Callable[..., None], *more: Any) -> None:
+    """Print what a verb has found: JSON, or what `show` makes of it for people."""
+    if as_json:
+        print_json(content)
+    else:
+        show(content, *more)
+
+
 def print_table(table: pd.DataFrame, title: str) -> None:
-    """Print a table for people."""
-    console = _console()
-    shown = _make_table(table, title)
+    """Print a table for people, units in its header."""
+    console, shown = _console(), _make_table(table, title)
     if console.measure(shown, options=console.options.update(width=1000)).maximum > console.width:
-        # Names break after their underscores, in place of anywhere.
-        table = table.rename(columns=lambda name: name.replace("_", "_\n"))
-        shown = _make_table(table, title)
+        shown = _make_table(table, title, "\n")  # headers break between words, not anywhere
     console.print(shown, "")
 
 
@@ -86,10 +104,11 @@ def print_each(table: pd.DataFrame, column: str, title: str) -> None:
 
 
 def print_mapping(content: Mapping[str, Any], title: str) -> None:
-    """Print names and values for people."""
+    """Print names, with their units, and values for people."""
     import pandas as pd
 
-    shown = _make_table(pd.DataFrame(list(content.items()), columns=["name", "value"]), title)
+    rows = [(in_words(name), _cell(value, name)) for name, value in content.items()]
+    shown = _make_table(pd.DataFrame(rows, columns=["name", "value"]), title)
     shown.show_header = False
     _console().print(shown, "")
 
@@ -99,6 +118,45 @@ def print_text(text: str) -> None:
     _console().print(text, markup=False, highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
+def print_command(*words: str) -> None:
+    """Print a command to copy: lines of a shell, a flag and its value on one."""
+    text = re.sub(r"(--[\w-]+) (?!-)", "\\1\N{NO-BREAK SPACE}", shlex.join(words))
+    lines = textwrap.wrap(text, 78, break_long_words=False, break_on_hyphens=False)
+    print(" \\\n  ".join(lines).replace("\N{NO-BREAK SPACE}", " "), end="\n\n")
+
+
+def figures(content: Mapping[str, Any], *names: str) -> str:
+    """Return those of the figures that there are, in words.
+
+    >>> figures({"mean_ttft_ms": 79.8, "slo_attainment": 0.995}, "mean_ttft_ms", "slo_attainment")
+    'mean TTFT 79.8 ms, SLO attainment 99.5 %'
+    """
+    told = []
+    for name in (name for name in names if name in content):
+        label, _, unit = in_words(name).partition(", ")
+        told.append(f"{label} {_cell(content[name], name)} {unit}".rstrip())
+    return ", ".join(told)
+
+
+def in_words(name: str) -> str:
+    """Return a figure's name with its unit; vLLM's flags keep their names.
+
+    >>> in_words("p99_ttft_ms"), in_words("total_throughput"), in_words("max_loras")
+    ('p99 TTFT, ms', 'total throughput, tokens/s', 'max_loras')
+    """
+    ending = _ending(name)
+    if ending.startswith("_"):
+        name = name.removesuffix(ending)
+    if not name.startswith("max_"):
+        words = name.replace("_", " ")
+        name = re.sub(r"\b(ttft|itl|tpot|kv|slo|gpu)\b", lambda word: word[0].upper(), words)
+    return f"{name}, {UNITS[ending]}" if ending else name
+
+
+def _ending(name: str) -> str:
+    return next((ending for ending in UNITS if name.endswith(ending)), "")
+
+
 def _console() -> Console:
     from rich.console import Console
 
@@ -106,7 +164,7 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
 
-def _make_table(table: pd.DataFrame, title: str) -> Table:
+def _make_table(table: pd.DataFrame, title: str, between: str = " ") -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
@@ -122,16 +180,20 @@ def _make_table(table: pd.DataFrame, title: str) -> Table:
     )
     for name, kind in table.dtypes.items():
         side: Any = "right" if kind.kind in "iuf" else "left"
-        shown.add_column(str(name), justify=side, overflow="fold")
+        header = in_words(str(name)).replace(" ", between)
+        shown.add_column(header, justify=side, overflow="fold")
     for row in table.itertuples(index=False):
-        shown.add_row(*(escape(_cell(value)) for value in row))
+        shown.add_row(
+            *(escape(_cell(one, str(name))) for name, one in zip(table, row, strict=True))
+        )
     return shown
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, name: str) -> str:
     """Return a value with four digits, and whole where it has more before the point."""
     if not isinstance(value, float):
         return f"{value:,}" if type(value) is int else str(value)
     if not math.isfinite(value):
         return "–"
+    value *= 100 if UNITS.get(_ending(name)) == "%" else 1
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from adapter_twin.laws import Calibration
 from adapter_twin.laws.memory import GIB
@@ -25,10 +25,10 @@ def vllm_args(
         Named by ``--lora-modules`` where the engine names all at its start and each has a path.
     """
     memory, version = calibration.memory, calibration.version
-    loras = ["--enable-lora"]
-    for name in ("max_loras", "max_cpu_loras", "max_lora_rank"):
-        loras += _flag(name, getattr(engine, name))
+    names = ("max_loras", "max_cpu_loras", "max_lora_rank") if engine.max_loras else ()
     flags = {
+        **({"enable_lora": True} if engine.max_loras else {}),
+        **{name: getattr(engine, name) for name in names},
         **{name: getattr(engine, name) for name in ("max_num_seqs", "max_num_batched_tokens")},
         "block_size": engine.block_size,
         "gpu_memory_utilization": engine.gpu_memory_utilization,
@@ -45,8 +45,7 @@ def vllm_args(
                  "scheduling_policy"):  # fmt: skip
         if getattr(engine, name) != getattr(left_out, name):
             flags[name] = getattr(engine, name)
-    words = loras if engine.max_loras else []
-    words += [word for name, value in flags.items() for word in _flag(name, value)]
+    words = flag_words(flags)
     if engine.lora_modules == "all" and adapters and all(one.path for one in adapters):
         words += ["--lora-modules", *map(_lora_module, adapters)]
     return words
@@ -57,6 +56,15 @@ def _lora_module(adapter: Adapter) -> str:
     short = f"{adapter.name}={adapter.path}"
     plain = "," not in short and "=" not in adapter.name
     return short if plain else json.dumps({"name": adapter.name, "path": adapter.path})
+
+
+def flag_words(flags: Mapping[str, object]) -> list[str]:
+    """Return vLLM's flags as words of a command line.
+
+    >>> flag_words({"max_loras": 8, "enable_prefix_caching": False})
+    ['--max-loras', '8', '--no-enable-prefix-caching']
+    """
+    return [word for name, value in flags.items() for word in _flag(name, value)]
 
 
 def _flag(name: str, value: object) -> list[str]:

@@ -106,13 +106,21 @@ class Criterion:
         )
 
     def __str__(self) -> str:
-        share, slo = 100 * (STARVATION_THRESHOLD + self.margin), ""
-        if self.slo is not None:
-            limits = {"TTFT": self.slo.ttft_ms, "ITL": self.slo.itl_ms}
-            told = ", ".join(f"{k} {ms:,.6g} ms" for k, ms in limits.items() if ms is not None)
-            slo = f" and an SLO ({told}) met by {self.slo.percentile:g} % of requests"
+        share = 100 * (STARVATION_THRESHOLD + self.margin)
+        slo = "" if self.slo is None else f" and {slo_met(self.slo)}"
         return (
             f"highest throughput with {share:g} % of the offered load served{slo}; ties within "
             f"{100 * TIE:g} % by mean TTFT, of similar ones by that at {RESERVE_LOAD:g} times the "
             "load"
         )
+
+
+def slo_met(slo: Slo) -> str:
+    """Say in words that an SLO is met.
+
+    >>> slo_met(DEFAULT_SLO)
+    'an SLO (TTFT 2,000 ms, ITL 100 ms) met by 99 % of requests'
+    """
+    limits = {"TTFT": slo.ttft_ms, "ITL": slo.itl_ms}
+    told = ", ".join(f"{name} {ms:,.6g} ms" for name, ms in limits.items() if ms is not None)
+    return f"an SLO ({told}) met by {slo.percentile:g} % of requests"

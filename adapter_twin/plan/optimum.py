@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adapter_twin import __version__
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws import load_calibration
 from adapter_twin.plan.candidates import Candidates
@@ -13,6 +14,7 @@ from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import GRID, check_grids, evaluate, grid_runs
 from adapter_twin.plan.steady_state import typical_figures, warmed_up
 from adapter_twin.workload.files import parse_rates, records, run_to_workload
+from adapter_twin.workload.scenario import config_hash
 
 CONFIGURATION = ("served_adapters", "adapter_slots")
 SERVICE = ("total_throughput", "mean_ttft_ms", "p99_ttft_ms")
@@ -123,6 +125,9 @@ def optimum(
         "criterion": str(criterion),
         "at_edge": best["served_adapters"] == max(served_grid),
         "calibration": fitted.name,
+        "seed": seed,
+        "version": __version__,
+        "config_hash": config_hash(demand),
         "alternatives": shown[[*CONFIGURATION, *SERVICE, "tied"]].to_dict("records"),
     }
 

@@ -125,7 +125,7 @@ def read_yaml(file: Path) -> Any:
             place = f"line {mark.line + 1}, column {mark.column + 1}"
             reason = f"{place}: {getattr(error, 'problem', error)}"
         raise AdapterTwinError(f"{file}: not valid YAML ({reason}); correct it") from None
-    require(content is not None, f"{file}: the file is empty; write its keys, or copy an example")
+    require(content is not None, f"{file}: the file is empty; adapter-twin init writes one")
     calibration = content.get("calibration") if isinstance(content, dict) else None
     if isinstance(calibration, str) and calibration.endswith(".json"):
         content["calibration"] = os.path.normpath(file.parent / calibration)

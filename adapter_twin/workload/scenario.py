@@ -149,7 +149,12 @@ def dealt(adapters: Any) -> Any:
     return (zipf_adapters if is_zipf else deal_adapters)(**adapters)
 
 
-Adapters = Annotated[Many[Adapter], BeforeValidator(dealt)]
+_TOLD = (
+    "A list, or dealt: {count, request_rates, ranks}, {count, total_request_rate, zipf_exponent, "
+    "ranks} or {traffic_split: {name: share}, total_request_rate, ranks}; or folders of PEFT "
+    "adapters, {folders: DIR}, or a .csv."
+)
+Adapters = Annotated[Many[Adapter], BeforeValidator(dealt), Field(description=_TOLD)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

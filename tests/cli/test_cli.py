@@ -228,7 +228,7 @@ def test_simulate_writes_records_and_a_trace(run: Cli, tmp_path: Path) -> None:
     files = ("--records", "records.parquet", "--trace", "trace.json")
     status, out, _ = run("simulate", "sparse.yaml", *files)
     assert status == 0
-    assert "total_throughput" in out
+    assert "total throughput" in out
     records = pd.read_parquet(tmp_path / "records.parquet")
     assert {"arrival_s", "first_token_s", "end_s", "load_wait_s"} <= set(records.columns)
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]

@@ -1,8 +1,10 @@
 """What a person sees: tables that fit a terminal, and a clear line for what new users get wrong."""
 
+import json
 import logging
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,8 +37,8 @@ DESIGN = {
 }
 OPTIMUM = ("optimum", "--model", LLAMA, "--ranks", "16", "--rates")
 SMALL_GRID = ("--served-grid", "32,64", "--slots-grid", "16,32", "--jobs", "1")
-TO_COPY = ("vllm serve", "python -m", "GPU ", "  /")
-"""Commands and paths are not broken into lines."""
+TO_COPY = ("  /",)
+"""Paths are not broken into lines."""
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -60,11 +62,12 @@ def terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        (("simulate", "config.yaml"), "median_ttft_ms"),
+        (("simulate", "config.yaml"), "median TTFT, ms"),
+        (("memory", "Qwen/Qwen3-8B", "--gpu", "l40s"), "KV cache, GiB"),
         (("recommend", "demand.yaml"), "What if"),
         (("place", "demand.yaml", "--jobs", "1"), "utilisation"),
         ((*OPTIMUM, "0.1", *SMALL_GRID), "Alternatives"),
-        (("sweep", "design.yaml", "--out", "sweep", "--jobs", "1"), "workloads_now"),
+        (("sweep", "design.yaml", "--out", "sweep", "--jobs", "1"), "workloads now"),
         (("data",), "data --fetch"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
@@ -81,14 +84,50 @@ def test_what_a_verb_prints_fits_a_terminal(
 
 
 @pytest.mark.usefixtures("terminal")
-def test_a_name_that_is_too_wide_breaks_after_an_underscore(
+def test_a_header_that_is_too_wide_breaks_between_words(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     names = [f"{letter}_long_name_of_a_column" for letter in "abcdef"]
     report.print_table(pd.DataFrame([range(6)], columns=names), "Wide")
     heads = capsys.readouterr().out.split("─")[0].splitlines()[1:]
     assert len(heads) == 6
-    assert all(part in ("long_", "name_", "of_", "a_", "column") for part in heads[2].split())
+    assert heads[1].split() == ["long"] * 6
+
+
+@pytest.mark.usefixtures("terminal")
+@pytest.mark.parametrize("verb", ["recommend", "place"])
+def test_the_answer_comes_first_then_flags_to_copy_then_tables(call: Call, verb: str) -> None:
+    told = call(verb, "demand.yaml")[1]
+    answer = json.loads(call(verb, "demand.yaml", "--json")[1])
+    first, _, rest = told.partition("\n\n")
+    assert "mean TTFT" in first
+    commands, _, tables = rest.partition("─")
+    flags = answer["replicas"][0]["vllm_args"] if verb == "place" else answer["vllm_args"]
+    copied = commands[commands.index("vllm serve") :].partition("\n\n")[0]
+    shell = f"vllm() {{ printf '%s\\n' \"$@\"; }}\n{copied}"
+    words = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
+    assert words.stdout.split("\n") == ["serve", "MODEL", *flags, ""]
+    assert "tokens/s" in commands  # the first header
+    assert answer["config_hash"] in tables
+
+
+@pytest.mark.usefixtures("terminal")
+def test_tables_have_units_in_their_headers_and_shares_in_percent(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    row = {"mean_ttft_ms": 80.5, "total_throughput": 2324.0, "utilisation": 0.27, "slots": 8}
+    report.print_table(pd.DataFrame([row]), "Table")
+    head, _, values = capsys.readouterr().out.splitlines()[1:4]
+    assert head.split("  ") == [
+        "mean TTFT, ms",
+        "total throughput, tokens/s",
+        "utilisation, %",
+        "slots",
+    ]
+    assert values.split() == ["80.5", "2,324", "27", "8"]
+    report.print_mapping(row, "Mapping")
+    assert re.search(r"^utilisation, % +27 *$", capsys.readouterr().out, re.MULTILINE)
+    assert report.figures(row, "utilisation", "p99_ttft_ms") == "utilisation 27 %"
 
 
 @pytest.mark.parametrize(
