@@ -146,7 +146,7 @@ class Stretch:
         return self.counted(FINISHED) + self.end.in_flight - before
 
     def statistics(self, label: str, *names: str, scale: float = 1.0) -> dict[str, Bounded]:
-        """Return mean, median and p99 of the histogram under the first of the names that is there.
+        r"""Return mean, median and p99 of the histogram under the first name that is there.
 
         The mean is exact. Percentiles are interpolated linearly within a bucket, whose edges are
         the bounds; in the last one they are its lower edge, as ``histogram_quantile`` has it.
@@ -155,6 +155,12 @@ class Stretch:
         ------
         AdapterTwinError
             There is none, or its buckets and its count do not fit together.
+
+        Examples
+        --------
+        >>> page = 'x_bucket{le="1"} 2\nx_bucket{le="+Inf"} 3\nx_count 3\nx_sum 4\n'
+        >>> Stretch(60.0, MetricsPage.parse(page)).statistics("x", "x")["median_x"]
+        (0.75, 0.0, 1.0)
         """
         name = next((name for name in names if name in self.end.buckets), names[0])
         count, total = (self.counted(f"{name}_{part}") for part in ("count", "sum"))
