@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import http.client
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Self
 from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, build_opener
 
-import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from adapter_twin.errors import AdapterTwinError, one_line, require
@@ -146,7 +146,7 @@ class Stretch:
         return self.counted(FINISHED) + self.end.in_flight - before
 
     def statistics(self, label: str, *names: str, scale: float = 1.0) -> dict[str, Bounded]:
-        """Return mean, median and p99 of the histogram under the first of the names that is there.
+        r"""Return mean, median and p99 of the histogram under the first name that is there.
 
         The mean is exact. Percentiles are interpolated linearly within a bucket, whose edges are
         the bounds; in the last one they are its lower edge, as ``histogram_quantile`` has it.
@@ -155,22 +155,28 @@ class Stretch:
         ------
         AdapterTwinError
             There is none, or its buckets and its count do not fit together.
+
+        Examples
+        --------
+        >>> page = 'x_bucket{le="1"} 2\nx_bucket{le="+Inf"} 3\nx_count 3\nx_sum 4\n'
+        >>> Stretch(60.0, MetricsPage.parse(page)).statistics("x", "x")["median_x"]
+        (0.75, 0.0, 1.0)
         """
         name = next((name for name in names if name in self.end.buckets), names[0])
         count, total = (self.counted(f"{name}_{part}") for part in ("count", "sum"))
         upto = self.end.buckets.get(name, {})
         before = self.begin.buckets.get(name, {}) if self.begin else dict.fromkeys(upto, 0.0)
         edges = sorted(upto.keys() & before.keys())
-        seen = np.array([0.0] + [upto[edge] - before[edge] for edge in edges])
+        seen = [0.0, *(upto[edge] - before[edge] for edge in edges)]
         require(
-            math.inf in edges and bool((np.diff(seen) >= 0).all()) and seen[-1] == count,
+            math.inf in edges and seen == sorted(seen) and seen[-1] == count,
             f"metrics: the buckets of {name} do not fit together; give the whole page",
         )
         mean = scale * total / count if count else math.nan
         told = {f"mean_{label}": (mean, mean, mean)}
         for which, percent in PERCENTILES.items():
             place = percent / 100 * count
-            bucket = int(np.searchsorted(seen[1:], place))
+            bucket = bisect_left(seen, place, lo=1) - 1
             low, high = [0.0, *edges][bucket : bucket + 2]
             share = (
                 (place - seen[bucket]) / (seen[bucket + 1] - seen[bucket]) if count else math.nan

@@ -46,6 +46,7 @@ SAMPLE_REQUESTS = 10_000
 UNNOTICED = 0.5
 """Means of running or of waiting requests that differ by less are taken as the same."""
 
+FLAGS = ("max_loras", "block_size", "enable_prefix_caching")
 LOAD = ("offered_requests_per_s", "mean_prompt_tokens", "mean_output_tokens")
 JUDGED_BY = {
     "mean_running_requests": "mean_itl_ms",
@@ -62,15 +63,12 @@ JUDGED_BY = {
 Little's law running requests are their rate times their time in the engine, tokens times ITL."""
 
 REASONS = {
-    "max_loras": "the server was started with another --max-loras",
-    "block_size": "the server was started with another --block-size",
+    **dict.fromkeys(FLAGS, "the server was started otherwise"),
     "kv_cache_tokens": "the server has another memory or share of it, or other flags",
-    "offered_requests_per_s": "the load is not what was planned",
-    "mean_prompt_tokens": "prompts are not what was planned",
-    "mean_output_tokens": "outputs are not what was planned",
+    **dict.fromkeys(LOAD, "the load is not what was planned"),
     "mean_running_requests": "steps take another time than calibrated, which the ITL shows",
     "mean_waiting_requests": "requests wait for slots, for KV cache, or in bursts of arrivals",
-    "itl": "steps take another time than calibrated: another GPU or version, or it is shared",
+    "itl": "steps take another time than calibrated: another GPU or version, or others use it",
     "ttft": "requests wait in bursts, for an adapter's first use, or for a busy front end",
     "total_throughput": "the server falls behind its load, or requests were broken off",
 }
@@ -89,7 +87,7 @@ def watch(
         of the time since the server's start.
     scenario : Scenario
         The engine as it should run, and its traffic, which is given the server's load: all rates
-        are multiplied by one factor, and mean lengths replaced.
+        are multiplied by one factor, and mean lengths replaced. Its duration and SLO do not count.
     every_s : float, optional
         Time between the two reads of a URL in s, 10 if left out.
     span_s : float, optional
@@ -161,10 +159,11 @@ def read_stretch(source: str, every_s: float | None, span_s: float | None) -> St
     if "://" in source:
         require(span_s is None, "span_s: only for a saved page; give --every, or leave it out")
         url = f"{source.rstrip('/').removesuffix('/metrics')}/metrics"
-        begin, begin_s = MetricsPage.parse(vllm.fetch(url), url), time.monotonic()
+        first, first_s = vllm.fetch(url), time.monotonic()
+        begin = MetricsPage.parse(first, url)
         time.sleep(EVERY_S if every_s is None else every_s)
-        end = MetricsPage.parse(vllm.fetch(url), url)
-        stretch = Stretch(time.monotonic() - begin_s, end, begin)
+        last, last_s = vllm.fetch(url), time.monotonic()
+        stretch = Stretch(last_s - first_s, MetricsPage.parse(last, url), begin)
     else:
         require(every_s is None, "every: only for a URL; give --span-s, or leave it out")
         try:
@@ -232,26 +231,28 @@ def figures_of(run: Simulation, warm_up_s: float) -> dict[str, float]:
 
 def _configuration(page: MetricsPage, scenario: Scenario, kv_tokens: int) -> Iterator[Any]:
     """Yield the server's configuration beside the engine's."""
-    engine, slots = scenario.engine, page.labels.get(vllm.LORA, {}).get("max_lora", "nan")
-    server = {"max_loras": float(slots), **page.kv_cache()}
-    for name, expected, error in (
-        ("max_loras", engine.max_loras, 0.0),
-        ("block_size", engine.block_size, 0.0),
-        ("kv_cache_tokens", kv_tokens, KV_TOKENS_BAR / 100 * kv_tokens),
+    engine, nan = scenario.engine, math.nan
+    cache, lora = (page.labels.get(name, {}) for name in (vllm.CACHE, vllm.LORA))
+    caches = {"True": 1.0, "False": 0.0}.get(cache.get("enable_prefix_caching", ""), nan)
+    kept = engine.enable_prefix_caching  # left out, it is of no account without shared prefixes
+    shares = 1.0 if scenario.workload.lengths.shared_prefix_tokens else nan
+    kv = page.kv_cache()
+    for name, server, expected, error in (
+        ("max_loras", float(lora.get("max_lora", nan)), engine.max_loras, 0.0),
+        ("block_size", kv["block_size"], engine.block_size, 0.0),
+        ("enable_prefix_caching", caches, shares if kept is None else float(kept), 0.0),
+        ("kv_cache_tokens", kv["kv_cache_tokens"], kv_tokens, KV_TOKENS_BAR / 100 * kv_tokens),
     ):
-        yield _figure(
-            name, _exact(server[name]), float(expected), (expected - error, expected + error)
-        )
+        within = expected - error, expected + error
+        yield _figure(name, _exact(server), float(expected), within)
 
 
 def _load(stretch: Stretch, scenario: Scenario, laws: Calibration) -> Iterator[Any]:
     """Yield the server's load beside what was planned, which may differ by chance."""
     workload, rate = scenario.workload, scenario.workload.offered_request_rate
     sample = replace(workload, duration_s=SAMPLE_REQUESTS / rate)
-    trace, finished = (
-        draw_requests(sample, laws, seed=scenario.seed),
-        stretch.counted(vllm.FINISHED),
-    )
+    trace = draw_requests(sample, laws, seed=scenario.seed)
+    finished = stretch.counted(vllm.FINISHED)
     planned = [(rate, workload.arrivals.cv * math.sqrt(rate / stretch.span_s))] + [
         (float(tokens.mean()), float(tokens.std()) / math.sqrt(finished))
         for tokens in (trace.prompt_tokens, trace.output_tokens)
@@ -329,4 +330,5 @@ def _conclusion(failing: Sequence[dict[str, Any]]) -> str:
 def _shown(figure: dict[str, Any]) -> str:
     name = figure["figure"]
     reason = REASONS[next((kind for kind in ("itl", "ttft") if f"_{kind}_" in name), name)]
-    return f"{name}, {shown(figure['server'])} and not {shown(figure['twin'])} ({reason})"
+    server, twin = shown(figure["server"]), shown(figure["twin"])
+    return f"{name}, {server} on the server and {twin} expected ({reason})"
