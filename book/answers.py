@@ -28,7 +28,7 @@ SLO = {"slo": {"ttft_ms": 2000, "percentile": 95}}
 ENGINE = {"model": MODEL, "max_loras": 8, "max_cpu_loras": 16}
 TRAFFIC = {"adapters": ADAPTERS, "lengths": LENGTHS}
 CONFIG = {"engine": ENGINE, "workload": {**TRAFFIC, "duration_s": 60}}
-DEMAND = {"model": MODEL, **TRAFFIC}
+DEMAND = {"model": MODEL, **TRAFFIC, "slo": "none"}
 FILES: dict[str, Any] = {
     "simulate.yaml": CONFIG,
     "with_slo.yaml": {**CONFIG, **SLO},

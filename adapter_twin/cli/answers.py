@@ -45,10 +45,11 @@ def show_placement(answer: Answer, demand: Demand) -> None:
     """Print what `adapter_twin.fleet.place.place` returns."""
     table = pd.DataFrame(answer["replicas"]).rename_axis("gpu").reset_index()
     slowest = figures({"mean_ttft_ms": table.mean_ttft_ms.max()}, "mean_ttft_ms")
+    gpus = "1 GPU serves" if answer["gpus"] == 1 else f"{answer['gpus']} GPUs serve"
     advice = f"; {answer['advice']}" if answer["advice"] else ""
     print_text(
-        f"{answer['gpus']} GPUs serve the {len(demand.adapters):,} adapters {_slo(demand.slo)}, at "
-        f"least {answer['lower_bound']} are needed; on the slowest {slowest}{advice}.\n"
+        f"{gpus} the {len(demand.adapters):,} adapters {_slo(demand.slo)}, where "
+        f"{answer['lower_bound']} at least would be needed; on the slowest {slowest}{advice}.\n"
     )
     for words, alike in table.groupby(table.vllm_args.map(tuple), sort=False):
         print(f"GPU {', '.join(map(str, alike.gpu))}:")

@@ -1,5 +1,7 @@
 """Placement strategies: the fewest GPUs, or the shortest waits on a given number of them."""
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -44,7 +46,9 @@ def on_one_gpu(oracle: Oracle, *, jobs: int = -1) -> Held | None:
     bounds = replica.bounds()
     able = bounds.promising & (bounds.utilisation < 1)
     chosen = replica.choose(replica.table()) if able.any() else None
-    if chosen is None:
+    # without an SLO, nothing else stops a queue that grows for as long as the load lasts
+    most = oracle.most_utilisation if demand.slo is None else math.inf
+    if chosen is None or chosen[0].utilisation > most:
         return None
     engine = demand.engine_with(int(chosen[0].adapter_slots))
     placement = Placement((ReplicaPlan(engine, adapters, (1.0,) * len(adapters)),))

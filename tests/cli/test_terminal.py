@@ -65,7 +65,7 @@ def terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         (("simulate", "config.yaml"), "median TTFT, ms"),
         (("memory", "Qwen/Qwen3-8B", "--gpu", "l40s"), "KV cache, GiB"),
         (("recommend", "demand.yaml"), "What if"),
-        (("place", "demand.yaml", "--jobs", "1"), "utilisation"),
+        (("place", "demand.yaml", "--jobs", "1"), "1 GPU serves"),
         ((*OPTIMUM, "0.1", *SMALL_GRID), "Alternatives"),
         (("sweep", "design.yaml", "--out", "sweep", "--jobs", "1"), "workloads now"),
         (("data",), "data --fetch"),

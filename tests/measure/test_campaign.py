@@ -205,7 +205,7 @@ def test_the_recorded_campaign_has_enough_runs_and_ends_within_the_budget() -> N
     [
         ({"modell": 1}, "modell: unknown key; did you mean 'model'?"),
         ({"model": "tinny"}, "model: 'tinny' is neither a folder nor a shape; did you mean 'tiny'"),
-        ({"model": "adapters"}, "config.json: no such file"),
+        ({"model": "adapters"}, "config.json: No such file"),
         ({"adapters": "nowhere"}, "is no folder"),
         ({"budget_s": 0}, "budget_s: must be above 0"),
         ({"engine.max_num_sequences": 8}, "engine.max_num_sequences: unknown key; did you mean"),
