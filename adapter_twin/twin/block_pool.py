@@ -52,7 +52,8 @@ def new_pool(trace: Trace, blocks: int, seats: int, blocks_per_seat: int) -> Poo
         alike_previous=nodes.copy(),
         table=np.zeros((seats, blocks_per_seat), np.int32),
         seats=np.arange(seats, dtype=np.int32),
-        first_piece=first_piece,
+        first_piece=first_piece[:-1],
+        last_piece=first_piece[1:] - 1,
         piece_end=piece_end,
         piece_content=piece_content,
     )
@@ -103,7 +104,7 @@ def _hash(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def _content(limits: Limits, pool: Pool, request: int, place: int) -> int:
     """Return the content of a full block of a request."""
     end = (place + 1) * limits.block_size
-    low, high = pool.first_piece[request], pool.first_piece[request + 1] - 1
+    low, high = pool.first_piece[request], pool.last_piece[request]
     while low < high:
         middle = (low + high) // 2
         if pool.piece_end[middle] < end:

@@ -100,6 +100,7 @@ def simulate(
         seed=seed,
         calibration=calibration.name,
         policy=policy,
+        unsent_requests=len(trace) - int(session.clock.accepted) if trace.waits else None,
     )
 
 

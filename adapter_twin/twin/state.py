@@ -139,8 +139,9 @@ class Pool(NamedTuple):
     alike_previous: Links
     table: NDArray[np.int32]  # blocks of the running requests, a row per seat
     seats: NDArray[np.int32]  # from place `running` on those that are free
-    # what the sequence of a request consists of: its pieces from `first_piece` on
+    # what the sequence of a request consists of: its pieces from `first_piece` to `last_piece`
     first_piece: NDArray[np.int64]
+    last_piece: NDArray[np.int64]
     piece_end: NDArray[np.int32]
     piece_content: NDArray[np.int64]  # of it and all before it, for blocks that end in it
 
@@ -201,6 +202,7 @@ class State(NamedTuple):
     stack: NDArray[np.int32]  # running requests in order of admission, with holes
     opens_block: NDArray[np.int64]  # decodes that need a block, by step modulo block size
     prefilled: NDArray[np.int32]  # requests whose prompt ends with the current step
+    completed: NDArray[np.int32]  # requests that ended with the last step
     blocks: Any  # `Blocks` for the scheduler by blocks, else None
 
 

@@ -82,6 +82,14 @@ class Trace:
         Prompt length and requested output length (``max_tokens``), at least 1.
     contents : Contents, optional
         What requests share of their tokens, no column; left out, it is nothing.
+    after : int32, optional
+        Index of the earlier request whose answer each one waits for, -1 for none. It arrives
+        `think_s` after that, and not before its `arrival_s`; without that answer it never does.
+    think_s : float64, optional
+        Left out, none.
+    max_concurrency : int, optional
+        Most requests under way at once, no column. Further ones wait at the client, first come
+        first served: they arrive when they are sent.
     """
 
     arrival_s: Floats
@@ -89,9 +97,17 @@ class Trace:
     prompt_tokens: Ints
     output_tokens: Ints
     contents: Contents | None = None
+    after: Ints | None = None
+    think_s: Floats | None = None
+    max_concurrency: int | None = None
 
     def __len__(self) -> int:
         return len(self.arrival_s)
+
+    @property
+    def waits(self) -> bool:
+        """Whether requests wait for answers to others, so that arrivals depend on the engine."""
+        return self.after is not None or self.max_concurrency is not None
 
     def to_frame(self) -> pd.DataFrame:
         """Return the trace as a table, one row per request."""
