@@ -201,8 +201,12 @@ class Simulation:
 
     @property
     def duration_s(self) -> float:
-        """Length of the window in s."""
-        return self.workload.duration_s
+        """Length of the run in s: the window, or up to the last answer to `num_prompts`."""
+        window_s, end_s = self.workload.duration_s, self.records.end_s
+        told = np.isfinite(end_s) | self.records.refused
+        if self.workload.arrivals.num_prompts is None or self.unsent_requests or not told.all():
+            return window_s
+        return float(np.nanmax(end_s, initial=0.0)) or window_s
 
     def __repr__(self) -> str:
         done = int(np.isfinite(self.records.end_s).sum())

@@ -5,12 +5,9 @@ Nothing here knows the engine: comparing engines at one seed, they serve the ver
 
 from __future__ import annotations
 
-import heapq
-import random
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin.errors import require
+from adapter_twin.workload.arrivals import draw_arrivals
+from adapter_twin.workload.contents import (
+    Contents,
+    behind_prefix,
+    of_blocks,
+    of_samples,
+    of_turns,
+)
 from adapter_twin.workload.lengths import LengthMarginals, draw_lengths
-from adapter_twin.workload.request_log import BASE_MODEL, MOONCAKE_BLOCK_TOKENS, read_requests
-from adapter_twin.workload.scenario import Adapter, Workload
+from adapter_twin.workload.request_log import BASE_MODEL, read_requests
+from adapter_twin.workload.scenario import Adapter, Sessions, Workload
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,30 +45,6 @@ __all__ = [
 
 COLUMNS = ("arrival_s", "adapter", "prompt_tokens", "output_tokens")
 """A trace's table has these."""
-
-
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """What the requests of a trace begin with, in pieces that other requests may share.
-
-    The sequence of a request, its prompt and then its output, begins with its pieces; what comes
-    after them is its own. Requests whose first pieces are equal have the same tokens there: such is
-    a system prompt (one piece), a prompt given as hashes of its blocks (a piece each), or the turn
-    of a conversation that repeats the turns before it (a piece for each prompt and each output).
-
-    Attributes
-    ----------
-    first : int64, shape (requests + 1,)
-        Index of each request's first piece; the last entry is the number of pieces.
-    piece : int64, shape (pieces,)
-        Equal numbers at equal ends, after equal pieces, are equal tokens.
-    end : int32, shape (pieces,)
-        Tokens of the sequence up to the end of the piece, increasing within a request.
-    """
-
-    first: NDArray[np.int64]
-    piece: NDArray[np.int64]
-    end: Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,21 +139,7 @@ def read_trace(
             stacklevel=2,
         )
     prompt, output = log.prompt_tokens, log.output_tokens
-    return Trace(log.arrival_s, adapter, prompt, output, _contents(log.blocks, prompt))
-
-
-def _contents(blocks: list[list[int]] | None, prompt_tokens: Ints) -> Contents | None:
-    """Return the pieces that hashes of a prompt's blocks stand for; the last may be cut short."""
-    if blocks is None:
-        return None
-    counts = np.array([len(hashes) for hashes in blocks])
-    first = np.concatenate(([0], np.cumsum(counts)))
-    place = np.arange(first[-1]) - np.repeat(first[:-1], counts)
-    end = np.minimum(MOONCAKE_BLOCK_TOKENS * (place + 1), np.repeat(prompt_tokens, counts))
-    rising = np.concatenate(([True], (np.diff(end) > 0) | (place[1:] == 0)))[: len(end)]
-    kept = np.concatenate(([0], np.cumsum(rising)))
-    pieces = np.concatenate([*map(np.asarray, blocks), np.empty(0)]).astype(np.int64)
-    return Contents(kept[first], pieces[rising], end[rising].astype(np.int32))
+    return Trace(log.arrival_s, adapter, prompt, output, of_blocks(log.blocks, prompt))
 
 
 def generators(seed: int) -> tuple[np.random.Generator, np.random.Generator, np.random.Generator]:
@@ -186,7 +153,10 @@ def generators(seed: int) -> tuple[np.random.Generator, np.random.Generator, np.
 
 
 def generate(
-    workload: Workload, rng: np.random.Generator, marginals: LengthMarginals | None = None
+    workload: Workload,
+    rng: np.random.Generator,
+    marginals: LengthMarginals | None = None,
+    emitted: Callable[[Ints], Ints] | None = None,
 ) -> Trace:
     """Draw one trace of a workload.
 
@@ -198,27 +168,88 @@ def generate(
     rng : numpy.random.Generator
     marginals : LengthMarginals, optional
         The measured histograms; needed for ``sharegpt`` lengths only.
+    emitted : callable, optional
+        Returns the output lengths that the model will give, of those requested; left out, it gives
+        these. The later prompts of a session hold them.
     """
     if workload.arrivals.path is not None:
-        return _replay(workload, workload.arrivals.path, rng)
+        trace = _replay(workload, workload.arrivals.path, rng)
+        output = trace.output_tokens if emitted is None else emitted(trace.output_tokens)
+        most = workload.arrivals.max_concurrency
+        return replace(trace, output_tokens=output, max_concurrency=most)
     adapter_rates = [adapter.request_rate for adapter in workload.adapters]
     rates = np.array([*adapter_rates, workload.base_model_request_rate])
     # one request in 1e9 windows is none, and divisions by the rates stay finite
     rates[rates * workload.duration_s < 1e-9] = 0
-    if workload.arrivals.process == "agullo2025":
-        arrival_s, source = reference_arrivals(rates, workload.duration_s)
-    elif workload.arrivals.process == "gamma":
-        arrival_s, source = _gamma_arrivals(rates, workload.duration_s, workload.arrivals.cv, rng)
-    else:
-        arrival_s, source = _poisson_arrivals(rates, workload.duration_s, rng)
+    arrival_s, source = draw_arrivals(workload.arrivals, rates, workload.duration_s, rng)
     source[source == len(adapter_rates)] = BASE_MODEL
-    n, shared = len(arrival_s), workload.lengths.shared_prefix_tokens
-    prompt, output = draw_lengths(workload.lengths, n, rng, marginals)
-    if shared == 0:
-        return Trace(arrival_s, source, prompt, output)
-    # one piece each: what is computed with one adapter is of no use to another one
-    contents = Contents(np.arange(n + 1), np.zeros(n, np.int64), np.full(n, shared, np.int32))
-    return Trace(arrival_s, source, prompt + np.int32(shared), output, contents)
+    if workload.sessions is not None:
+        return _in_sessions(workload, workload.sessions, arrival_s, source, rng, marginals, emitted)
+    samples, shared = workload.samples, workload.lengths.shared_prefix_tokens
+    if samples > 1:
+        arrival_s, source = arrival_s.repeat(samples), source.repeat(samples)
+    prompt, output = draw_lengths(workload.lengths, len(source), rng, marginals, samples)
+    prompt = prompt + np.int32(shared)
+    contents = of_samples(prompt, samples) if samples > 1 else None
+    if shared:
+        contents = behind_prefix(contents, len(source), shared)
+    return Trace(
+        arrival_s,
+        source,
+        prompt,
+        output if emitted is None else emitted(output),
+        contents,
+        max_concurrency=workload.arrivals.max_concurrency,
+    )
+
+
+def _in_sessions(
+    workload: Workload,
+    sessions: Sessions,
+    opens_s: Floats,
+    source: Ints,
+    rng: np.random.Generator,
+    marginals: LengthMarginals | None,
+    emitted: Callable[[Ints], Ints] | None,
+) -> Trace:
+    """Draw the turns of sessions that open at some times; `opens_s` is the earliest for each."""
+    mean = len(sessions.chain or ()) if sessions.turns is None else sessions.turns
+    if sessions.distribution == "geometric":
+        turns = rng.geometric(1 / mean, len(source))
+    else:
+        turns = np.full(len(source), int(mean))
+    first = np.repeat(np.cumsum(turns) - turns, turns)  # turn of each turn's session
+    n, shared = len(first), workload.lengths.shared_prefix_tokens
+    turn = np.arange(n) - first
+    think_s = sessions.mean_think_s * rng.standard_exponential(n)
+    asked, output = draw_lengths(workload.lengths, n, rng, marginals)
+    output = output if emitted is None else emitted(output)
+    asked = asked + np.int32(shared) * (turn == 0)
+    until = np.cumsum(asked + output, dtype=np.int64)
+    before = until - asked - output
+    prompt = (asked + before - before[first]).astype(np.int32)
+    contents = of_turns(turn, prompt, output)
+    return Trace(
+        np.repeat(opens_s, turns),
+        _along_chain(workload, sessions.chain, np.repeat(source, turns), turn),
+        prompt,
+        output,
+        behind_prefix(contents, n, shared) if shared else contents,
+        np.where(turn > 0, np.arange(n) - 1, -1).astype(np.int32),
+        think_s,
+        workload.arrivals.max_concurrency,
+    )
+
+
+def _along_chain(
+    workload: Workload, chain: Sequence[str] | None, opened: Ints, turn: NDArray[np.int64]
+) -> Ints:
+    """Return the adapter of each turn: along the chain, if its session opened with the first."""
+    if chain is None:
+        return opened
+    places = {adapter.name: index for index, adapter in enumerate(workload.adapters)}
+    members = np.array([places[name] for name in chain], np.int32)
+    return np.where(opened == members[0], members[turn % len(chain)], opened)
 
 
 def _replay(workload: Workload, path: str, rng: np.random.Generator) -> Trace:
@@ -230,102 +261,3 @@ def _replay(workload: Workload, path: str, rng: np.random.Generator) -> Trace:
         kept = Contents(first, trace.contents.piece[:last], trace.contents.end[:last])
         columns["contents"] = kept
     return Trace(**columns)
-
-
-def _poisson_arrivals(
-    rates: Floats, duration_s: float, rng: np.random.Generator
-) -> tuple[Floats, Ints]:
-    """Superpose one Poisson process per source."""
-    counts = rng.poisson(rates * duration_s)
-    total = int(counts.sum())
-    # given their number, arrivals are uniform in time, whatever their source; sums of exponential
-    # gaps, scaled to the window, are uniform times already sorted
-    gaps = np.cumsum(rng.standard_exponential(total + 1))
-    arrival_s = gaps[:-1] * (duration_s / gaps[-1])
-    source = np.repeat(np.arange(len(rates), dtype=np.int32), counts)
-    rng.shuffle(source)
-    return arrival_s, source
-
-
-def _gamma_arrivals(
-    rates: Floats, duration_s: float, cv: float, rng: np.random.Generator
-) -> tuple[Floats, Ints]:
-    """Superpose one stationary Gamma renewal process per source.
-
-    Stationary: the window opens at a random time between two requests, so the first wait is a
-    uniform part of a length-biased gap (Gamma of shape + 1). Started at a request instead, bursty
-    sources would all burst together at 0.
-    """
-    shape = cv**-2
-    source = np.flatnonzero(rates > 0).astype(np.int32)
-    length_biased = rng.standard_gamma(shape + 1, len(source)) / (shape * rates[source])
-    last_s = rng.random(len(source)) * length_biased
-    times, sources = [last_s], [source]
-    while len(source):
-        expected = rates[source] * np.maximum(duration_s - last_s, 0)
-        batch = np.ceil(1.1 * expected).astype(np.int64) + 8  # seldom too few; then once more
-        gap_source = np.repeat(source, batch)
-        gap_s = rng.standard_gamma(shape, len(gap_source)) / (shape * rates[gap_source])
-        ends = np.cumsum(batch)
-        elapsed_s = np.cumsum(gap_s)
-        before_s = np.concatenate(([0.0], elapsed_s[ends[:-1] - 1]))
-        time_s = elapsed_s + np.repeat(last_s - before_s, batch)
-        times.append(time_s)
-        sources.append(gap_source)
-        last_s = time_s[ends - 1]
-        unfinished = last_s < duration_s
-        source, last_s = source[unfinished], last_s[unfinished]
-    arrival_s, source = np.concatenate(times), np.concatenate(sources)
-    inside = arrival_s < duration_s
-    arrival_s, source = arrival_s[inside], source[inside]
-    order = np.argsort(arrival_s, kind="stable")
-    return arrival_s[order], source[order]
-
-
-def reference_arrivals(rates: Floats, duration_s: float) -> tuple[Floats, Ints]:
-    """Draw what the load generator of Agullo et al. (2025) drew; each of its runs had seed 0.
-
-    It shuffled the adapters with Python's generator, then drew every gap between requests from one
-    NumPy stream: a first gap per adapter in that order, and the next one as each request was sent.
-
-    Parameters
-    ----------
-    rates : float64, shape (sources,)
-        Requests/s.
-    duration_s : float
-
-    Returns
-    -------
-    arrival_s : float64, shape (requests,)
-    source : int32, shape (requests,)
-    """
-    order = np.flatnonzero(rates > 0).tolist()
-    random.Random(0).shuffle(order)
-    stream = np.random.RandomState(0)
-    expected = rates.sum() * duration_s
-    gaps = stream.standard_exponential(int(expected + 6 * np.sqrt(expected)) + len(order) + 10)
-    arrival_s, source, sent = _compiled()(np.array(order, np.int32), rates, gaps, duration_s)
-    return arrival_s[:sent], source[:sent]
-
-
-@cache
-def _compiled() -> Any:
-    import numba  # late: it takes its time
-
-    return numba.njit(cache=True)(_send_in_order)
-
-
-def _send_in_order(
-    order: Ints, rates: Floats, gaps: Floats, duration_s: float
-) -> tuple[Floats, Ints, int]:
-    due = [(gaps[i] / rates[order[i]], order[i]) for i in range(len(order))]
-    heapq.heapify(due)
-    left = gaps[len(order) :]
-    arrival_s, sources = np.empty(len(left)), np.empty(len(left), np.int32)
-    sent = 0
-    while sent < len(left) and len(due) > 0 and due[0][0] < duration_s:
-        now_s, source = due[0]
-        arrival_s[sent], sources[sent] = now_s, source
-        heapq.heapreplace(due, (now_s + left[sent] / rates[source], source))
-        sent += 1
-    return arrival_s, sources, sent

@@ -1,0 +1,93 @@
+"""What requests share of their tokens: system prompts, blocks, earlier turns, samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapter_twin.workload.request_log import MOONCAKE_BLOCK_TOKENS
+
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What the requests of a trace begin with, in pieces that other requests may share.
+
+    The sequence of a request, its prompt and then its output, begins with its pieces; what comes
+    after them is its own. Requests whose first pieces are equal have the same tokens there: such is
+    a system prompt (one piece), a prompt given as hashes of its blocks (a piece each), or the turn
+    of a conversation that repeats the turns before it (a piece for each prompt and each output).
+
+    Attributes
+    ----------
+    first : int64, shape (requests + 1,)
+        Index of each request's first piece; the last entry is the number of pieces.
+    piece : int64, shape (pieces,)
+        Equal numbers at equal ends, after equal pieces, are equal tokens.
+    end : int32, shape (pieces,)
+        Tokens of the sequence up to the end of the piece, increasing within a request.
+    """
+
+    first: NDArray[np.int64]
+    piece: NDArray[np.int64]
+    end: Ints
+
+
+def of_blocks(blocks: list[list[int]] | None, prompt_tokens: Ints) -> Contents | None:
+    """Return the pieces that hashes of a prompt's blocks stand for; the last may be cut short."""
+    if blocks is None:
+        return None
+    counts = np.array([len(hashes) for hashes in blocks])
+    first = np.concatenate(([0], np.cumsum(counts)))
+    place = np.arange(first[-1]) - np.repeat(first[:-1], counts)
+    end = np.minimum(MOONCAKE_BLOCK_TOKENS * (place + 1), np.repeat(prompt_tokens, counts))
+    rising = np.concatenate(([True], (np.diff(end) > 0) | (place[1:] == 0)))[: len(end)]
+    kept = np.concatenate(([0], np.cumsum(rising)))
+    pieces = np.concatenate([*map(np.asarray, blocks), np.empty(0)]).astype(np.int64)
+    return Contents(kept[first], pieces[rising], end[rising].astype(np.int32))
+
+
+def of_samples(prompt_tokens: Ints, samples: int) -> Contents:
+    """Return the contents of requests of which each n in a row have the same prompt."""
+    n = len(prompt_tokens)
+    return Contents(np.arange(n + 1), 1 + np.arange(n) // samples, prompt_tokens)
+
+
+def of_turns(turn: NDArray[np.int64], prompt_tokens: Ints, output_tokens: Ints) -> Contents:
+    """Return the contents of sessions, whose turns repeat all prompts and outputs before them.
+
+    Parameters
+    ----------
+    turn : int64, shape (requests,)
+        Place in its session; the turns of one follow each other.
+    prompt_tokens : int32, shape (requests,)
+        With all that is repeated.
+    output_tokens : int32, shape (requests,)
+    """
+    n, counts = len(turn), 2 * (turn + 1)
+    first = np.concatenate(([0], np.cumsum(counts)))
+    place = np.arange(first[-1]) - np.repeat(first[:-1], counts)
+    request, is_output = np.repeat(np.arange(n) - turn, counts) + place // 2, place % 2
+    end = prompt_tokens[request] + is_output * output_tokens[request]
+    return Contents(first, 1 + 2 * request + is_output, end.astype(np.int32))
+
+
+def behind_prefix(contents: Contents | None, requests: int, tokens: int) -> Contents:
+    """Return contents that begin with n tokens more, which are the same ones for all requests.
+
+    What is computed with one adapter is of no use to another one all the same.
+    """
+    if contents is None:
+        contents = Contents(np.zeros(requests + 1, np.int64), np.zeros(0, np.int64), _NO_ENDS)
+    first = contents.first
+    return Contents(
+        first + np.arange(requests + 1),
+        np.insert(contents.piece, first[:-1], 0),
+        np.insert(contents.end, first[:-1], tokens),
+    )
+
+
+_NO_ENDS = np.zeros(0, np.int32)
