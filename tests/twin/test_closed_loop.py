@@ -1,14 +1,32 @@
 """Requests that wait for answers, beside a client that keeps plain lists."""
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapter_twin.twin.records import make_records
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.fleet.cluster import simulate_cluster
+from adapter_twin.fleet.placement import Placement, ReplicaPlan
+from adapter_twin.fleet.routers import RoundRobin
+from adapter_twin.laws import load_calibration
+from adapter_twin.plan.demand import Demand
+from adapter_twin.service.metrics import service_of
+from adapter_twin.twin.records import Simulation, make_records
 from adapter_twin.twin.session import Session
-from adapter_twin.twin.simulate import run_in_simpy
+from adapter_twin.twin.simulate import run_in_simpy, simulate
+from adapter_twin.workload.scenario import (
+    Arrivals,
+    EngineConfig,
+    Lengths,
+    Sessions,
+    Workload,
+    deal_adapters,
+)
 from adapter_twin.workload.trace import Trace
 from study.plain_engine import PlainEngine, PlainRequest, PlainStep
 from tests.twin.test_list_based_engine import TICK_S, Case, cases, contended
@@ -180,3 +198,131 @@ def test_a_follower_comes_its_think_time_after_the_recorded_answer(asked: Closed
         if after >= 0:
             earliest_s = max(asked.trace.arrival_s[index], told_s[after] + think_s)
             assert arrival_s == earliest_s or (asked.max_concurrency and arrival_s > earliest_s)
+
+
+# As `simulate` tells it
+
+
+def simulated(sessions: Sessions | None = None, engine: Any = None, **arrivals: Any) -> Simulation:
+    workload = Workload(
+        adapters=deal_adapters(4, [0.5], [8]),
+        duration_s=600,
+        lengths=Lengths(mean_input_tokens=100, mean_output_tokens=50, distribution="lognormal"),
+        arrivals=Arrivals(**arrivals),
+        sessions=sessions,
+    )
+    return simulate(workload, replace(ENGINE, **(engine or {})), load_calibration("auto", MODEL))
+
+
+MODEL = "llama-3.1-8b-instruct"
+ENGINE = EngineConfig(model=MODEL, max_loras=4, max_lora_rank=8)
+extrapolates = pytest.mark.filterwarnings("ignore:.* is an extrapolation", "ignore:engine.m")
+
+
+@extrapolates
+def test_with_one_place_requests_are_strictly_one_after_the_other() -> None:
+    run = simulated(max_concurrency=1, num_prompts=100)
+    records = run.records
+    assert records.arrival_s[0] == 0
+    assert (records.arrival_s[1:] == records.end_s[:-1]).all()
+    assert run.duration_s == records.end_s[-1]
+    assert (run.steps.running <= 1).all()
+
+
+@extrapolates
+@pytest.mark.parametrize("places", [2, 16])
+def test_littles_law_holds_for_the_places_of_a_closed_loop(places: int) -> None:
+    run = simulated(max_concurrency=places, num_prompts=400)
+    records, last_s = run.records, run.records.arrival_s.max()
+    waits_s = np.minimum(records.end_s, last_s) - records.arrival_s
+    assert waits_s.sum() / last_s == pytest.approx(places)  # all are taken up to the last prompt
+    told = service_of(run)
+    assert (told["arrived_requests"], told["unsent_requests"]) == (400, 0)
+    assert told["request_throughput"] == pytest.approx(400 / records.end_s.max())
+
+
+@extrapolates
+def test_users_that_think_obey_the_interactive_response_time_law() -> None:
+    users, think_s = 20, 5.0
+    run = simulated(Sessions(turns=200, mean_think_s=think_s), num_prompts=users)
+    told, records = service_of(run), run.records
+    done = np.isfinite(records.end_s)
+    response_s = (records.end_s - records.arrival_s)[done].mean()
+    expected = users / (response_s + think_s)  # N = X (R + Z)
+    assert told["request_throughput"] == pytest.approx(expected, rel=0.04)
+    assert told["unsent_requests"] == 200 * users - told["arrived_requests"] > 0
+
+
+@extrapolates
+def test_a_closed_loop_never_starves_so_that_is_not_told() -> None:
+    told = service_of(simulated(Sessions(turns=3)))
+    assert told["starved"] is None
+    assert told["offered_tokens_per_s"] >= told["total_throughput"] > 0
+    run = simulated()
+    assert run.unsent_requests is None
+    assert service_of(run)["starved"] is False
+    assert "unsent_requests" not in service_of(run)
+
+
+@extrapolates
+def test_a_session_ends_with_a_turn_that_is_refused_and_a_closed_loop_goes_on() -> None:
+    limit = {"max_model_len": 400}
+    run = simulated(Sessions(turns=50), engine=limit, num_prompts=10)
+    assert run.records.refused.sum() == 10  # each grows until it is too long
+    assert run.unsent_requests == 500 - len(run.records) > 0
+    one_place = simulated(engine=limit, max_concurrency=1, num_prompts=300)
+    assert one_place.records.refused.any()
+    assert one_place.unsent_requests == 0
+    answered = np.isfinite(one_place.records.end_s) | one_place.records.refused
+    assert answered.all()
+
+
+@extrapolates
+def test_a_turn_finds_in_the_cache_what_was_computed_of_those_before() -> None:
+    lengths = Lengths(mean_input_tokens=100, mean_output_tokens=21, distribution="fixed")
+    workload = Workload(
+        adapters=deal_adapters(2, [1.0, 0.0], [8]),
+        duration_s=100,
+        lengths=lengths,
+        arrivals=Arrivals(num_prompts=1),
+        sessions=Sessions(turns=3),
+    )
+    calibration = deepcopy(load_calibration("auto", MODEL))
+    calibration.early_stop.probability_ = 0.0
+    chain = replace(workload, sessions=Sessions(turns=3, chain=["adapter-0", "adapter-1"]))
+    stays, goes = (simulate(w, ENGINE, calibration).records for w in (workload, chain))
+    # the last token of an output is not computed: 120 of 121 are seven blocks of 16, 241 are 15
+    assert stays.prompt_tokens.tolist() == [100, 221, 342]
+    assert stays.cached_tokens.tolist() == [0, 112, 240]
+    # the third turn is back at the first adapter, which has never seen the second's output
+    assert goes.cached_tokens.tolist() == [0, 0, 112]
+
+
+@extrapolates
+def test_clients_that_wait_are_refused_where_nobody_knows_them() -> None:
+    closed_loop = Arrivals(max_concurrency=2)
+    workload = Workload(
+        adapters=deal_adapters(4, [0.5], [8]),
+        duration_s=10,
+        lengths=Lengths(mean_input_tokens=100, mean_output_tokens=50),
+        arrivals=closed_loop,
+    )
+    calibration = load_calibration("auto", MODEL)
+    placement = Placement((ReplicaPlan(ENGINE, tuple(range(4)), (1.0,) * 4),))
+    for asked in (
+        workload,
+        replace(workload, arrivals=Arrivals(), sessions=Sessions(turns=2)),
+        replace(workload, arrivals=Arrivals(), samples=2),
+        replace(workload, arrivals=Arrivals(num_prompts=5)),
+    ):
+        with pytest.raises(AdapterTwinError, match=r"^sessions, samples, num_prompts, max_conc"):
+            simulate_cluster(asked, placement, calibration, RoundRobin())
+    with pytest.raises(AdapterTwinError, match=r"^arrivals: period_s, num_prompts and max_conc"):
+        Demand(
+            model=MODEL, adapters=workload.adapters, lengths=workload.lengths, arrivals=closed_loop
+        )
+    with pytest.raises(AdapterTwinError, match=r"^(observer|max_concurrency): "):
+        simulate(workload, ENGINE, calibration, observer=True)
+    chat = replace(workload, arrivals=Arrivals(), sessions=Sessions(turns=2))
+    with pytest.raises(AdapterTwinError, match=r"^observer: "):
+        simulate(chat, ENGINE, calibration, observer=True)
