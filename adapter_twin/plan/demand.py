@@ -207,6 +207,8 @@ def measure(log: RequestLog, adapters: object, path: Path) -> dict[str, Any]:
         ``lengths``: log-normal with the log's means, the mean of its two coefficients of variation,
         and its rank correlation.
     """
+    turns = "request_log: holds conversations, which only `simulate` knows; drop their columns"
+    require(log.after is None, turns)
     first, last, n = log.arrival_s[0], log.arrival_s[-1], len(log.arrival_s)
     require(n > 1 and last > first, "request_log: give requests at two different times")
     span_s = float(last - first) * n / (n - 1)  # n arrivals span n - 1 gaps

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
-
-from adapter_twin.workload.request_log import MOONCAKE_BLOCK_TOKENS
 
 Ints = NDArray[np.int32]
 
@@ -36,14 +35,12 @@ class Contents:
     end: Ints
 
 
-def of_blocks(blocks: list[list[int]] | None, prompt_tokens: Ints) -> Contents | None:
+def of_blocks(blocks: list[list[int]], block_tokens: int, prompt_tokens: Ints) -> Contents:
     """Return the pieces that hashes of a prompt's blocks stand for; the last may be cut short."""
-    if blocks is None:
-        return None
     counts = np.array([len(hashes) for hashes in blocks])
     first = np.concatenate(([0], np.cumsum(counts)))
     place = np.arange(first[-1]) - np.repeat(first[:-1], counts)
-    end = np.minimum(MOONCAKE_BLOCK_TOKENS * (place + 1), np.repeat(prompt_tokens, counts))
+    end = np.minimum(block_tokens * (place + 1), np.repeat(prompt_tokens, counts))
     rising = np.concatenate(([True], (np.diff(end) > 0) | (place[1:] == 0)))[: len(end)]
     kept = np.concatenate(([0], np.cumsum(rising)))
     pieces = np.concatenate([*map(np.asarray, blocks), np.empty(0)]).astype(np.int64)
@@ -56,23 +53,27 @@ def of_samples(prompt_tokens: Ints, samples: int) -> Contents:
     return Contents(np.arange(n + 1), 1 + np.arange(n) // samples, prompt_tokens)
 
 
-def of_turns(turn: NDArray[np.int64], prompt_tokens: Ints, output_tokens: Ints) -> Contents:
-    """Return the contents of sessions, whose turns repeat all prompts and outputs before them.
+def of_turns(after: Ints, prompt_tokens: Ints, output_tokens: Ints) -> Contents:
+    """Return the contents of conversations, whose turns repeat all prompts and outputs before.
 
     Parameters
     ----------
-    turn : int64, shape (requests,)
-        Place in its session; the turns of one follow each other.
-    prompt_tokens : int32, shape (requests,)
-        With all that is repeated.
-    output_tokens : int32, shape (requests,)
+    after : int32, shape (requests,)
+        Index of the earlier request that each one follows, -1 for none. A prompt that is too short
+        to repeat that one's prompt and output repeats nothing.
+    prompt_tokens, output_tokens : int32, shape (requests,)
     """
-    n, counts = len(turn), 2 * (turn + 1)
-    first = np.concatenate(([0], np.cumsum(counts)))
-    place = np.arange(first[-1]) - np.repeat(first[:-1], counts)
-    request, is_output = np.repeat(np.arange(n) - turn, counts) + place // 2, place % 2
-    end = prompt_tokens[request] + is_output * output_tokens[request]
-    return Contents(first, 1 + 2 * request + is_output, end.astype(np.int32))
+    prompt, until = prompt_tokens.tolist(), (prompt_tokens + output_tokens).tolist()
+    turns = list[list[int]]()
+    for request, before in enumerate(after.tolist()):
+        repeats = before >= 0 and prompt[request] > until[before]
+        turns.append([*(turns[before] if repeats else ()), request])
+    counts = np.array([len(own) for own in turns], np.int64)
+    repeated = np.fromiter(chain.from_iterable(turns), np.int64, counts.sum()).repeat(2)
+    is_output = np.arange(len(repeated)) % 2
+    end = prompt_tokens[repeated] + is_output * output_tokens[repeated]
+    first = np.concatenate(([0], 2 * np.cumsum(counts)))
+    return Contents(first, 1 + 2 * repeated + is_output, end.astype(np.int32))
 
 
 def behind_prefix(contents: Contents | None, requests: int, tokens: int) -> Contents:

@@ -133,13 +133,20 @@ def read_trace(
         shares = rates if rates.sum() > 0 else np.append(np.ones(len(names)), 0.0)
         dealt = rng.choice(len(shares), len(log.arrival_s), p=shares / shares.sum())
         dealt[dealt == len(names)] = BASE_MODEL
+        for turn, before in enumerate(() if log.after is None else log.after):
+            if before >= 0:
+                dealt[turn] = dealt[before]  # a conversation stays with its adapter
         adapter = dealt.astype(np.int32)
         warnings.warn(
             f"{path}: names no adapters; its requests are dealt over the workload's by their rates",
             stacklevel=2,
         )
-    prompt, output = log.prompt_tokens, log.output_tokens
-    return Trace(log.arrival_s, adapter, prompt, output, of_blocks(log.blocks, prompt))
+    prompt, output, contents = log.prompt_tokens, log.output_tokens, None
+    if log.blocks is not None:
+        contents = of_blocks(log.blocks, log.block_tokens, prompt)
+    elif log.after is not None:
+        contents = of_turns(log.after, prompt, output)
+    return Trace(log.arrival_s, adapter, prompt, output, contents, log.after, log.think_s)
 
 
 def generators(seed: int) -> tuple[np.random.Generator, np.random.Generator, np.random.Generator]:
@@ -228,14 +235,15 @@ def _in_sessions(
     until = np.cumsum(asked + output, dtype=np.int64)
     before = until - asked - output
     prompt = (asked + before - before[first]).astype(np.int32)
-    contents = of_turns(turn, prompt, output)
+    after = np.where(turn > 0, np.arange(n) - 1, -1).astype(np.int32)
+    contents = of_turns(after, prompt, output)
     return Trace(
         np.repeat(opens_s, turns),
         _along_chain(workload, sessions.chain, np.repeat(source, turns), turn),
         prompt,
         output,
         behind_prefix(contents, n, shared) if shared else contents,
-        np.where(turn > 0, np.arange(n) - 1, -1).astype(np.int32),
+        after,
         think_s,
         workload.arrivals.max_concurrency,
     )
@@ -256,6 +264,8 @@ def _replay(workload: Workload, path: str, rng: np.random.Generator) -> Trace:
     trace = read_trace(path, workload.adapters, workload.base_model_request_rate, rng)
     end = int(np.searchsorted(trace.arrival_s, workload.duration_s))
     columns: dict[str, Any] = {name: getattr(trace, name)[:end] for name in COLUMNS}
+    if trace.after is not None and trace.think_s is not None:
+        columns |= {"after": trace.after[:end], "think_s": trace.think_s[:end]}
     if trace.contents is not None:
         first, last = trace.contents.first[: end + 1], trace.contents.first[end]
         kept = Contents(first, trace.contents.piece[:last], trace.contents.end[:last])
