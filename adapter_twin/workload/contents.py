@@ -76,6 +76,15 @@ def of_turns(after: Ints, prompt_tokens: Ints, output_tokens: Ints) -> Contents:
     return Contents(first, 1 + 2 * repeated + is_output, end.astype(np.int32))
 
 
+def whole_prompts(after: Ints, new_tokens: Ints, output_tokens: Ints) -> Ints:
+    """Return the prompts of turns that repeat all before them, given what is new in each."""
+    prompt, output = new_tokens.tolist(), output_tokens.tolist()
+    for turn, before in enumerate(after.tolist()):
+        if before >= 0:
+            prompt[turn] += prompt[before] + output[before]
+    return np.array(prompt, np.int32)
+
+
 def behind_prefix(contents: Contents | None, requests: int, tokens: int) -> Contents:
     """Return contents that begin with n tokens more, which are the same ones for all requests.
 

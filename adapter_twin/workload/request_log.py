@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from adapter_twin.errors import AdapterTwinError, one_line, require
 from adapter_twin.workload import log_turns
+from adapter_twin.workload.contents import whole_prompts
 from adapter_twin.workload.lengths import Floats
 from adapter_twin.workload.strict import suggestion
 
@@ -229,8 +230,12 @@ def read_requests(path: str | Path) -> RequestLog:
         name: next((c for c in frame.columns if str(c).strip().lower() in choices), None)
         for name, choices in NAMES.items()
     }
-    if columns["prompt_tokens"] is None:
-        log_turns.refuse_texts(frame, path)
+    texts = {"conversations", "messages", "text_input"} & set(frame.columns)
+    require(
+        not texts or columns["prompt_tokens"] is not None,
+        f"{path}: {min(texts, default='')} holds text; count tokens with the model's tokenizer and "
+        "give a row per turn: session_id, arrival_s, prompt_tokens, output_tokens",
+    )
     others = [str(column) for column in frame.columns if column not in columns.values()]
     for name, column in columns.items():
         near = difflib.get_close_matches(name, others, n=1)
@@ -246,26 +251,24 @@ def read_requests(path: str | Path) -> RequestLog:
     frame, output = frame[answered], output[answered]
     require(len(frame) > 0, f"{path}: the trace is empty; give at least one request with output")
     prompt = _numbers(frame[columns["prompt_tokens"]], "prompt_tokens", path)
-    frame = log_turns.with_times(frame, str(columns["arrival_s"]))
-    arrival_s = _seconds(frame[columns["arrival_s"]], path)
+    arrival_s = _seconds(log_turns.times(frame, str(columns["arrival_s"])), path)
     is_mooncake = str(columns["prompt_tokens"]).lower() == "input_length"
     is_bailian = "parent_chat_id" in frame
     in_ms = "hash_ids" in frame or (is_mooncake and "session_id" in frame)
     if in_ms and not is_bailian and str(columns["arrival_s"]).lower() == "timestamp":
         arrival_s = arrival_s / 1e3
     order = np.argsort(arrival_s, kind="stable")
-    frame, prompt, output = frame.iloc[order], prompt[order], output[order]
+    frame = frame.iloc[order]
+    prompts, outputs = prompt[order].astype(np.int32), output[order].astype(np.int32)
     after = log_turns.predecessors(frame, path)
     if after is not None and is_mooncake and not is_bailian:
-        require(
-            "hash_ids" not in frame, f"{path}: hash_ids of turns cannot be read; leave them out"
-        )
-        prompt = log_turns.accumulate(after, prompt, output)
+        require("hash_ids" not in frame, f"{path}: turns cannot have hash_ids; leave them out")
+        prompts = whole_prompts(after, prompts, outputs)  # AIPerf's rows tell what is new
     adapter = columns["adapter"]
     return RequestLog(
         arrival_s=arrival_s[order],
-        prompt_tokens=prompt.astype(np.int32),
-        output_tokens=output.astype(np.int32),
+        prompt_tokens=prompts,
+        output_tokens=outputs,
         adapter=None if adapter is None else _adapter_names(frame[adapter]),
         blocks=[list(hashes) for hashes in frame["hash_ids"]] if "hash_ids" in frame else None,
         left_out=int((~answered).sum()),

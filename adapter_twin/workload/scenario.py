@@ -306,10 +306,6 @@ class Arrivals:
             not at_once or (self.process == "poisson" and not swings),
             "num_prompts: they come all at once; leave process and amplitude out",
         )
-        require(
-            self.max_concurrency is None or self.process != "agullo2025",
-            "max_concurrency: the load generator of agullo2025 had none; leave it out",
-        )
 
     @property
     def is_steady(self) -> bool:
@@ -377,7 +373,7 @@ class Sessions:
         first of them; left out, sessions stay with their adapter.
     """
 
-    turns: Annotated[float, Field(ge=1)] | None = None
+    turns: Annotated[float, Field(ge=1, le=1000)] | None = None
     distribution: Literal["fixed", "geometric"] = "fixed"
     mean_think_s: NotNegative = 0.0
     chain: Some[Text] | None = None

@@ -22,6 +22,7 @@ from adapter_twin.workload.contents import (
     of_blocks,
     of_samples,
     of_turns,
+    whole_prompts,
 )
 from adapter_twin.workload.lengths import LengthMarginals, draw_lengths
 from adapter_twin.workload.request_log import BASE_MODEL, read_requests
@@ -190,74 +191,48 @@ def generate(
     rates[rates * workload.duration_s < 1e-9] = 0
     arrival_s, source = draw_arrivals(workload.arrivals, rates, workload.duration_s, rng)
     source[source == len(adapter_rates)] = BASE_MODEL
+    samples = workload.samples
+    after = think_s = contents = None
     if workload.sessions is not None:
-        return _in_sessions(workload, workload.sessions, arrival_s, source, rng, marginals, emitted)
-    samples, shared = workload.samples, workload.lengths.shared_prefix_tokens
-    if samples > 1:
+        arrival_s, source, after, think_s = _turns(
+            workload, workload.sessions, arrival_s, source, rng
+        )
+    elif samples > 1:
         arrival_s, source = arrival_s.repeat(samples), source.repeat(samples)
-    prompt, output = draw_lengths(workload.lengths, len(source), rng, marginals, samples)
-    prompt = prompt + np.int32(shared)
-    contents = of_samples(prompt, samples) if samples > 1 else None
+    n, shared = len(source), workload.lengths.shared_prefix_tokens
+    prompt, output = draw_lengths(workload.lengths, n, rng, marginals, samples)
+    output = output if emitted is None else emitted(output)
     if shared:
-        contents = behind_prefix(contents, len(source), shared)
-    return Trace(
-        arrival_s,
-        source,
-        prompt,
-        output if emitted is None else emitted(output),
-        contents,
-        max_concurrency=workload.arrivals.max_concurrency,
-    )
+        prompt = prompt + np.int32(shared) * (after is None or after < 0)
+    if after is not None:
+        prompt = whole_prompts(after, prompt, output)
+        contents = of_turns(after, prompt, output)
+    elif samples > 1:
+        contents = of_samples(prompt, samples)
+    if shared:
+        contents = behind_prefix(contents, n, shared)
+    places = workload.arrivals.max_concurrency
+    return Trace(arrival_s, source, prompt, output, contents, after, think_s, places)
 
 
-def _in_sessions(
-    workload: Workload,
-    sessions: Sessions,
-    opens_s: Floats,
-    source: Ints,
-    rng: np.random.Generator,
-    marginals: LengthMarginals | None,
-    emitted: Callable[[Ints], Ints] | None,
-) -> Trace:
-    """Draw the turns of sessions that open at some times; `opens_s` is the earliest for each."""
-    mean = len(sessions.chain or ()) if sessions.turns is None else sessions.turns
+def _turns(
+    workload: Workload, sessions: Sessions, opens_s: Floats, source: Ints, rng: np.random.Generator
+) -> tuple[Floats, Ints, Ints, Floats]:
+    """Return the turns of sessions: earliest times, adapters, predecessors and think times."""
+    chain = sessions.chain or ()
+    mean = len(chain) if sessions.turns is None else sessions.turns
+    turns = np.full(len(source), int(mean))
     if sessions.distribution == "geometric":
         turns = rng.geometric(1 / mean, len(source))
-    else:
-        turns = np.full(len(source), int(mean))
-    first = np.repeat(np.cumsum(turns) - turns, turns)  # turn of each turn's session
-    n, shared = len(first), workload.lengths.shared_prefix_tokens
-    turn = np.arange(n) - first
-    think_s = sessions.mean_think_s * rng.standard_exponential(n)
-    asked, output = draw_lengths(workload.lengths, n, rng, marginals)
-    output = output if emitted is None else emitted(output)
-    asked = asked + np.int32(shared) * (turn == 0)
-    until = np.cumsum(asked + output, dtype=np.int64)
-    before = until - asked - output
-    prompt = (asked + before - before[first]).astype(np.int32)
-    after = np.where(turn > 0, np.arange(n) - 1, -1).astype(np.int32)
-    contents = of_turns(after, prompt, output)
-    return Trace(
-        np.repeat(opens_s, turns),
-        _along_chain(workload, sessions.chain, np.repeat(source, turns), turn),
-        prompt,
-        output,
-        behind_prefix(contents, n, shared) if shared else contents,
-        after,
-        think_s,
-        workload.arrivals.max_concurrency,
-    )
-
-
-def _along_chain(
-    workload: Workload, chain: Sequence[str] | None, opened: Ints, turn: NDArray[np.int64]
-) -> Ints:
-    """Return the adapter of each turn: along the chain, if its session opened with the first."""
-    if chain is None:
-        return opened
-    places = {adapter.name: index for index, adapter in enumerate(workload.adapters)}
-    members = np.array([places[name] for name in chain], np.int32)
-    return np.where(opened == members[0], members[turn % len(chain)], opened)
+    request = np.arange(turns.sum())
+    turn, source = request - np.repeat(np.cumsum(turns) - turns, turns), np.repeat(source, turns)
+    if chain:
+        places = {adapter.name: index for index, adapter in enumerate(workload.adapters)}
+        members = np.array([places[name] for name in chain], np.int32)
+        source = np.where(source == members[0], members[turn % len(chain)], source)
+    after = np.where(turn > 0, request - 1, -1).astype(np.int32)
+    think_s = sessions.mean_think_s * rng.standard_exponential(len(request))
+    return np.repeat(opens_s, turns), source, after, think_s
 
 
 def _replay(workload: Workload, path: str, rng: np.random.Generator) -> Trace:

@@ -114,7 +114,7 @@ def test_the_common_form_is_read_back_as_it_was(tmp_path: Path, content: Any) ->
             "conversations holds text; count",
         ),
         ([{"messages": [], "output_length": 3, "session_id": "a"}], "messages holds text; count"),
-        ([AIPERF[0] | {"hash_ids": [1]}], "hash_ids of turns cannot be read"),
+        ([AIPERF[0] | {"hash_ids": [1]}], "turns cannot have hash_ids"),
         ([BAILIAN[0], BAILIAN[0]], "chat_id must differ"),
         ([BAILIAN[0] | {"parent_chat_id": 9}, BAILIAN[1]], "a parent_chat_id is that of a later"),
         ([AIPERF[0] | {"delay": -1}], "delay must be at least 0"),

@@ -126,7 +126,6 @@ def test_without_a_swing_arrivals_are_those_of_before() -> None:
             "amplitude: only for processes",
         ),
         (lambda: Arrivals(process="gamma", num_prompts=5), "num_prompts: they come all at once"),
-        (lambda: Arrivals(process="agullo2025", max_concurrency=1), "max_concurrency: the load"),
         (lambda: Arrivals(max_concurrency=0), "max_concurrency: must be at least 1"),
         (lambda: Sessions(), "turns: give their number"),
         (lambda: Sessions(turns=2.5), "turns: a fixed number is a whole one"),
