@@ -67,12 +67,22 @@ class Case:
         """Number of adapters, up to the highest one asked for."""
         return 1 + max(0, *(adapter for _, adapter, _, _ in self.requests))
 
-    def session(
-        self, *, max_cpu_loras: int | None = None, timed: bool = False, **how: Any
-    ) -> Session:
-        """Lay out the twin's run; `timed`: copies and reads of adapters take their time."""
+    @property
+    def trace(self) -> Trace:
+        """Its requests, which arrive at the seconds of their steps."""
         columns = (np.array(column, np.int32) for column in zip(*self.requests, strict=True))
         arrival, adapter, prompt, output = columns
+        return Trace(arrival.astype(float), adapter, prompt, output, self._contents())
+
+    def session(
+        self,
+        *,
+        max_cpu_loras: int | None = None,
+        timed: bool = False,
+        trace: Trace | None = None,
+        **how: Any,
+    ) -> Session:
+        """Lay out the twin's run; `timed`: copies and reads of adapters take their time."""
         engine = EngineConfig(
             model="any",
             max_loras=self.max_loras,
@@ -90,7 +100,7 @@ class Case:
         if self.priorities:
             how["priorities"] = np.array(self.priorities)
         return new_session(
-            Trace(arrival.astype(float), adapter, prompt, output, self._contents()),
+            trace or self.trace,
             engine,
             ONE_SECOND,
             NO_FRONT_END,

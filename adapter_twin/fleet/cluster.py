@@ -214,6 +214,12 @@ class Cluster:
     policy: Policy
 
     def __post_init__(self) -> None:
+        require(
+            not self.trace.waits
+            and self.workload.samples == 1
+            and self.workload.arrivals.num_prompts is None,
+            "sessions, samples, num_prompts, max_concurrency: for one engine only; leave them out",
+        )
         self.router.start(self.workload, self.placement)
         self.env = simpy.Environment()
         self.rng = np.random.default_rng([self.seed, 1])

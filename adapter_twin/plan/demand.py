@@ -87,6 +87,8 @@ class Demand:
             f"arrivals.process: {self.arrivals.process} cannot be planned with; use poisson or "
             "gamma, or give a request_log",
         )
+        steady = "arrivals: period_s, num_prompts and max_concurrency are for `simulate`; leave out"
+        require(self.arrivals.is_steady, steady)
         if self.slots is not None:
             require(
                 min(self.slots) <= len(self.adapters),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from adapter_twin.errors import require
+from adapter_twin.workload.lengths import Floats
 from adapter_twin.workload.request_log import BASE_MODEL, read_requests
 from adapter_twin.workload.scenario import Adapter, dealt
 from adapter_twin.workload.strict import read
@@ -141,17 +142,27 @@ def stretch(trace: Trace, number: int, lead_in_s: float) -> tuple[Trace, float, 
         return part, warm_up_s + BUSY_S, warm_up_s
     if number == 0:
         return trace, whole_s, 0.0
+    opens_s = _opens_s(trace)
     block_s = whole_s / BLOCKS
     requests, arrivals = [], []
     for place, from_s in enumerate(np.random.default_rng(number).uniform(0, whole_s, BLOCKS)):
-        first, end, wrapped = np.searchsorted(
-            trace.arrival_s, [from_s, from_s + block_s, from_s + block_s - whole_s]
-        )
-        own = np.concatenate([np.arange(first, end), np.arange(wrapped)])
+        since_s = (opens_s - from_s) % whole_s
+        own = np.flatnonzero(since_s < block_s)
         requests.append(own)
-        arrivals.append(place * block_s + (trace.arrival_s[own] - from_s) % whole_s)
-    drawn = trace.take(np.concatenate(requests))
-    return replace(drawn, arrival_s=np.concatenate(arrivals)), whole_s, 0.0
+        arrivals.append(place * block_s + since_s[own] + trace.arrival_s[own] - opens_s[own])
+    arrival_s = np.concatenate(arrivals)
+    order = np.argsort(arrival_s, kind="stable")
+    drawn = trace.take(np.concatenate(requests)[order])
+    return replace(drawn, arrival_s=arrival_s[order]), whole_s, 0.0
+
+
+def _opens_s(trace: Trace) -> Floats:
+    """Return when the conversations of requests begin: turns stay together."""
+    opens_s, after = trace.arrival_s.copy(), trace.after
+    if after is not None:
+        for turn in np.flatnonzero(after >= 0):
+            opens_s[turn] = opens_s[after[turn]]
+    return opens_s
 
 
 def described(trace: Trace | None) -> str:

@@ -147,6 +147,11 @@ def service(
 def service_of(run: Simulation, *, slo: Slo | None = None, warm_up_s: float = 0.0) -> Service:
     """Return the `service` of a simulated run, its adapters by name.
 
+    Where requests wait for answers, what arrives is what the engine lets come: then ``starved`` is
+    None, as throughput cannot fall short of that for long, and ``unsent_requests`` counts those
+    that never came, the turns of unfinished sessions and prompts still without a place. They count
+    in nothing else.
+
     Parameters
     ----------
     run : Simulation
@@ -158,7 +163,7 @@ def service_of(run: Simulation, *, slo: Slo | None = None, warm_up_s: float = 0.
     --------
     See `adapter_twin.twin.simulate.simulate`.
     """
-    return service(
+    told = service(
         run.records,
         run.gaps,
         run.duration_s,
@@ -166,6 +171,9 @@ def service_of(run: Simulation, *, slo: Slo | None = None, warm_up_s: float = 0.
         slo=slo,
         adapters=run.workload.adapters,
     )
+    if run.unsent_requests is not None:
+        told |= {"starved": None, "unsent_requests": run.unsent_requests}
+    return told
 
 
 def waits_ms(records: Records, until_s: float) -> Floats:

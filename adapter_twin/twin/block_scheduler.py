@@ -413,7 +413,9 @@ class ByBlock(Policy):
             progress.stale -= is_stale
             if member.emits:
                 progress.placeholders -= not is_stale
-                completed += _emit(limits, requests, state, self, member.request, end_s)
+                if _emit(limits, requests, state, self, member.request, end_s):
+                    state.completed[completed] = member.request
+                    completed += 1
         count.ended += 1
         return completed
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from adapter_twin.twin.closed_loop import ClosedLoop, next_sent_s, note_answers, send_due
 from adapter_twin.twin.compiled import entry, helper
 from adapter_twin.twin.policy import Policy
 from adapter_twin.twin.queues import enqueue
@@ -95,6 +96,7 @@ class Run(NamedTuple):
     clock: Any  # one record of CLOCK
     law: StepLaw
     front_end: FrontEnd
+    closed_loop: ClosedLoop | None  # None: the client waits for nothing
     steps: Any  # recarray of STEPS
     pauses: Any  # recarray of PAUSES
     seen: NDArray[np.uint64]  # hash table of label sets, empty where nobody reads the metrics
@@ -206,6 +208,15 @@ def _deliver_arrivals(run: Run, policy: Policy) -> None:
 
 
 @helper
+def _deliver_followers(run: Run, policy: Policy, loop: ClosedLoop | None, completed: int) -> None:
+    """Hand the engine what waited for the answers that this step completes, if it is due."""
+    if loop is not None:
+        note_answers(run, loop, completed)
+        send_due(run, loop, run.clock.now_s)
+        _deliver_arrivals(run, policy)
+
+
+@helper
 def _next_delivery_s(requests: Requests, clock: Any) -> float:
     """Return when an idle engine has something to look at again."""
     if clock.delivered < clock.accepted:
@@ -270,19 +281,24 @@ def turn(run: Run, policy: Policy) -> float:
     float
         When to call again, in seconds: the end of the new step; with no work, the next arrival.
     """
-    clock, state = run.clock, run.state
-    in_step = state.count.running > 0
+    clock, state, loop = run.clock, run.state, run.closed_loop
+    in_step, completed = state.count.running > 0, 0
     if in_step:
         run.steps[clock.steps].end_s = clock.now_s
         clock.steps += 1
-        clock.in_flight -= policy.complete_step(run.limits, run.requests, state, clock.now_s)
+        completed = policy.complete_step(run.limits, run.requests, state, clock.now_s)
+        clock.in_flight -= completed
+    send_due(run, loop, clock.now_s)
     _deliver_arrivals(run, policy)
+    _deliver_followers(run, policy, loop, completed)
     if in_step and len(run.seen) > 0:  # what arrived in the step waits when its metrics are written
         _note_label(state, clock, run.seen)
     if state.count.waiting + state.count.running == 0:
-        return _next_delivery_s(run.requests, clock)
-    step_s = _begin_step(run, policy)
-    return float(clock.now_s + step_s)
+        return min(_next_delivery_s(run.requests, clock), next_sent_s(loop))
+    event_s = clock.now_s + _begin_step(run, policy)
+    if event_s > run.front_end.duration_s:
+        send_due(run, loop, run.front_end.duration_s)
+    return float(event_s)
 
 
 @entry

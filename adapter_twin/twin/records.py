@@ -63,7 +63,7 @@ class Records:
     def __len__(self) -> int:
         return len(self.arrival_s)
 
-    def __getitem__(self, chosen: NDArray[np.bool_]) -> Records:
+    def __getitem__(self, chosen: NDArray[np.bool_] | slice) -> Records:
         """Return some of the requests."""
         return Records(*(getattr(self, column.name)[chosen] for column in fields(self)))
 
@@ -94,7 +94,7 @@ def _leaves_front_end_s(session: Session, time_s: Floats) -> Floats:
 
 
 def make_records(session: Session, overhead_s: Floats) -> Records:
-    """Turn the engine's times into the client's.
+    """Turn the engine's times into the client's; requests that never came are left out.
 
     Parameters
     ----------
@@ -122,7 +122,8 @@ def make_records(session: Session, overhead_s: Floats) -> Records:
         "end_s": at_client_s(requests.end_s),
         "refused": requests.prompt_tokens + requests.output_tokens > session.limits.max_model_len,
     }
-    return Records(**columns)
+    records, loop = Records(**columns), session.closed_loop
+    return records if loop is None else records[: loop.count.sent]
 
 
 def make_gaps(session: Session) -> Gaps:
@@ -182,6 +183,9 @@ class Simulation:
     calibration : str
         Its name.
     policy : Policy
+    unsent_requests : int, optional
+        Requests of the trace that never came, because what they wait for did not; None where
+        requests wait for nothing.
     """
 
     records: Records
@@ -193,11 +197,16 @@ class Simulation:
     seed: int
     calibration: str
     policy: Policy = VLLM
+    unsent_requests: int | None = None
 
     @property
     def duration_s(self) -> float:
-        """Length of the window in s."""
-        return self.workload.duration_s
+        """Length of the run in s: the window, or up to the last answer to `num_prompts`."""
+        window_s, end_s = self.workload.duration_s, self.records.end_s
+        told = np.isfinite(end_s) | self.records.refused
+        if self.workload.arrivals.num_prompts is None or self.unsent_requests or not told.all():
+            return window_s
+        return float(np.nanmax(end_s, initial=0.0)) or window_s
 
     def __repr__(self) -> str:
         done = int(np.isfinite(self.records.end_s).sum())

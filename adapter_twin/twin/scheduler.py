@@ -258,5 +258,6 @@ def complete_step(
         count.free_blocks += blocks_for(tokens, limits.block_size)
         stop_running(limits, requests, state, policy, request, end_s)
         requests.end_s[request] = end_s
+        state.completed[completed] = request
         completed += 1
     return completed

@@ -16,6 +16,7 @@ from adapter_twin.twin import clock as engine_clock
 from adapter_twin.twin.block_pool import new_pool
 from adapter_twin.twin.block_scheduler import BY_BLOCK
 from adapter_twin.twin.clock import CLOCK, PAUSES, STEPS, FrontEnd, Run, StepLaw
+from adapter_twin.twin.closed_loop import ClosedLoop, new_closed_loop
 from adapter_twin.twin.compiled import for_arguments
 from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.state import (
@@ -46,6 +47,7 @@ class Session:
     clock: Any  # one record of CLOCK
     law: StepLaw
     front_end: FrontEnd
+    closed_loop: ClosedLoop | None
     steps: Any  # recarray of STEPS, grown as needed
     pauses: Any  # recarray of PAUSES
     seen: NDArray[np.uint64]
@@ -126,6 +128,7 @@ def new_session(
     reserves_prompts: bool = False,
     max_model_len: int | None = None,
     preloaded: bool = False,
+    overhead_s: NDArray[np.float64] | None = None,
 ) -> Session:
     """Lay out a run.
 
@@ -157,6 +160,9 @@ def new_session(
         Longer requests are refused as they arrive.
     preloaded : bool
         The adapters were loaded before, one after the other: as many as fit are still there.
+    overhead_s : float64, shape (2,), optional
+        Time of an answer in the front end, as for `adapter_twin.twin.records.make_records`; left
+        out, none. It counts where requests wait for answers.
 
     Raises
     ------
@@ -203,13 +209,19 @@ def new_session(
     state.count.free_blocks = free = kv_blocks(kv_cache_tokens, engine.block_size)
     if scheduling == BY_BLOCK:
         state = state._replace(blocks=_new_blocks(limits, trace, priorities, free))
+    requests = new_requests(trace, n_adapters)
+    if trace.waits:
+        requests = Requests._make(column.copy() for column in requests)  # laid out once more
     return Session(
         limits=limits,
-        requests=new_requests(trace, n_adapters),
+        requests=requests,
         state=state,
         clock=clock,
         law=law,
         front_end=FrontEnd(float(duration_s), int(in_flight_cap), *map(float, seconds)),
+        closed_loop=new_closed_loop(
+            trace, requests, state.blocks, np.zeros(2) if overhead_s is None else overhead_s
+        ),
         steps=_table(1 << 16, STEPS),
         pauses=_table(n_adapters + 1 + scrapes, PAUSES),
         seen=np.zeros(LABEL_TABLE if observed else 0, np.uint64),
@@ -399,6 +411,7 @@ def _new_state(
         stack=np.zeros(2 * limits.max_num_seqs, np.int32),
         opens_block=np.zeros(limits.block_size, np.int64),
         prefilled=np.zeros(limits.max_num_batched_tokens + 1, np.int32),
+        completed=np.zeros(limits.max_num_seqs, np.int32),
         blocks=None,
         **state_of_requests(n_requests),
         **{name: np.zeros(n + 1, np.int32) for name in counted + members},

@@ -6,15 +6,18 @@ from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import simpy
+from numpy.typing import NDArray
 
+from adapter_twin.errors import require
 from adapter_twin.laws import Calibration
 from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.records import Simulation, make_gaps, make_records
 from adapter_twin.twin.session import Session
 from adapter_twin.twin.wiring import begin
 from adapter_twin.workload.files import run_seed, run_to_workload
-from adapter_twin.workload.scenario import Arrivals, EngineConfig, Workload
+from adapter_twin.workload.scenario import EngineConfig, Workload
 from adapter_twin.workload.trace import Trace, generate, generators
 
 
@@ -74,6 +77,10 @@ def simulate(
     """
     if trace is None:
         trace = draw_requests(workload, calibration, seed=seed, observer=observer)
+    require(
+        not (observer and trace.waits),
+        "observer: the reference measurement's client waits for no answers; leave it out",
+    )
     *_, order = generators(seed)
     session = begin(
         trace,
@@ -100,6 +107,7 @@ def simulate(
         seed=seed,
         calibration=calibration.name,
         policy=policy,
+        unsent_requests=len(trace) - int(session.clock.accepted) if trace.waits else None,
     )
 
 
@@ -126,12 +134,13 @@ def draw_requests(
     """
     traffic, stops, _ = generators(seed)
     if observer and workload.arrivals.process == "poisson":
-        workload = replace(workload, arrivals=Arrivals(process=calibration.measurement.arrivals))
-    trace = generate(workload, traffic, calibration.lengths.marginals)
-    if workload.arrivals.process == "trace":
-        return trace
-    output_tokens = calibration.early_stop.apply(trace.output_tokens, stops)
-    return replace(trace, output_tokens=output_tokens)
+        arrivals = replace(workload.arrivals, process=calibration.measurement.arrivals)
+        workload = replace(workload, arrivals=arrivals)
+
+    def emitted(output_tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+        return calibration.early_stop.apply(output_tokens, stops)
+
+    return generate(workload, traffic, calibration.lengths.marginals, emitted)
 
 
 def simulate_run(

@@ -202,6 +202,7 @@ class State(NamedTuple):
     stack: NDArray[np.int32]  # running requests in order of admission, with holes
     opens_block: NDArray[np.int64]  # decodes that need a block, by step modulo block size
     prefilled: NDArray[np.int32]  # requests whose prompt ends with the current step
+    completed: NDArray[np.int32]  # requests that ended with the last step
     blocks: Any  # `Blocks` for the scheduler by blocks, else None
 
 

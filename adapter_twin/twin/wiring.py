@@ -64,6 +64,7 @@ def begin(
         reserves_prompts=calibration.version.reserves_prompts,
         max_model_len=calibration.memory.max_model_len(engine),
         preloaded=engine.lora_modules == "all",
+        overhead_s=calibration.front_end.overhead_s,
     )
 
 

@@ -56,7 +56,11 @@ class LengthMarginals:
 
 
 def draw_lengths(
-    lengths: Lengths, size: int, rng: np.random.Generator, marginals: LengthMarginals | None
+    lengths: Lengths,
+    size: int,
+    rng: np.random.Generator,
+    marginals: LengthMarginals | None,
+    samples: int = 1,
 ) -> tuple[Ints, Ints]:
     """Draw prompt and output lengths, coupled by a Gaussian copula.
 
@@ -67,6 +71,8 @@ def draw_lengths(
     rng : numpy.random.Generator
     marginals : LengthMarginals, optional
         Needed for ``sharegpt`` lengths only.
+    samples : int
+        Each n in a row have the same prompt, and outputs of their own.
 
     Returns
     -------
@@ -88,7 +94,7 @@ def draw_lengths(
         prompt = _length_table(_histogram_quantiles, marginals.histogram("prompt"), means[0])
         output = _length_table(_histogram_quantiles, marginals.histogram("output"), means[1])
         correlation = marginals.rank_correlation if correlation is None else correlation
-    rank = rng.integers(0, QUANTILES, size, dtype=np.uint16)
+    rank = rng.integers(0, QUANTILES, size // samples, dtype=np.uint16).repeat(samples)
     if correlation:
         # Pearson's correlation of two normals with the given Spearman correlation
         pearson = 2 * np.sin(np.pi * correlation / 6)

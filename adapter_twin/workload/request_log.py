@@ -3,9 +3,10 @@
 Read are ``.csv``, ``.csv.gz``, ``.jsonl`` and ``.parquet`` with a time of arrival, tokens of prompt
 and output, and an adapter if there is one, under the names of `NAMES`: a gateway's log, the Azure
 LLM inference traces (``TIMESTAMP, ContextTokens, GeneratedTokens``), BurstGPT (``Timestamp, Request
-tokens, Response tokens``) and Mooncake (milliseconds, ``hash_ids`` of the prompts' blocks). Other
-columns are ignored. What benchmark clients save is read as well, ``.json`` and ``.jsonl``, see
-`adapter_twin.workload.benchmark_clients`.
+tokens, Response tokens``), Mooncake (milliseconds, ``hash_ids`` of the prompts' blocks) and
+Qwen-Bailian. `adapter_twin.workload.log_turns` tells which columns make rows the turns of a
+conversation. Other columns are ignored. What benchmark clients save is read as well, ``.json`` and
+``.jsonl``, see `adapter_twin.workload.benchmark_clients`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin.errors import AdapterTwinError, one_line, require
+from adapter_twin.workload import log_turns
 from adapter_twin.workload.benchmark_clients import aiperf_requests, requests_of_results
+from adapter_twin.workload.contents import whole_prompts
 from adapter_twin.workload.lengths import Floats
 from adapter_twin.workload.strict import suggestion
 
@@ -61,9 +64,14 @@ class RequestLog:
     adapter : str, shape (requests,), optional
         Names as they are told, empty for the base model; None where there is no such column.
     blocks : list of list, optional
-        Hashes of each prompt's blocks of `MOONCAKE_BLOCK_TOKENS`.
+        Hashes of each prompt's blocks of `block_tokens`.
     left_out : int
         Rows without output.
+    block_tokens : int
+    after : int32, shape (requests,), optional
+        Index of the request that each one follows in a conversation, -1 for none.
+    think_s : float64, shape (requests,), optional
+        Time from its answer.
     """
 
     arrival_s: Floats
@@ -72,6 +80,9 @@ class RequestLog:
     adapter: NDArray[Any] | None
     blocks: list[list[int]] | None
     left_out: int
+    block_tokens: int = MOONCAKE_BLOCK_TOKENS
+    after: NDArray[np.int32] | None = None
+    think_s: Floats | None = None
 
     @property
     def gap_cv(self) -> float:
@@ -102,7 +113,8 @@ class RequestLog:
             p99 of ``prompt_tokens`` and ``output_tokens``;
             ``adapters`` (None where it names none), ``top_adapter``, ``top_share`` and
             ``base_model_share``; ``busiest_from_s`` and the ``busiest_request_rate`` there;
-            ``shared_prefixes``, whether hashes tell what prompts share.
+            ``shared_prefixes``, whether hashes tell what prompts share; ``sessions``, how many
+            conversations there are, None where no column tells.
         """
         n, span_s = len(self.arrival_s), float(np.ptp(self.arrival_s))
         held = np.searchsorted(self.arrival_s, self.arrival_s + window_s) - np.arange(n)
@@ -133,6 +145,7 @@ class RequestLog:
             "busiest_from_s": float(self.arrival_s[busiest]),
             "busiest_request_rate": float(held[busiest] / window_s),
             "shared_prefixes": self.blocks is not None,
+            "sessions": None if self.after is None else int((self.after < 0).sum()),
         }
 
     def to_frame(self) -> pd.DataFrame:
@@ -146,6 +159,9 @@ class RequestLog:
         }
         told = {} if self.adapter is None else {"adapter": self.adapter}
         hashes = {} if self.blocks is None else {"hash_ids": self.blocks}
+        if self.after is not None:
+            columns |= {"chat_id": np.arange(len(self.arrival_s)), "parent_chat_id": self.after}
+            columns["think_s"] = self.think_s
         return pd.DataFrame(columns | told | hashes)
 
     def indices(self, names: Sequence[str], path: str | Path) -> NDArray[np.int32] | None:
@@ -216,6 +232,12 @@ def read_requests(path: str | Path) -> RequestLog:
         name: next((c for c in frame.columns if str(c).strip().lower() in choices), None)
         for name, choices in NAMES.items()
     }
+    texts = {"conversations", "messages", "text_input"} & set(frame.columns)
+    require(
+        not texts or columns["prompt_tokens"] is not None,
+        f"{path}: {min(texts, default='')} holds text; count tokens with the model's tokenizer and "
+        "give a row per turn: session_id, arrival_s, prompt_tokens, output_tokens",
+    )
     others = [str(column) for column in frame.columns if column not in columns.values()]
     for name, column in columns.items():
         near = difflib.get_close_matches(name, others, n=1)
@@ -231,18 +253,30 @@ def read_requests(path: str | Path) -> RequestLog:
     frame, output = frame[answered], output[answered]
     require(len(frame) > 0, f"{path}: the trace is empty; give at least one request with output")
     prompt = _numbers(frame[columns["prompt_tokens"]], "prompt_tokens", path)
-    arrival_s = _seconds(frame[columns["arrival_s"]], path)
-    if "hash_ids" in frame and str(columns["arrival_s"]).lower() == "timestamp":  # Mooncake's
+    arrival_s = _seconds(log_turns.times(frame, str(columns["arrival_s"])), path)
+    is_mooncake = str(columns["prompt_tokens"]).lower() == "input_length"
+    is_bailian = "parent_chat_id" in frame
+    in_ms = "hash_ids" in frame or (is_mooncake and "session_id" in frame)
+    if in_ms and not is_bailian and str(columns["arrival_s"]).lower() == "timestamp":
         arrival_s = arrival_s / 1e3
     order = np.argsort(arrival_s, kind="stable")
+    frame = frame.iloc[order]
+    prompts, outputs = prompt[order].astype(np.int32), output[order].astype(np.int32)
+    after = log_turns.predecessors(frame, path)
+    if after is not None and is_mooncake and not is_bailian:
+        require("hash_ids" not in frame, f"{path}: turns cannot have hash_ids; leave them out")
+        prompts = whole_prompts(after, prompts, outputs)  # AIPerf's rows tell what is new
     adapter = columns["adapter"]
     return RequestLog(
         arrival_s=arrival_s[order],
-        prompt_tokens=prompt[order].astype(np.int32),
-        output_tokens=output[order].astype(np.int32),
-        adapter=None if adapter is None else _adapter_names(frame[adapter])[order],
-        blocks=[list(frame["hash_ids"].iloc[i]) for i in order] if "hash_ids" in frame else None,
+        prompt_tokens=prompts,
+        output_tokens=outputs,
+        adapter=None if adapter is None else _adapter_names(frame[adapter]),
+        blocks=[list(hashes) for hashes in frame["hash_ids"]] if "hash_ids" in frame else None,
         left_out=int((~answered).sum()),
+        block_tokens=log_turns.BAILIAN_BLOCK_TOKENS if is_bailian else MOONCAKE_BLOCK_TOKENS,
+        after=after,
+        think_s=None if after is None else log_turns.delays_s(frame, path),
     )
 
 

@@ -29,6 +29,7 @@ from adapter_twin.workload.strict import (
     Whole,
     dataclass,
     function,
+    suggestion,
 )
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -309,11 +310,24 @@ class Arrivals:
         Coefficient of variation of the gaps between an adapter's requests (gamma only).
     path : str, optional
         Trace to replay (trace only): it brings the requests' adapters and lengths as well.
+    period_s, amplitude : float
+        All rates follow a sine, ``1 + amplitude * sin(2 pi t / period_s)`` times their mean
+        (poisson and gamma only).
+    num_prompts : int, optional
+        All there are: they come at the start, as with ``vllm bench serve --request-rate inf``, and
+        the adapters' rates are their shares (poisson only). The run ends with the last answer.
+    max_concurrency : int, optional
+        Most requests that the client has under way. Others wait for an answer, in order, before
+        they are sent and count as arrived, as with ``vllm bench serve --max-concurrency``.
     """
 
     process: Literal["poisson", "gamma", "trace", "agullo2025"] = "poisson"
     cv: Positive = 1.0
     path: Text | None = None
+    period_s: Positive | None = None
+    amplitude: Annotated[float, Field(ge=0, le=1)] = 0.0
+    num_prompts: Count | None = None
+    max_concurrency: Count | None = None
 
     def __post_init__(self) -> None:
         require(self.process == "gamma" or self.cv == 1, "cv: only for process gamma; leave it out")
@@ -321,6 +335,21 @@ class Arrivals:
         has_path = self.path is not None
         require(has_path or not is_trace, "path: process trace needs the path of a trace")
         require(is_trace or not has_path, "path: only for process trace; leave it out")
+        swings, at_once = self.amplitude > 0, self.num_prompts is not None
+        require(swings == (self.period_s is not None), "amplitude: goes with period_s; give both")
+        require(
+            not swings or self.process in ("poisson", "gamma"),
+            "amplitude: only for processes poisson and gamma; leave it out",
+        )
+        require(
+            not at_once or (self.process == "poisson" and not swings),
+            "num_prompts: they come all at once; leave process and amplitude out",
+        )
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether requests come at a constant rate, whatever becomes of those before."""
+        return self.num_prompts is None and self.max_concurrency is None and self.amplitude == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -363,6 +392,41 @@ class Lengths:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sessions:
+    """Requests in several turns, each of which waits for the answer to the one before.
+
+    A turn's prompt is all prompts and outputs before it and `Lengths.mean_input_tokens` more, so
+    that the prefix cache can hold it but for these. A turn that the server refuses, or that is not
+    answered in the window, is the session's last one.
+
+    Attributes
+    ----------
+    turns : float, optional
+        Mean number of turns; left out, once along the `chain`.
+    distribution : {"fixed", "geometric"}
+        Of that number; geometric: after each turn the session goes on with the same probability.
+    mean_think_s : float
+        Mean time from an answer to the next turn, exponentially distributed.
+    chain : tuple of str, optional
+        Adapters to which the turns of a session go, in order and over again, if it opens with the
+        first of them; left out, sessions stay with their adapter.
+    """
+
+    turns: Annotated[float, Field(ge=1, le=1000)] | None = None
+    distribution: Literal["fixed", "geometric"] = "fixed"
+    mean_think_s: NotNegative = 0.0
+    chain: Some[Text] | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.turns is not None or self.chain is not None,
+            "turns: give their number, or a chain of adapters",
+        )
+        if self.distribution == "fixed" and self.turns is not None:
+            require(self.turns.is_integer(), "turns: a fixed number is a whole one")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """Adapters and their traffic over one window.
 
@@ -375,6 +439,10 @@ class Workload:
     arrivals : Arrivals
     base_model_request_rate : float
         Requests/s to the base model, without an adapter.
+    sessions : Sessions, optional
+        Each arrival opens one, so that rates are sessions/s; left out, it is one request.
+    samples : int
+        Requests that each arrival sends at once, with one prompt (vLLM's ``n``).
 
     Examples
     --------
@@ -390,18 +458,38 @@ class Workload:
     lengths: Lengths
     arrivals: Arrivals = field(default_factory=Arrivals)
     base_model_request_rate: NotNegative = 0.0
+    sessions: Sessions | None = None
+    samples: Count = 1
 
     def __post_init__(self) -> None:
         for name, count in Counter(adapter.name for adapter in self.adapters).items():
             require(count == 1, f"adapters: {count} adapters are named {name!r}; names must differ")
+        brings = self.arrivals.process == "trace"
         require(
-            self.arrivals.process != "trace" or self.lengths.shared_prefix_tokens == 0,
+            not brings or self.lengths.shared_prefix_tokens == 0,
             "shared_prefix_tokens: a replayed trace brings its own lengths; leave it out",
+        )
+        require(
+            not brings or (self.sessions is None and self.samples == 1),
+            "sessions, samples: a replayed trace brings its own requests; leave them out",
+        )
+        require(
+            self.samples == 1 or (self.sessions is None and self.arrivals.max_concurrency is None),
+            "samples: no client waits for several; leave sessions and max_concurrency out",
+        )
+        chain = self.sessions and self.sessions.chain
+        rates = {adapter.name: adapter.request_rate for adapter in self.adapters}
+        for name in chain or ():
+            near = suggestion(name, rates)
+            require(name in rates, f"chain: {name!r} is not among the adapters{near}")
+        require(
+            not chain or rates[chain[0]] > 0,
+            "chain: its first adapter has no request_rate, with which sessions open; give it one",
         )
 
     @property
     def offered_request_rate(self) -> float:
-        """Requests/s over all adapters and the base model."""
+        """Requests/s over all adapters and the base model; of sessions and samples the first."""
         adapters = math.fsum(adapter.request_rate for adapter in self.adapters)
         return adapters + self.base_model_request_rate
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from adapter_twin.workload.trace import reference_arrivals
+from adapter_twin.workload.arrivals import reference_arrivals
 from study import left_out
 
 

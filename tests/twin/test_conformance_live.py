@@ -1,6 +1,7 @@
 """The twin beside vLLM's own classes, step by step: its scheduler, and its caches of adapters."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import islice, zip_longest
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from adapter_twin.errors import AdapterTwinError
+from adapter_twin.workload.scenario import Lengths, Sessions, Workload, deal_adapters
+from adapter_twin.workload.trace import generate
 from study.ch16_chain import exchange, full_batches
 from study.conformance import (
     FEATURES,
@@ -75,6 +78,62 @@ def test_every_step_with_features_is_the_one_that_the_scheduler_takes(
         assert first_difference(zip_longest(theirs, ours)) is None, case
         steps += len(theirs)
     assert steps > 90 * n
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("samples", [1, 3], ids=["sessions", "samples"])
+def test_every_step_of_traffic_with_shared_prompts_is_the_one_that_the_scheduler_takes(
+    engine: Callable[..., Installed], samples: int, ahead: bool
+) -> None:
+    vllm, found = engine(), 0
+    for seed in range(12):
+        case = replace(shared_case(seed, samples), async_scheduling=ahead)
+        theirs = list(engine_steps(vllm, case))
+        ours = twin_steps(case, reserves_prompts=True)
+        assert first_difference(zip_longest(theirs, ours)) is None, case
+        computed = sum(sum(step.batch.values()) for step in theirs)
+        found += sum(prompt + output - 1 for *_, prompt, output in case.requests) - computed
+    assert found > 1000 * (1 + (samples == 1))  # tokens that the cache held, but for preemptions
+
+
+def shared_case(seed: int, samples: int) -> Case:
+    """Return requests of sessions, as they came to the twin, or of several samples."""
+    rng = np.random.default_rng(seed)
+    lengths = Lengths(distribution="lognormal", mean_input_tokens=12, mean_output_tokens=9)
+    workload = Workload(
+        adapters=deal_adapters(3, [0.08], [8]),
+        duration_s=60,
+        lengths=replace(lengths, shared_prefix_tokens=6 * (seed % 2)),
+        sessions=None if samples > 1 else Sessions(turns=4, distribution="geometric"),
+        samples=samples,
+    )
+    trace = generate(workload, rng)
+    trace = replace(trace, arrival_s=np.floor(trace.arrival_s))
+    if trace.think_s is not None:
+        trace = replace(trace, think_s=rng.integers(0, 20, len(trace)).astype(float))
+    flags: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 48, "block_size": 4}
+    longest = int((trace.prompt_tokens + trace.output_tokens).max())
+    columns = np.column_stack((trace.adapter, trace.prompt_tokens, trace.output_tokens))
+    case = Case(
+        **flags,
+        max_loras=2,
+        kv_blocks=-(-longest // 4) + int(rng.integers(0, 60)),
+        requests=np.insert(columns, 0, trace.arrival_s, axis=1).tolist(),
+        kind="shared",
+        enable_prefix_caching=True,
+    )
+    session = case.session(trace=trace, reserves_prompts=True)
+    session.front_end = session.front_end._replace(duration_s=1e6)
+    session.run()
+    order = np.arange(len(trace)) if samples > 1 else session.closed_loop.sent
+    contents = trace.contents
+    assert contents is not None
+    own = [slice(*contents.first[i : i + 2]) for i in order]
+    return replace(
+        case,
+        requests=np.insert(columns[order], 0, session.requests.arrival_s, axis=1).tolist(),
+        pieces=[np.column_stack((contents.piece[s], contents.end[s])).tolist() for s in own],
+    )
 
 
 @pytest.mark.parametrize(

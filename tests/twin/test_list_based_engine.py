@@ -1,6 +1,7 @@
 """The compiled scheduler against a naive one that holds plain lists, as vLLM V1 does."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from hypothesis import given, settings
@@ -64,11 +65,14 @@ class Case:
             long_prefill_token_threshold=1000 * self.by_block,
         )
 
-    def session(self) -> Session:
+    @property
+    def trace(self) -> Trace:
         ticks, adapter, prompt, output = (np.array(c) for c in zip(*self.requests, strict=True))
-        columns = (c.astype(np.int32) for c in (adapter, prompt, output))
+        return Trace(ticks * TICK_S, *(c.astype(np.int32) for c in (adapter, prompt, output)))
+
+    def session(self, trace: Trace | None = None, **how: Any) -> Session:
         return new_session(
-            Trace(ticks * TICK_S, *columns),
+            trace or self.trace,
             self.config,
             LAW,
             FrontEnd(self.duration_ticks * TICK_S, self.in_flight_cap, 0.0, np.inf, 0.0, 0.0, 0.0),
@@ -77,19 +81,23 @@ class Case:
             READ_S[: self.adapters],
             places=np.argsort(np.argsort(self.places[: self.adapters])),
             reserves_prompts=self.reserves_prompts,
+            **how,
+        )
+
+    def plain_engine(self) -> PlainEngine:
+        return PlainEngine(
+            config=self.config,
+            kv_blocks=self.kv_blocks,
+            law=LAW,
+            load_s=LOAD_S,
+            read_s=READ_S,
+            places=np.array(self.places),
+            reserves_prompts=self.reserves_prompts,
         )
 
 
 def run_plainly(case: Case) -> tuple[PlainEngine, list[PlainRequest]]:
-    engine = PlainEngine(
-        config=case.config,
-        kv_blocks=case.kv_blocks,
-        law=LAW,
-        load_s=LOAD_S,
-        read_s=READ_S,
-        places=np.array(case.places),
-        reserves_prompts=case.reserves_prompts,
-    )
+    engine = case.plain_engine()
     requests = [PlainRequest(tick * TICK_S, *rest) for tick, *rest in case.requests]
     serve(engine, requests, case.duration_ticks * TICK_S, case.in_flight_cap)
     return engine, requests
