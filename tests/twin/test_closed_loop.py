@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adapter_twin.capacity.traffic_mix import Traffic
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.fleet.cluster import simulate_cluster
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
@@ -200,6 +201,21 @@ def test_a_follower_comes_its_think_time_after_the_recorded_answer(asked: Closed
             assert arrival_s == earliest_s or (asked.max_concurrency and arrival_s > earliest_s)
 
 
+def test_a_follower_does_not_come_before_its_own_time() -> None:
+    case = Case(1, 1, 4, 32, 4, 100, 1000, 1 << 20, [(0, 0, 3, 2), (9, 0, 3, 2)], [*range(8)])
+    for ticks in (9, 50_000):
+        trace = replace(
+            case.trace,
+            arrival_s=TICK_S * np.array([0, ticks]),
+            after=np.array([-1, 0], np.int32),
+            think_s=TICK_S * np.array([0, 700]),
+        )
+        session = case.session(trace)
+        session.run()
+        expected_s = max(ticks * TICK_S, session.requests.end_s[0] + 700 * TICK_S)
+        assert session.requests.arrival_s[1] == expected_s
+
+
 # As `simulate` tells it
 
 
@@ -323,6 +339,8 @@ def test_clients_that_wait_are_refused_where_nobody_knows_them() -> None:
         )
     with pytest.raises(AdapterTwinError, match=r"^observer: "):
         simulate(workload, ENGINE, calibration, observer=True)
+    with pytest.raises(AdapterTwinError, match=r"^workload: its requests do not come one by one"):
+        Traffic.of(workload)
     chat = replace(workload, arrivals=Arrivals(), sessions=Sessions(turns=2))
     with pytest.raises(AdapterTwinError, match=r"^observer: "):
         simulate(chat, ENGINE, calibration, observer=True)
