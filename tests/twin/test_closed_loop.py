@@ -19,7 +19,8 @@ from adapter_twin.plan.demand import Demand
 from adapter_twin.service.metrics import service_of
 from adapter_twin.twin.records import Simulation, make_records
 from adapter_twin.twin.session import Session
-from adapter_twin.twin.simulate import run_in_simpy, simulate
+from adapter_twin.twin.simulate import draw_requests, run_in_simpy, simulate
+from adapter_twin.twin.wiring import begin
 from adapter_twin.workload.scenario import (
     Arrivals,
     EngineConfig,
@@ -28,7 +29,7 @@ from adapter_twin.workload.scenario import (
     Workload,
     deal_adapters,
 )
-from adapter_twin.workload.trace import Trace
+from adapter_twin.workload.trace import Contents, Trace, generators
 from study.plain_engine import PlainEngine, PlainRequest, PlainStep
 from tests.twin.test_list_based_engine import TICK_S, Case, cases, contended
 
@@ -312,6 +313,39 @@ def test_a_turn_finds_in_the_cache_what_was_computed_of_those_before() -> None:
     assert stays.cached_tokens.tolist() == [0, 112, 240]
     # the third turn is back at the first adapter, which has never seen the second's output
     assert goes.cached_tokens.tolist() == [0, 0, 112]
+
+
+@extrapolates
+def test_what_a_waiting_client_sends_is_served_as_if_it_came_by_itself() -> None:
+    """Sent by itself, in another order than that of the trace, each request keeps its pieces."""
+    workload = Workload(
+        adapters=deal_adapters(4, [0.3], [8]),
+        duration_s=60,
+        lengths=Lengths(mean_input_tokens=100, mean_output_tokens=50, shared_prefix_tokens=40),
+        arrivals=Arrivals(max_concurrency=20),
+        sessions=Sessions(turns=4, distribution="geometric", mean_think_s=2),
+    )
+    calibration = load_calibration("auto", MODEL)
+    trace = draw_requests(workload, calibration)
+    waiting = simulate(workload, ENGINE, calibration, trace=trace)
+    session = begin(trace, ENGINE, calibration, workload.adapters, generators(0)[2], duration_s=60)
+    session.run()
+    assert session.closed_loop is not None
+    sent = session.closed_loop.sent[: len(waiting.records)]
+    assert (np.diff(sent) < 0).any()
+    assert trace.contents is not None
+    first, last = trace.contents.first[sent], trace.contents.first[sent + 1]
+    place = np.concatenate([np.arange(*ends) for ends in zip(first, last, strict=True)])
+    contents = Contents(
+        np.concatenate(([0], np.cumsum(last - first))),
+        trace.contents.piece[place],
+        trace.contents.end[place],
+    )
+    columns = (trace.adapter[sent], trace.prompt_tokens[sent], trace.output_tokens[sent])
+    same = Trace(waiting.records.arrival_s, *columns, contents)
+    alone = simulate(workload, ENGINE, calibration, trace=same)
+    assert alone.records.to_frame().equals(waiting.records.to_frame())
+    assert (waiting.records.cached_tokens > 100).any()
 
 
 @extrapolates
