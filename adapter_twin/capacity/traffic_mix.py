@@ -115,6 +115,8 @@ class Traffic(NamedTuple):
     @classmethod
     def of(cls, workload: Workload) -> Self:
         """Count a workload's adapters of each rate."""
+        steady = workload.arrivals.is_steady and workload.sessions is None and workload.samples == 1
+        require(steady, "workload: its requests do not come one by one at a rate; use `simulate`")
         counted = Counter(adapter.request_rate for adapter in workload.adapters)
         return cls(
             *group_rates(list(counted), list(counted.values())),

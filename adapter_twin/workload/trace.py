@@ -63,15 +63,16 @@ class Trace:
         Prompt length and requested output length (``max_tokens``), at least 1; a log's outputs are
         as long as they were.
     contents : Contents, optional
-        What requests share of their tokens, no column; left out, it is nothing.
+        What requests share of their tokens; left out, it is nothing. Like all that follows it is
+        no column of the table.
     after : int32, optional
         Index of the earlier request whose answer each one waits for, -1 for none. It arrives
         `think_s` after that, and not before its `arrival_s`; without that answer it never does.
     think_s : float64, optional
         Left out, none.
     max_concurrency : int, optional
-        Most requests under way at once, no column. Further ones wait at the client, first come
-        first served: they arrive when they are sent.
+        Most requests under way at once. Further ones wait at the client, first come first served:
+        they arrive when they are sent.
     """
 
     arrival_s: Floats

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adapter_twin.capacity.traffic_mix import Traffic
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.fleet.cluster import simulate_cluster
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
@@ -18,7 +19,8 @@ from adapter_twin.plan.demand import Demand
 from adapter_twin.service.metrics import service_of
 from adapter_twin.twin.records import Simulation, make_records
 from adapter_twin.twin.session import Session
-from adapter_twin.twin.simulate import run_in_simpy, simulate
+from adapter_twin.twin.simulate import draw_requests, run_in_simpy, simulate
+from adapter_twin.twin.wiring import begin
 from adapter_twin.workload.scenario import (
     Arrivals,
     EngineConfig,
@@ -27,7 +29,7 @@ from adapter_twin.workload.scenario import (
     Workload,
     deal_adapters,
 )
-from adapter_twin.workload.trace import Trace
+from adapter_twin.workload.trace import Contents, Trace, generators
 from study.plain_engine import PlainEngine, PlainRequest, PlainStep
 from tests.twin.test_list_based_engine import TICK_S, Case, cases, contended
 
@@ -200,6 +202,21 @@ def test_a_follower_comes_its_think_time_after_the_recorded_answer(asked: Closed
             assert arrival_s == earliest_s or (asked.max_concurrency and arrival_s > earliest_s)
 
 
+def test_a_follower_does_not_come_before_its_own_time() -> None:
+    case = Case(1, 1, 4, 32, 4, 100, 1000, 1 << 20, [(0, 0, 3, 2), (9, 0, 3, 2)], [*range(8)])
+    for ticks in (9, 50_000):
+        trace = replace(
+            case.trace,
+            arrival_s=TICK_S * np.array([0, ticks]),
+            after=np.array([-1, 0], np.int32),
+            think_s=TICK_S * np.array([0, 700]),
+        )
+        session = case.session(trace)
+        session.run()
+        expected_s = max(ticks * TICK_S, session.requests.end_s[0] + 700 * TICK_S)
+        assert session.requests.arrival_s[1] == expected_s
+
+
 # As `simulate` tells it
 
 
@@ -299,6 +316,39 @@ def test_a_turn_finds_in_the_cache_what_was_computed_of_those_before() -> None:
 
 
 @extrapolates
+def test_what_a_waiting_client_sends_is_served_as_if_it_came_by_itself() -> None:
+    """Sent by itself, in another order than that of the trace, each request keeps its pieces."""
+    workload = Workload(
+        adapters=deal_adapters(4, [0.3], [8]),
+        duration_s=60,
+        lengths=Lengths(mean_input_tokens=100, mean_output_tokens=50, shared_prefix_tokens=40),
+        arrivals=Arrivals(max_concurrency=20),
+        sessions=Sessions(turns=4, distribution="geometric", mean_think_s=2),
+    )
+    calibration = load_calibration("auto", MODEL)
+    trace = draw_requests(workload, calibration)
+    waiting = simulate(workload, ENGINE, calibration, trace=trace)
+    session = begin(trace, ENGINE, calibration, workload.adapters, generators(0)[2], duration_s=60)
+    session.run()
+    assert session.closed_loop is not None
+    sent = session.closed_loop.sent[: len(waiting.records)]
+    assert (np.diff(sent) < 0).any()
+    assert trace.contents is not None
+    first, last = trace.contents.first[sent], trace.contents.first[sent + 1]
+    place = np.concatenate([np.arange(*ends) for ends in zip(first, last, strict=True)])
+    contents = Contents(
+        np.concatenate(([0], np.cumsum(last - first))),
+        trace.contents.piece[place],
+        trace.contents.end[place],
+    )
+    columns = (trace.adapter[sent], trace.prompt_tokens[sent], trace.output_tokens[sent])
+    same = Trace(waiting.records.arrival_s, *columns, contents)
+    alone = simulate(workload, ENGINE, calibration, trace=same)
+    assert alone.records.to_frame().equals(waiting.records.to_frame())
+    assert (waiting.records.cached_tokens > 100).any()
+
+
+@extrapolates
 def test_clients_that_wait_are_refused_where_nobody_knows_them() -> None:
     closed_loop = Arrivals(max_concurrency=2)
     workload = Workload(
@@ -323,6 +373,8 @@ def test_clients_that_wait_are_refused_where_nobody_knows_them() -> None:
         )
     with pytest.raises(AdapterTwinError, match=r"^observer: "):
         simulate(workload, ENGINE, calibration, observer=True)
+    with pytest.raises(AdapterTwinError, match=r"^workload: its requests do not come one by one"):
+        Traffic.of(workload)
     chat = replace(workload, arrivals=Arrivals(), sessions=Sessions(turns=2))
     with pytest.raises(AdapterTwinError, match=r"^observer: "):
         simulate(chat, ENGINE, calibration, observer=True)
