@@ -10,7 +10,7 @@ from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.placement import Placement
 from adapter_twin.fleet.strategies import place_and_hold, shortest_wait
 from adapter_twin.plan.commands import vllm_args
-from adapter_twin.plan.criterion import MARGIN
+from adapter_twin.plan.criterion import MARGIN, Criterion
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.explanation import NOTABLE_WAIT_MS
 from adapter_twin.plan.logged import described
@@ -81,7 +81,7 @@ def place(
         "traffic": described(demand.trace),
         "replicas": _replicas(held),
         "advice": _advice(demand, held.checked),
-        "criterion": str(oracle.criterion),
+        "criterion": str(Criterion(margin=margin, slo=demand.slo)),
         "calibration": oracle.calibration.name,
         "seed": demand.seed,
         "version": __version__,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws.calibration import version_of
@@ -66,7 +67,7 @@ class Demand:
     seed: Whole = 0
     engine: ServeFlags = field(default_factory=ServeFlags)
     slots: Grid | None = None
-    trace: Any = None
+    trace: SkipJsonSchema[Any] = None
 
     def __post_init__(self) -> None:
         is_trace = self.trace is None or isinstance(self.trace, Trace)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ import yaml
 from adapter_twin.cli.keys import READS, START, Key, keys_of
 from adapter_twin.plan.demand import Demand, load_demand
 from adapter_twin.workload.files import load_scenario
-from adapter_twin.workload.scenario import ServeFlags, Slo
+from adapter_twin.workload.scenario import ServeFlags, Sessions, Slo
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is an extrapolation")
 
@@ -51,12 +51,16 @@ def test_a_key_that_is_off_shows_its_default(run: Cli) -> None:
     run("init")
     text = Path("workload.yaml").read_text()
     Path("on.yaml").write_text(all_on(text))
-    assert set(yaml.safe_load(all_on(text))) == {*(f.name for f in fields(Demand)), "request_log"}
+    keys = {f.name for f in fields(Demand)} - {"trace"} | {"request_log"}
+    assert set(yaml.safe_load(all_on(text))) == keys
     assert load_demand("on.yaml") == load_demand("workload.yaml")
     run("init", "simulate.yaml", "--kind", "simulate")
-    Path("on.yaml").write_text(all_on(Path("simulate.yaml").read_text()))
+    text = all_on(Path("simulate.yaml").read_text()).replace("turns: null", "turns: 2")
+    Path("on.yaml").write_text(text)
     on, off = load_scenario("on.yaml"), load_scenario("simulate.yaml")
-    assert (on.engine, on.workload, on.slo) == (off.engine, off.workload, off.slo)
+    assert on.workload.sessions == Sessions(turns=2)
+    assert replace(on.workload, sessions=None) == off.workload
+    assert (on.engine, on.slo) == (off.engine, off.slo)
 
 
 def test_every_key_stands_behind_what_its_docstring_says(run: Cli) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.plan.demand import load_demand
+from adapter_twin.plan.logged import stretch
 from adapter_twin.tables.datasets import write_table
 from adapter_twin.workload.request_log import read_requests
 from adapter_twin.workload.scenario import Arrivals, Lengths, Workload, deal_adapters
@@ -131,8 +132,18 @@ def test_what_cannot_be_read_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_nobody_plans_with_conversations(tmp_path: Path) -> None:
+def test_plans_replay_conversations(tmp_path: Path) -> None:
     write(tmp_path / "log.csv", LOG)
-    plan = "model: llama-3.1-8b-instruct\nadapters: [{name: a, rank: 8}]\nrequest_log: log.csv\n"
-    with pytest.raises(AdapterTwinError, match=r"^request_log: holds conversations"):
-        load_demand(write(tmp_path / "plan.yaml", plan))
+    dealt = "{count: 2, ranks: [8]}"
+    plan = f"model: llama-3.1-8b-instruct\nadapters: {dealt}\nrequest_log: log.csv\n"
+    trace = load_demand(write(tmp_path / "plan.yaml", plan)).trace
+    assert told(trace) == ([-1, -1, 0, 1, -1, 2], [0, 0, 3, 4, 0, 0.5])
+    drawn, *_ = stretch(trace, 1, lead_in_s=0.0)
+    after, _ = told(drawn)
+    turns = [turn for turn, before in enumerate(after) if before >= 0]
+    assert turns
+    for turn in turns:
+        before = after[turn]
+        assert before < turn
+        assert drawn.adapter[before] == drawn.adapter[turn]
+        assert drawn.arrival_s[before] <= drawn.arrival_s[turn]
