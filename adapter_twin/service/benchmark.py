@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,7 @@ def compare_benchmarks(
     Raises
     ------
     AdapterTwinError
-        A field is missing or wrong, or the client did what the twin does not: held requests back
-        (``max_concurrency``) or sent ever more of them.
+        A field is missing or wrong, or the client sent ever more requests, which the twin does not.
     """
     rows = []
     provenance: dict[str, Any] = {"seed": seed, "version": __version__}
@@ -117,7 +117,9 @@ def _requests(
     adapter = np.full(len(arrival_s), BASE_MODEL, np.int32)
     if workload.adapters:  # the client chooses one by chance
         adapter = rng.integers(len(workload.adapters), size=len(arrival_s), dtype=np.int32)
-    return Trace(arrival_s, adapter, prompt.astype(np.int32), output.astype(np.int32))
+    requests = Trace(arrival_s, adapter, prompt.astype(np.int32), output.astype(np.int32))
+    # those saved one by one are told as they were sent, when there was room
+    return requests if asked.detailed else replace(requests, max_concurrency=asked.max_concurrency)
 
 
 def _predict(requests: Trace, scenario: Scenario, laws: Calibration, seed: int) -> dict[str, float]:

@@ -77,12 +77,6 @@ class Benchmark:
     detailed: bool = False
 
     def __post_init__(self) -> None:
-        held = self.max_concurrency is not None and self.max_concurrency < self.num_prompts
-        require(
-            not held,
-            f"max_concurrency: the client held requests back while {self.max_concurrency} were "
-            "running, which the twin does not; measure without --max-concurrency",
-        )
         require(
             self.detailed or self.ramp_up_strategy is None,
             "ramp_up_strategy: a growing rate is not known here; measure it with --save-detailed",

@@ -172,7 +172,6 @@ def test_requests_that_failed_are_left_out(compare: Compare, served: list[Simula
 @pytest.mark.parametrize(
     ("result", "workload", "message"),
     [
-        ({"max_concurrency": 16}, {}, "max_concurrency: the client held requests back while 16"),
         ({"ramp_up_strategy": "linear"}, {}, "ramp_up_strategy: a growing rate is not known"),
         ({"model_id": "Qwen/Qwen3-8B"}, {}, "engine.model: the benchmark is of Qwen/Qwen3-8B, not"),
         ({"request_rate": 0}, {}, "request_rate"),
@@ -195,8 +194,17 @@ def test_what_cannot_be_compared_is_named(
     assert "\n" not in str(caught.value)
 
 
-def test_more_clients_than_requests_hold_none_back(compare: Compare) -> None:
-    assert len(compare(RESULT | {"max_concurrency": 200})) > 0
+def test_a_client_holds_requests_back(compare: Compare, served: list[Simulation]) -> None:
+    fast = RESULT | {"request_rate": "inf"}
+    few, all_at_once = (
+        compare(fast | {"max_concurrency": held}).set_index("figure")["predicted"]
+        for held in (16, 200)
+    )
+    records = served[0].records
+    running = [((records.arrival_s <= at) & (records.end_s > at)).sum() for at in records.arrival_s]
+    assert max(running) == 16
+    assert few["mean_ttft_ms"] < 0.5 * all_at_once["mean_ttft_ms"]
+    assert few["duration_s"] > all_at_once["duration_s"]
 
 
 @pytest.mark.parametrize("key", ["slo", "fleet", "seed"])
