@@ -25,10 +25,15 @@ READS = {
 """The file of a verb holds the attributes of this class."""
 
 LOG = "Path of a table of requests, in place of their rates, lengths and arrivals."
+TURNS = "Conversations, as for simulate."
+SAMPLES = "Of each prompt, as for simulate."
 DEFAULTS = "study or vllm: whose defaults the flags take that are left out."
 ELSEWHERE: Mapping[str, Mapping[str, Mapping[str, tuple[str, Any]]]] = {
     "Scenario": {"engine": {"defaults": (DEFAULTS, "study"), "policy": ("A scheduler.", "vllm")}},
-    "Demand": {"engine": {"defaults": (DEFAULTS, "study")}, "": {"request_log": (LOG, None)}},
+    "Demand": {
+        "engine": {"defaults": (DEFAULTS, "study")},
+        "": {"request_log": (LOG, None), "sessions": (TURNS, None), "samples": (SAMPLES, 1)},
+    },
 }
 """Loaders take keys, under ``engine`` or at the top, that the class does not have there."""
 

@@ -12,10 +12,10 @@ from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
 from adapter_twin.errors import AdapterTwinError, require
-from adapter_twin.laws.calibration import version_of
+from adapter_twin.laws.calibration import load_calibration, version_of
 from adapter_twin.plan.criterion import DEFAULT_SLO
 from adapter_twin.plan.grid import Grid, slot_rank
-from adapter_twin.plan.logged import read_log
+from adapter_twin.plan.logged import draw_log, read_log
 from adapter_twin.workload.adapter_folders import resolve
 from adapter_twin.workload.calibration_files import complete
 from adapter_twin.workload.files import read_yaml
@@ -164,7 +164,9 @@ def load_demand(path: str | Path) -> Demand:
 
     Adapters are told as in `adapter_twin.workload.files.load_scenario`. In place of rates and
     `lengths` there may be a ``request_log``, the path of a table relative to the file, see
-    `adapter_twin.workload.request_log`; adapters are then told without rates. Without an ``slo``
+    `adapter_twin.workload.request_log`; adapters are then told without rates. ``sessions`` and
+    ``samples`` are those of a `adapter_twin.workload.scenario.Workload`; with them, or with a rate
+    that follows a sine, a log is drawn once and replayed. Without an ``slo``
     the demand has to meet `adapter_twin.plan.criterion.DEFAULT_SLO`, with ``slo: none`` none.
 
     Raises
@@ -188,11 +190,23 @@ def load_demand(path: str | Path) -> Demand:
     log = content.pop("request_log", None)
     if log is None:
         _require_rates(content.get("adapters"))
-        return read(Demand, content)
+        return _drawn(content)
     require(isinstance(log, str), f"request_log: expected the path of a table, got {log!r}")
     for name in ("lengths", "arrivals", "base_model_request_rate"):
         require(name not in content, f"{name}: the request_log tells; leave it out")
     keys, trace = read_log(content.get("adapters"), file.parent / log)
+    return replace(read(Demand, content | keys), trace=trace)
+
+
+def _drawn(content: dict[str, Any]) -> Demand:
+    """Read a demand; of traffic that is more than requests at constant rates, a log is drawn."""
+    waiting = {"sessions": content.pop("sessions", None), "samples": content.pop("samples", 1)}
+    arrivals = content.get("arrivals")
+    sine = isinstance(arrivals, dict) and arrivals.get("amplitude", 0) != 0
+    if waiting == {"sessions": None, "samples": 1} and not sine:
+        return read(Demand, content)
+    model, calibration = str(content.get("model")), str(content.get("calibration", "auto"))
+    keys, trace = draw_log(content | waiting, load_calibration(calibration, model))
     return replace(read(Demand, content | keys), trace=trace)
 
 

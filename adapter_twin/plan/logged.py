@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adapter_twin.errors import require
+from adapter_twin.laws import Calibration
+from adapter_twin.twin.simulate import draw_requests
 from adapter_twin.workload.lengths import Floats
 from adapter_twin.workload.request_log import BASE_MODEL, read_requests
-from adapter_twin.workload.scenario import Adapter, dealt
+from adapter_twin.workload.scenario import Adapter, Arrivals, Workload, dealt
 from adapter_twin.workload.strict import read
 from adapter_twin.workload.trace import Trace, trace_of
 
@@ -64,12 +67,42 @@ def read_log(adapters: object, path: Path) -> tuple[dict[str, Any], Trace]:
         require(fits, f"adapters[{i}].request_rate: the request_log tells; leave it out")
     trace = trace_of(log, path, told, rng=np.random.default_rng(0))
     require(span_s(trace) > 0, "request_log: give requests at two different times")
-    trace = replace(trace, arrival_s=trace.arrival_s - trace.arrival_s[0])
-    counts = np.bincount(trace.adapter[trace.adapter >= 0], minlength=len(told))
+    return _measured(told, replace(trace, arrival_s=trace.arrival_s - trace.arrival_s[0]))
+
+
+def draw_log(demand: Mapping[str, Any], calibration: Calibration) -> tuple[dict[str, Any], Trace]:
+    """Return what `read_log` does for traffic that is drawn once: an hour, or a period of it.
+
+    Parameters
+    ----------
+    demand : mapping
+        Keys of a demand, and ``sessions`` and ``samples`` of a
+        `adapter_twin.workload.scenario.Workload`.
+    calibration : Calibration
+        Ends some of the requests early.
+    """
+    arrivals = read(Arrivals, demand.get("arrivals", {}), "arrivals")
+    names = {field.name for field in fields(Workload)}
+    told = {name: value for name, value in demand.items() if name in names}
+    duration_s = max(BUSY_S, arrivals.period_s or 0.0)
+    workload = read(Workload, {**told, "duration_s": duration_s})
+    require(
+        arrivals.num_prompts is None and arrivals.max_concurrency is None,
+        "arrivals: num_prompts and max_concurrency are for `simulate`; leave them out",
+    )
+    trace = draw_requests(workload, calibration, seed=demand.get("seed", 0))
+    require(span_s(trace) > 0, "adapters: they have no two requests in an hour; raise their rates")
+    return _measured(workload.adapters, trace)
+
+
+def _measured(adapters: Sequence[Adapter], trace: Trace) -> tuple[dict[str, Any], Trace]:
+    """Return the keys that requests amount to, and the requests."""
+    counts = np.bincount(trace.adapter[trace.adapter >= 0], minlength=len(adapters))
     rates = (counts / span_s(trace)).tolist()
     keys = {
-        "adapters": [asdict(a) | {"request_rate": r} for a, r in zip(told, rates, strict=True)],
+        "adapters": [asdict(a) | {"request_rate": r} for a, r in zip(adapters, rates, strict=True)],
         "base_model_request_rate": float((trace.adapter == BASE_MODEL).sum() / span_s(trace)),
+        "arrivals": asdict(Arrivals()),
         "lengths": _lengths(trace),
     }
     return keys, trace
@@ -171,7 +204,7 @@ def described(trace: Trace | None) -> str:
         return "drawn by the rates"
     whole_s = span_s(trace)
     if whole_s <= LONGEST_REPLAY_S:
-        return f"the log, {whole_s:,.0f} s, replayed"
+        return f"a log of {whole_s:,.0f} s, replayed"
     starts = ", ".join(f"{start_s:,.0f} s" for start_s in busiest_hours(trace))
     return f"the busiest hours of the log's {whole_s / DAY_S:.1f} days, from {starts}, replayed"
 

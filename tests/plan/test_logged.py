@@ -90,7 +90,7 @@ def test_recommend_and_place_tell_what_the_replay_gives(
     own = place(demand, jobs=1)[0]["replicas"]
     assert len(own) == 1
     assert own[0]["p99_ttft_ms"] == pytest.approx(expected["p99_ttft_ms"]["value"])
-    assert answer["traffic"] == f"the log, {span_s(demand.trace):,.0f} s, replayed"
+    assert answer["traffic"] == f"a log of {span_s(demand.trace):,.0f} s, replayed"
 
 
 def test_an_slo_that_bursts_break_is_refused(load: Callable[..., Demand]) -> None:
@@ -233,3 +233,53 @@ def test_what_is_expected_covers_a_replay_with_first_uses(
             for name, figure in answer["expected"].items()
         ]
     assert np.mean(within) >= 0.9
+
+
+TRAFFIC: dict[str, Any] = {
+    "adapters": {"count": 8, "request_rates": [0.05], "ranks": [16]},
+    "lengths": {"mean_input_tokens": 223, "mean_output_tokens": 198},
+}
+
+
+def drawn(tmp_path: Path, **content: Any) -> Demand:
+    path = tmp_path / "workload.yaml"
+    path.write_text(yaml.safe_dump({"model": LLAMA, "slo": "none", **TRAFFIC, **content}))
+    return load_demand(path)
+
+
+def test_sessions_are_drawn_once_and_replayed(tmp_path: Path) -> None:
+    demand = drawn(tmp_path, sessions={"turns": 4, "mean_think_s": 10})
+    openings = 8 * 0.05 * 3600
+    assert len(demand.trace) == pytest.approx(4 * openings, rel=0.15)
+    rate = sum(adapter.request_rate for adapter in demand.adapters)
+    assert rate == pytest.approx(len(demand.trace) / span_s(demand.trace))
+    assert demand.lengths.mean_input_tokens > 2 * 223, "prompts repeat what was before"
+    answer = recommend(demand)
+    assert "--enable-prefix-caching" in answer["vllm_args"]
+    assert place(demand, jobs=1)[0]["gpus"] == 1
+    plain = drawn(tmp_path)
+    assert plain.trace is None
+    samples = drawn(tmp_path, samples=4)
+    assert len(samples.trace) == pytest.approx(4 * openings, rel=0.15)
+
+
+def test_a_rate_that_follows_a_sine_is_planned_for_with_its_peak(tmp_path: Path) -> None:
+    adapters = {"count": 8, "request_rates": [1.5], "ranks": [16]}
+    sine = {"period_s": 1800, "amplitude": 1.0}
+    even, peaked = (
+        recommend(drawn(tmp_path, adapters=adapters, **arrivals))["expected"]
+        for arrivals in ({}, {"arrivals": sine})
+    )
+    for name in ("mean_itl_ms", "p99_itl_ms", "p99_ttft_ms"):
+        assert peaked[name]["value"] > 1.2 * even[name]["value"]
+    assert peaked["total_throughput"]["value"] == pytest.approx(
+        even["total_throughput"]["value"], rel=0.05
+    )
+
+
+@pytest.mark.parametrize("more", [{}, {"sessions": {"turns": 2}}])
+def test_a_client_that_waits_for_places_is_not_planned_for(
+    tmp_path: Path, more: dict[str, Any]
+) -> None:
+    with pytest.raises(AdapterTwinError, match=r"max_concurrency.* are for `simulate`"):
+        drawn(tmp_path, arrivals={"max_concurrency": 8}, **more)
