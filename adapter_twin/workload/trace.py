@@ -42,6 +42,10 @@ __all__ = [
     "read_trace",
 ]
 
+MOST_REQUESTS = 10_000_000
+REQUEST_BYTES = 1_600
+"""A run takes about this memory for each request, with the steps that serve it."""
+
 COLUMNS = ("arrival_s", "adapter", "prompt_tokens", "output_tokens")
 """A trace's table has these."""
 
@@ -233,6 +237,12 @@ def generate(
         return _replay(workload, workload.arrivals.path, rng)
     adapter_rates = [adapter.request_rate for adapter in workload.adapters]
     rates = np.array([*adapter_rates, workload.base_model_request_rate])
+    expected = float(rates.sum()) * workload.duration_s
+    require(
+        expected <= MOST_REQUESTS,
+        f"duration_s: {rates.sum():g} requests/s for {workload.duration_s:g} s are {expected:.2g} "
+        f"requests, some {expected * REQUEST_BYTES / 2**30:,.0f} GiB; ask for {MOST_REQUESTS:,}",
+    )
     # one request in 1e9 windows is none, and divisions by the rates stay finite
     rates[rates * workload.duration_s < 1e-9] = 0
     if workload.arrivals.process == "agullo2025":
