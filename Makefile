@@ -46,7 +46,7 @@ inputs := $(shell find adapter_twin study data -name external -prune -o -type f 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-vllm reproduce test test-slow test-book test-live test-wheel lint book pdf build bench sweep recalibrate data profile lock clean
+.PHONY: help setup setup-vllm reproduce test fuzz test-slow test-book test-live test-wheel lint book pdf build bench sweep recalibrate data profile lock clean
 
 help:  ## Show this list
 	@echo "usage: make TARGET [QUICK=1|FULL=1] [PROFILE=recorded|live|auto] [PYTHON=python3.12]"
@@ -67,6 +67,9 @@ endif
 # Each worker runs a part of the tests in their order, so that few fixtures of a module are made twice.
 test: $(SETUP)  ## Run all tests but those of the next four; coverage has a floor
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not live and not browser and not wheel" --cov
+
+fuzz: $(SETUP)  ## Damage what every verb reads, by chance, for some minutes; SEED=n for others
+	HOSTILE_CASES=200 HOSTILE_SEED=$(or $(SEED),1000) $(BIN)/python -m pytest -n auto tests/test_hostile_inputs.py
 
 test-slow: $(SETUP)  ## Run every chapter as a test, and fit the shipped calibrations again
 	$(BIN)/python -m pytest -n auto --dist worksteal -m slow tests

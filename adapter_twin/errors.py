@@ -3,10 +3,15 @@
 LONGEST_REASON = 300
 
 
-def one_line(reason: object) -> str:
-    """Return an error or a text as one line that fits into a table."""
+def one_line(reason: object, longest: int = LONGEST_REASON) -> str:
+    r"""Return an error or a text as one line that fits into a table, and harms no terminal.
+
+    >>> one_line("a\x1b[2J\nb")
+    'a\\x1b[2J b'
+    """
     line = " ".join(str(reason).split()) or type(reason).__name__
-    return line if len(line) <= LONGEST_REASON else f"{line[: LONGEST_REASON - 3]}..."
+    line = line if len(line) <= longest else f"{line[: longest - 3]}..."
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in line)
 
 
 class AdapterTwinError(ValueError):

@@ -1,18 +1,20 @@
 """Calibrations from a folder of measured tables: the published ones, or those of a campaign."""
 
-import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import pandas as pd
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from adapter_twin.calibrate import campaign_fit, published_fit
 from adapter_twin.errors import require
 from adapter_twin.laws.calibration import Calibration
 from adapter_twin.tables import datasets
 from adapter_twin.tables.importer import COMMIT, REPOSITORY_URL
-from adapter_twin.workload.models import ModelShape, model_shape
+from adapter_twin.workload.models import ModelShape, model_shape, read_object
+from adapter_twin.workload.strict import Text, keys, read
 
 
 def calibrate_tables(
@@ -82,11 +84,23 @@ def calibrate_tables(
     )
 
 
+_Gpu = TypedDict("_Gpu", {"memory.total": Annotated[str, Field(pattern=r"^\d+ MiB$")]})
+
+
+@keys
+class _Machine(TypedDict):
+    device: Text
+    vllm: Text
+    gpus: list[_Gpu]
+    model_config: NotRequired[dict[str, Any] | None]
+
+
 def read_machine(folder: Path) -> dict[str, Any]:
     """Read what a campaign says of the machine it ran on."""
     path = folder / "machine.json"
     require(path.is_file(), f"{path}: missing; `adapter-twin profile` writes it")
-    machine: dict[str, Any] = json.loads(path.read_text())
+    machine = read_object(path, "what `adapter-twin profile` wrote")
+    read(_Machine, machine, path.name)
     return machine
 
 

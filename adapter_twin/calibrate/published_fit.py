@@ -12,7 +12,7 @@ import pandas as pd
 from adapter_twin import __version__
 from adapter_twin.calibrate.client_side import fit_first_use, fit_overhead, fit_scrapes, observe
 from adapter_twin.calibrate.step_observations import simulate_copies, step_observations
-from adapter_twin.laws.calibration import Calibration
+from adapter_twin.laws.calibration import RANGES, Calibration
 from adapter_twin.laws.emitted_lengths import EarlyStopLaw, LengthLaw
 from adapter_twin.laws.front_end import FrontEndLaw, MeasurementLaw
 from adapter_twin.laws.loading import LoadingLaw
@@ -28,12 +28,6 @@ TABLES = (
     *("adapter_loads", "memory", "scheduler_runs"),
 )
 """A calibration is fitted to these tables."""
-
-RANGE_COLUMNS = (
-    *("adapter_slots", "served_adapters", "max_lora_rank"),
-    *("mean_input_tokens", "mean_requested_output_tokens"),
-)
-"""A calibration tells the range of these columns that it has seen."""
 
 LONGEST_OUTPUTS = (None, 1000.0, 900.0, 800.0, 700.0)
 """Output lengths may be cut off here, in tokens of the histogram; None does not cut."""
@@ -138,13 +132,13 @@ def assemble(
         Rows that the laws were fitted to, by kind.
     **laws : Estimator
     """
-    ranges = measured[list(RANGE_COLUMNS)].agg(["min", "max"])
+    ranges = measured[list(RANGES)].agg(["min", "max"])
     return Calibration(
         name=f"{model}@{gpu}-vllm{laws['memory'].version}",
         model=model,
         gpu=gpu,
         **laws,
-        valid_range={column: ranges[column].tolist() for column in RANGE_COLUMNS},
+        valid_range={column: ranges[column].tolist() for column in RANGES},
         provenance={
             "source": source,
             "rows": rows,

@@ -1,6 +1,8 @@
 """The command line. Each verb imports what it needs, so that ``--help`` stays quick."""
 
+import atexit
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -12,7 +14,13 @@ from typer import Option, Typer
 
 from adapter_twin import __version__
 from adapter_twin.cli import measure_verbs, plan_verbs, predict_verbs, report
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, one_line
+
+DEBUG = "ADAPTER_TWIN_DEBUG"
+"""With this variable set, what no one foresaw is shown with its traceback."""
+
+LONGEST_LINE = 600
+"""A line about an error is cut to this many characters."""
 
 app = Typer(
     no_args_is_help=True,
@@ -26,7 +34,8 @@ for group in (predict_verbs, plan_verbs, measure_verbs):
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; bad input is one line on stderr and status 2.
 
-    With ``--json`` stdout holds JSON whatever happens: the same line as ``error.message``.
+    With ``--json`` stdout holds JSON whatever happens: the same line as ``error.message``. A fault
+    of our own is one line, too, and status 1; `DEBUG` shows where it is.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     warnings.showwarning = _show_warning
@@ -34,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     logging.getLogger("adapter_twin").setLevel(logging.INFO)
     # Asked to end, a command ends as by Ctrl-C: worker processes and servers are taken along.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # what is done is not interrupted
     command: Any = typer.main.get_command(app)
     try:
         status = command(args=arguments, prog_name="adapter-twin", standalone_mode=False)
@@ -46,11 +56,29 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         status = _fail(error.format_message(), 2, arguments) if error.format_message() else 2
     except (KeyboardInterrupt, typer.Abort):
         status = _fail("interrupted", 130, arguments)
+    except OSError as error:
+        file = "output" if error.filename is None else error.filename
+        status = _fail(f"{file}: {error.strerror or error}; give another", 2, arguments)
+    except Exception as error:
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, KeyboardInterrupt):  # within compiled code
+            status = _fail("interrupted", 130, arguments)
+        elif os.environ.get(DEBUG):
+            raise
+        else:
+            status = _fail(f"{_unforeseen(error)}; {DEBUG}=1 shows where", 1, arguments)
     sys.exit(status if isinstance(status, int) else 0)
 
 
+def _unforeseen(error: Exception) -> str:
+    """Return what to do about an error that no check has caught."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "TerminatedWorkerError":
+        return "the memory of this machine does not suffice; ask for less, or give fewer --jobs"
+    return f"a fault of adapter-twin, please report it ({type(error).__name__}: {one_line(error)})"
+
+
 def _fail(message: str, status: int, arguments: Sequence[str]) -> int:
-    message = " ".join(message.split())
+    message = one_line(message, LONGEST_LINE)
     print("error:", message, file=sys.stderr)
     if "--json" in arguments:
         report.print_json({"error": {"message": message}})
@@ -58,7 +86,7 @@ def _fail(message: str, status: int, arguments: Sequence[str]) -> int:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print("warning:", " ".join(str(message).split()), file=sys.stderr)
+    print("warning:", one_line(message, LONGEST_LINE), file=sys.stderr)
 
 
 def _print_version(wanted: bool) -> None:

@@ -17,7 +17,7 @@ MODELS, ADAPTERS = "/models", "/adapters"
 
 
 def write_manifests(folder: Path, demand: Demand, placement: Placement) -> list[Path]:
-    """Write ``replica-<number>.yaml`` for every GPU into a folder; return the files.
+    """Write ``replica-<number>.yaml`` for every GPU in place of all others; return the files.
 
     The version of vLLM that is served with is that of the demand's calibration.
 
@@ -31,14 +31,17 @@ def write_manifests(folder: Path, demand: Demand, placement: Placement) -> list[
     calibration = load_calibration(demand.calibration, demand.model)
     folder.mkdir(parents=True, exist_ok=True)
     digits = len(str(len(placement.replicas) - 1))
-    files = []
+    texts = {}
     for number, plan in enumerate(placement.replicas):
         name = f"replica-{number:0{digits}d}"
         documents = manifest(name, demand, plan, calibration)
         text = yaml.safe_dump_all(documents, sort_keys=False, width=1000)
-        files.append(folder / f"{name}.yaml")
-        write_text(files[-1], text)
-    return files
+        texts[folder / f"{name}.yaml"] = text
+    for file, text in texts.items():
+        write_text(file, text)
+    for file in set(folder.glob("replica-*.yaml")).difference(texts):
+        file.unlink()  # of an earlier placement: `kubectl apply -f` would start it as well
+    return list(texts)
 
 
 def manifest(

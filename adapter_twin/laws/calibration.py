@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws.emitted_lengths import EarlyStopLaw, LengthLaw
@@ -23,7 +24,7 @@ from adapter_twin.laws.step_time import StepTimeLaw
 from adapter_twin.workload.calibration_files import calibration_path
 from adapter_twin.workload.engine_versions import EngineVersion, engine_version
 from adapter_twin.workload.lengths import Floats
-from adapter_twin.workload.models import same_model
+from adapter_twin.workload.models import read_object, same_model
 from adapter_twin.workload.scenario import Adapter, EngineConfig, ServeFlags, Workload
 from adapter_twin.workload.strict import dataclass, read
 
@@ -34,6 +35,12 @@ _EXTRAPOLATED = {
     "lora_target_modules": "slots and copies count, but the steps of {name} adapt all modules",
 }
 """Flags that were not measured, and what of them is known."""
+
+RANGES = (
+    *("adapter_slots", "served_adapters", "max_lora_rank"),
+    *("mean_input_tokens", "mean_requested_output_tokens"),
+)
+"""A calibration tells the measured range of these columns."""
 
 RANGE_MARGIN = 1.25
 """Values up to this factor outside the measured range give no warning."""
@@ -68,8 +75,13 @@ class Calibration:
     early_stop: EarlyStopLaw
     lengths: LengthLaw
     measurement: MeasurementLaw
-    valid_range: dict[str, list[int | float]]
+    valid_range: dict[str, Annotated[list[int | float], Field(min_length=2, max_length=2)]]
     provenance: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        engine_version(self.memory.version)
+        for column in RANGES:
+            require(column in self.valid_range, f"valid_range.{column}: missing; add this key")
 
     @property
     def version(self) -> EngineVersion:
@@ -194,14 +206,10 @@ class Calibration:
         for flag, told in _EXTRAPOLATED.items():
             if getattr(engine, flag) != getattr(_LEFT_OUT, flag):
                 warnings.warn(f"engine.{flag}: {told.format(name=self.name)}", stacklevel=3)
-        asked = {
-            "adapter_slots": engine.max_loras,
-            "served_adapters": len(workload.adapters),
-            "max_lora_rank": engine.max_lora_rank,
-            "mean_input_tokens": workload.lengths.mean_prompt_tokens,
-            "mean_requested_output_tokens": workload.lengths.mean_output_tokens,
-        }
-        for column, value in asked.items():
+        slots, rank, lengths = engine.max_loras, engine.max_lora_rank, workload.lengths
+        means = lengths.mean_prompt_tokens, lengths.mean_output_tokens
+        asked = (slots, len(workload.adapters), rank, *means)
+        for column, value in zip(RANGES, asked, strict=True):
             low, high = self.valid_range[column]
             if not low / RANGE_MARGIN <= value <= high * RANGE_MARGIN:
                 warnings.warn(
@@ -220,12 +228,8 @@ class Calibration:
     def from_json(cls, path: Path) -> Calibration:
         """Read a calibration; raise `AdapterTwinError` if the file or one of its fields is bad."""
         try:
-            return read(cls, json.loads(path.read_text()))
-        except OSError as error:
-            raise AdapterTwinError(
-                f"calibration: {path} cannot be read ({error.strerror})"
-            ) from None
-        except ValueError as error:
+            return read(cls, read_object(path, "one that adapter-twin calibrate wrote"))
+        except AdapterTwinError as error:
             raise AdapterTwinError(
                 f"calibration: {path} is no calibration ({error}); run adapter-twin calibrate"
             ) from None

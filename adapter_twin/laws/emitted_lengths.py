@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from adapter_twin.laws.estimator import Estimator
 from adapter_twin.workload.lengths import LengthMarginals, draw_lengths
@@ -14,6 +15,8 @@ from adapter_twin.workload.scenario import Lengths
 
 if TYPE_CHECKING:
     import pandas as pd
+
+Portion = Annotated[float, Field(ge=0, le=1)]
 
 LEVELS = 41
 """A length distribution is kept as its quantiles at this many levels."""
@@ -81,6 +84,13 @@ class LengthLaw(Estimator):
         self.rank_correlation_ = float(brentq(self._excess_kv, -0.9, 0.0, xtol=1e-3))
         return self
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Rebuild a fitted law; raise `AdapterTwinError` unless its quantiles are some."""
+        law = super().from_dict(values)
+        _ = law.marginals
+        return law
+
     def _excess_kv(self, rank_correlation: float) -> float:
         lengths = Lengths(
             mean_input_tokens=223.0, mean_output_tokens=197.0, rank_correlation=rank_correlation
@@ -118,8 +128,8 @@ class EarlyStopLaw(Estimator):
         Mean share of the requested output that such a request emits (uniform on 0 to twice that).
     """
 
-    probability_: float
-    kept_: float
+    probability_: Portion
+    kept_: Portion
 
     @classmethod
     def never(cls) -> EarlyStopLaw:

@@ -7,10 +7,14 @@ command.
 from __future__ import annotations
 
 from dataclasses import asdict, is_dataclass
-from typing import Any, Self, get_type_hints
+from typing import Annotated, Any, Self, get_type_hints
 
-from pydantic import GetCoreSchemaHandler
+from pydantic import Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
+
+Fitted = Annotated[float, Field(ge=-1e9, le=1e9)]
+NotBelow0 = Annotated[float, Field(ge=0, le=1e9)]
+"""What files of laws hold; products of a few of them, and of batches, are finite."""
 
 
 class Estimator:
@@ -31,7 +35,7 @@ class Estimator:
                 name: core_schema.typed_dict_field(
                     handler.generate_schema(hint), required=not hasattr(cls, name)
                 )
-                for name, hint in get_type_hints(cls).items()
+                for name, hint in get_type_hints(cls, include_extras=True).items()
             },
             extra_behavior="forbid",
             config=core_schema.CoreConfig(strict=True, allow_inf_nan=False),

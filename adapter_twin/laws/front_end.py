@@ -9,12 +9,14 @@ reference measurement read them every two seconds, so it slowed itself down.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from adapter_twin.laws.estimator import Estimator
+from adapter_twin.laws.estimator import Estimator, NotBelow0
+from adapter_twin.workload.strict import Count
 
 UNLIMITED = np.iinfo(np.int64).max
 """This many requests may be in flight where no load generator limits them."""
@@ -35,9 +37,9 @@ class FrontEndLaw(Estimator):
         95 % intervals, by attribute.
     """
 
-    overhead_ms_: float
-    overhead_per_running_ms_: float
-    first_use_ms_: float
+    overhead_ms_: NotBelow0
+    overhead_per_running_ms_: NotBelow0
+    first_use_ms_: NotBelow0
     interval_: dict[str, list[float]]
 
     def __init__(self) -> None:
@@ -83,11 +85,11 @@ class MeasurementLaw(Estimator):
     """
 
     arrivals: Literal["poisson", "agullo2025"]
-    scrape_period_s: float
-    in_flight_cap: int
-    scrape_ms_: float
-    scrape_ms_per_label_: float
-    scrape_ms_per_name_: float
+    scrape_period_s: Annotated[float, Field(ge=0.01, le=1e9)]
+    in_flight_cap: Count
+    scrape_ms_: NotBelow0
+    scrape_ms_per_label_: NotBelow0
+    scrape_ms_per_name_: NotBelow0
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin.errors import require
-from adapter_twin.laws.estimator import Estimator
+from adapter_twin.laws.estimator import Estimator, Fitted, NotBelow0
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,10 +34,10 @@ class LoadingLaw(Estimator):
 
     model: str
     interval_: dict[str, tuple[float, float]]
-    full_slot_ms_: float
-    padded_slot_ms_: float
-    read_ms_: float
-    read_ms_per_rank_: float
+    full_slot_ms_: NotBelow0
+    padded_slot_ms_: NotBelow0
+    read_ms_: Fitted
+    read_ms_per_rank_: Fitted
 
     def __init__(self, model: str) -> None:
         self.model = model

@@ -18,18 +18,19 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from operator import attrgetter
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from adapter_twin.errors import AdapterTwinError, require
-from adapter_twin.laws.estimator import Estimator
+from adapter_twin.laws.estimator import Estimator, Fitted, NotBelow0
 from adapter_twin.workload.engine_versions import EngineVersion, engine_version
 from adapter_twin.workload.files import records, run_to_engine
 from adapter_twin.workload.models import ModelShape
 from adapter_twin.workload.scenario import Adapter, EngineConfig, ServeFlags
-from adapter_twin.workload.strict import suggestion
+from adapter_twin.workload.strict import Count, Size, suggestion
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -261,14 +262,14 @@ class MemoryLaw(Estimator):
 
     shape: ModelShape
     version: str
-    total_gib: float
-    max_model_len_: int
-    step_tokens_: int
+    total_gib: NotBelow0
+    max_model_len_: Annotated[Count, Field(lt=2**31)]
+    step_tokens_: Size
     slots_: SlotsTake
-    reserve_gib_: float
+    reserve_gib_: Fitted
     reserve_gib_interval_: tuple[float, float]
-    capture_s_: float
-    capture_s_per_slot_: float
+    capture_s_: NotBelow0
+    capture_s_per_slot_: NotBelow0
     max_relative_error_: float
 
     def __init__(self, shape: ModelShape, version: str, total_gib: float) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from adapter_twin.laws.estimator import Estimator
+from adapter_twin.laws.estimator import Estimator, NotBelow0
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,9 +43,9 @@ class SchedulingLaw(Estimator):
         MAPE with whole engine configurations left out.
     """
 
-    base_ms_: float
-    per_running_ms_: float
-    per_scanned_ms_: float
+    base_ms_: NotBelow0
+    per_running_ms_: NotBelow0
+    per_scanned_ms_: NotBelow0
     interval_: dict[str, list[float]]
     cv_error_percent_: float
 

@@ -12,15 +12,19 @@ follows tokens x ``max_lora_rank`` as soon as a batch holds an adapter at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
-from typing import Any
+from itertools import compress, pairwise
+from typing import Annotated, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import AfterValidator, Field
+from typing_extensions import TypedDict
 
-from adapter_twin.laws.estimator import Estimator
+from adapter_twin.errors import require
+from adapter_twin.laws.estimator import Estimator, Fitted, NotBelow0
+from adapter_twin.workload.strict import NotNegative, Whole, keys
 
 Floats = NDArray[np.float64]
 
@@ -130,6 +134,27 @@ def multipliers(max_loras: int, max_lora_rank: int) -> dict[str, int]:
     return {"1": 1, "L": 1, "G": max_loras, "R": max_lora_rank, "GR": max_loras * max_lora_rank}
 
 
+def _one_of(names: Collection[str]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"must be one of {', '.join(names)}")
+        return name
+
+    return AfterValidator(check)
+
+
+@keys
+class FittedTerm(TypedDict):
+    """A coefficient of the law, with its 95 % interval."""
+
+    regime: Whole
+    feature: Annotated[str, _one_of(FEATURES)]
+    multiplier: Annotated[str, _one_of(multipliers(0, 0))]
+    ms: NotBelow0
+    low_ms: Fitted
+    high_ms: Fitted
+
+
 class StepTimeLaw(Estimator):
     """Step time of one model on one GPU and engine version.
 
@@ -149,9 +174,20 @@ class StepTimeLaw(Estimator):
 
     cv_error_percent_: dict[str, float]
     form_: str
-    token_breaks_: list[float]
-    waiting_ms_: float
-    terms_: list[dict[str, Any]]
+    token_breaks_: list[NotNegative]
+    waiting_ms_: NotBelow0
+    terms_: Annotated[list[FittedTerm], Field(min_length=1)]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Rebuild a fitted law; raise `AdapterTwinError` unless it is one."""
+        law = super().from_dict(values)
+        breaks = law.token_breaks_
+        require(all(a < b for a, b in pairwise(breaks)), "token_breaks_: must increase")
+        for i, term in enumerate(law.terms_):
+            is_one = term["regime"] <= len(breaks)
+            require(is_one, f"terms_[{i}].regime: must be at most {len(breaks)}, of token_breaks_")
+        return law
 
     def fit(self, observed: StepObservations) -> StepTimeLaw:
         """Choose the form by leave-one-workload-out error, then fit it to everything."""
@@ -167,10 +203,18 @@ class StepTimeLaw(Estimator):
         active = values > 0
         intervals = _intervals(design[:, active], observed, weight)
         kept = list(compress(zip(names, values, strict=False), active))
-        keys = ("regime", "feature", "multiplier", "ms", "low_ms", "high_ms")
         self.terms_ = [
-            dict(zip(keys, (*name, float(value), *interval), strict=True))
-            for (name, value), interval in zip(kept, intervals, strict=False)
+            FittedTerm(
+                regime=regime,
+                feature=feature,
+                multiplier=factor,
+                ms=float(value),
+                low_ms=low,
+                high_ms=high,
+            )
+            for ((regime, feature, factor), value), (low, high) in zip(
+                kept, intervals, strict=False
+            )
         ]
         return self
 

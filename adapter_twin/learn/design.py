@@ -12,17 +12,36 @@ from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
-from pydantic import Strict
+from pydantic import Field, Strict
 
 from adapter_twin.errors import require
 from adapter_twin.plan.grid import GRID, Grid, slot_rank
 from adapter_twin.workload.files import parse_ranks, read_yaml
 from adapter_twin.workload.models import model_shape
-from adapter_twin.workload.scenario import LengthDistribution, MeanTokens, ServeFlags, Slo
-from adapter_twin.workload.strict import Count, NotNegative, Positive, Some, Whole, dataclass, read
+from adapter_twin.workload.scenario import (
+    Duration,
+    LengthDistribution,
+    MeanTokens,
+    Rate,
+    ServeFlags,
+    Slo,
+    Variation,
+)
+from adapter_twin.workload.strict import (
+    Count,
+    Name,
+    NotNegative,
+    Size,
+    Some,
+    Text,
+    Whole,
+    dataclass,
+    read,
+)
 
 Range = Annotated[tuple[NotNegative, NotNegative], Strict(False)]
-PositiveRange = Annotated[tuple[Positive, Positive], Strict(False)]
+Means = Annotated[tuple[MeanTokens, MeanTokens], Strict(False)]
+PositiveRate = Annotated[Rate, Field(gt=0)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +59,7 @@ class Factorial:
     mean_input_tokens, mean_output_tokens : float
     """
 
-    rate_values: Some[Positive]
+    rate_values: Some[PositiveRate]
     rates_per_workload: Count
     ranks: Some[str]
     mean_input_tokens: MeanTokens = 223.0
@@ -88,12 +107,12 @@ class SpaceFilling:
         Each mix is as likely.
     """
 
-    workloads: Count
-    mean_rate: PositiveRange
-    mean_input_tokens: PositiveRange
-    mean_output_tokens: PositiveRange
+    workloads: Size
+    mean_rate: Annotated[tuple[PositiveRate, PositiveRate], Strict(False)]
+    mean_input_tokens: Means
+    mean_output_tokens: Means
     zipf_exponent: Range
-    arrival_cv: PositiveRange
+    arrival_cv: Annotated[tuple[Variation, Variation], Strict(False)]
     ranks: Some[str]
 
     def __post_init__(self) -> None:
@@ -157,16 +176,16 @@ class Design:
         Runs of each configuration, at `seed`, `seed` + 1, ...
     """
 
-    name: str
-    models: Some[str]
+    name: Name
+    models: Some[Text]
     served_adapters: Grid = GRID
     adapter_slots: Grid = GRID
-    max_num_seqs: Count = _FLAGS.max_num_seqs
-    max_num_batched_tokens: Count = _FLAGS.max_num_batched_tokens
-    block_size: Count = _FLAGS.block_size
+    max_num_seqs: Size = _FLAGS.max_num_seqs
+    max_num_batched_tokens: Size = _FLAGS.max_num_batched_tokens
+    block_size: Size = _FLAGS.block_size
     length_distribution: LengthDistribution = "sharegpt"
-    length_cv: Positive = 1.0
-    duration_s: Positive = 3600.0
+    length_cv: Variation = 1.0
+    duration_s: Duration = 3600.0
     slo: Slo | None = None
     factorial: Factorial | None = None
     space_filling: SpaceFilling | None = None

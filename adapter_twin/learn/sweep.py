@@ -14,9 +14,9 @@ from adapter_twin.learn.design import Design, load_design
 from adapter_twin.parallel import track, workers
 from adapter_twin.plan.criterion import Criterion
 from adapter_twin.plan.grid import FIGURES, evaluate, grid_runs
-from adapter_twin.tables.datasets import read_table, write_table, write_text
+from adapter_twin.tables.datasets import read_frame, read_table, write_table, write_text
 from adapter_twin.tables.schemas import SWEEP, validate
-from adapter_twin.workload.files import records
+from adapter_twin.workload.files import records, run_to_workload
 from adapter_twin.workload.scenario import config_hash
 
 DESIGN = "design.yaml"
@@ -66,8 +66,10 @@ def run_sweep(
     design = load_design(file)
     calibrations = {model: load_calibration(calibration, model) for model in design.models}
     with workers(scheduler):
-        _open(out, file, design, calibrations)
         workloads = design.workloads()
+        for row in records(workloads):  # what is wrong is told before a folder is made
+            run_to_workload(records(_grid(row, design))[0])
+        _open(out, file, design, calibrations)
         todo = [row for row in records(workloads) if not _part(out, row).is_file()]
         done, total = len(workloads) - len(todo), len(workloads)
         tasks = (joblib.delayed(_predict)(row, design, calibrations[row["model"]]) for row in todo)
@@ -89,7 +91,7 @@ def read_sweep(path: Path) -> pd.DataFrame:
         return read_table(path, SWEEP)
     parts = sorted((path / PARTS).glob("*/*.parquet"))
     require(bool(parts), f"{path}: holds no part of a sweep; run adapter-twin sweep first")
-    return validate(pd.concat(map(pd.read_parquet, parts), ignore_index=True), SWEEP, path)
+    return validate(pd.concat(map(read_frame, parts), ignore_index=True), SWEEP, path)
 
 
 def label(runs: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
@@ -154,12 +156,16 @@ def _predict(
     row: dict[str, Any], design: Design, calibration: Calibration
 ) -> tuple[str, str, pd.DataFrame]:
     """Return the runs of one workload over the grid, a row per configuration and replication."""
-    runs = grid_runs(row, design.served_adapters, design.adapter_slots, design.duration_s)
+    runs = _grid(row, design)
     tables = [
         evaluate(runs, calibration, seed=seed, slo=design.slo).assign(seed=seed)
         for seed in range(design.seed, design.seed + design.replications)
     ]
     return row["workload_id"], row["model"], pd.concat(tables, ignore_index=True)
+
+
+def _grid(row: dict[str, Any], design: Design) -> pd.DataFrame:
+    return grid_runs(row, design.served_adapters, design.adapter_slots, design.duration_s)
 
 
 def _part(out: Path, row: dict[str, Any]) -> Path:
@@ -172,7 +178,7 @@ def _open(out: Path, file: Path, design: Design, calibrations: dict[str, Calibra
     names = ", ".join(fitted.name for fitted in calibrations.values())
     stamp = f"# {config_hash(design)}, {names}, adapter-twin {__version__}"
     if copy.is_file():
-        before = copy.read_text(encoding="utf-8").splitlines()[0]
+        before = copy.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
         require(before == stamp, f"{out}: holds another sweep ({before}); give another --out")
     for model in design.models:
         (out / PARTS / model).mkdir(parents=True, exist_ok=True)

@@ -24,11 +24,12 @@ from adapter_twin.workload.scenario import (
     Arrivals,
     EngineConfig,
     Lengths,
+    Rate,
     ServeFlags,
     Slo,
     Workload,
 )
-from adapter_twin.workload.strict import NotNegative, Whole, dataclass, read
+from adapter_twin.workload.strict import Whole, dataclass, read
 from adapter_twin.workload.trace import Trace
 
 
@@ -61,7 +62,7 @@ class Demand:
     adapters: Annotated[Adapters, Field(min_length=1)]
     lengths: Lengths
     arrivals: Arrivals = field(default_factory=Arrivals)
-    base_model_request_rate: NotNegative = 0.0
+    base_model_request_rate: Rate = 0.0
     slo: Slo | None = None
     calibration: str = "auto"
     seed: Whole = 0

@@ -11,12 +11,14 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Required
+
+from typing_extensions import TypedDict
 
 from adapter_twin.errors import AdapterTwinError, one_line, require
 from adapter_twin.workload.models import ModelShape, model_shape, read_object, same_model
 from adapter_twin.workload.scenario import dealt
-from adapter_twin.workload.strict import suggestion
+from adapter_twin.workload.strict import Size, Text, keys, read, suggestion
 
 PEFT_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -33,6 +35,15 @@ _OF_HIDDEN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 """Inputs of these modules are as wide as the model's hidden states."""
 
 
+@keys
+class _Peft(TypedDict, total=False):
+    r: Required[Size]
+    rank_pattern: dict[str, Size] | None
+    target_modules: list[Text] | str | None
+    base_model_name_or_path: str | None
+    bias: str | None
+
+
 def peft_config(folder: Path) -> dict[str, Any]:
     """Return the ``adapter_config.json`` of a LoRA adapter that vLLM loads.
 
@@ -43,10 +54,8 @@ def peft_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / PEFT_CONFIG
     config = read_object(path, "a PEFT adapter")
-    ranks = (config.get("r"), *(config.get("rank_pattern") or {}).values())
-    is_lora = config.get("peft_type") == "LORA"
-    is_lora &= all(isinstance(rank, int) and rank > 0 for rank in ranks)
-    require(is_lora, f"{path}: no LoRA of PEFT; give a LoRA adapter")
+    require(config.get("peft_type") == "LORA", f"{path}: no LoRA of PEFT; give a LoRA adapter")
+    read(_Peft, config, str(path))
     init, bias = config.get("init_lora_weights"), config.get("bias", "none")
     refused = {key: config.get(key) for key in _REFUSED}
     refused["bias"] = bias if bias != "none" else None
@@ -114,12 +123,12 @@ def _lora_tensors(path: Path) -> dict[str, tuple[int, int]]:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header: Any = json.loads(file.read(size)) if size <= LARGEST_HEADER_BYTES else None
-        for name, about in header.items():
+        for name, about in dict(header).items():
             if ".lora_A" in name or ".lora_embedding_A" in name:
                 module = name.partition(".lora_")[0].rpartition(".")[2]
                 rank, width = map(int, about["shape"])
                 found[module] = max(found.get(module, (0, 0)), (rank, width))
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, OverflowError):
         raise AdapterTwinError(f"{path}: no safetensors file; save it again") from None
     require(bool(found), f"{path}: holds no LoRA weights; give a LoRA adapter")
     return found

@@ -14,9 +14,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from typing_extensions import TypedDict
+
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.workload.models import same_model
-from adapter_twin.workload.strict import Count, Positive, Text, dataclass, read
+from adapter_twin.workload.strict import Count, Positive, Text, Tokens, dataclass, keys, read
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -149,6 +151,13 @@ def read_benchmark(content: Mapping[str, Any], path: str | Path) -> Benchmark:
     return read(Benchmark, told | {"detailed": bool(content.get("start_times"))}, str(path))
 
 
+@keys
+class _Saved(TypedDict):
+    start_times: list[float]
+    input_lens: list[Tokens]
+    output_lens: list[Tokens]
+
+
 def read_results(path: str | Path) -> list[dict[str, Any]]:
     """Return the JSON objects of a file: one, or one a line (``--append-result``).
 
@@ -164,10 +173,10 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
         raise AdapterTwinError(f"{path}: {reason}; give a benchmark's JSON") from None
     try:
         found = [json.loads(text)]
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             found = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except ValueError:
+        except (ValueError, RecursionError):
             raise AdapterTwinError(f"{path}: not valid JSON; give a benchmark's result") from None
     objects = bool(found) and all(isinstance(one, dict) for one in found)
     require(objects, f"{path}: holds no JSON object; give a benchmark's result")
@@ -215,10 +224,13 @@ def vllm_requests(content: Mapping[str, Any], path: str | Path) -> pd.DataFrame:
             f"{path}: holds no {name}; save the benchmark with --save-detailed, with a vLLM that "
             "saves start_times",
         )
+    read(_Saved, {name: content[name] for name in VLLM_COLUMNS}, str(path))
     lists = {own: content[name] for name, own in VLLM_COLUMNS.items()}
     sizes = {len(values) for values in lists.values()}
     require(len(sizes) == 1, f"{path}: its lists differ in length; save the benchmark again")
     frame = pd.DataFrame(lists)
+    empty = (frame["prompt_tokens"] == 0) & (frame["output_tokens"] > 0)
+    require(not empty.any(), f"{path}: input_lens: no prompt is empty; save the benchmark again")
     answered_s = frame["arrival_s"][frame["output_tokens"] > 0]  # its clock starts anywhere
     return frame.assign(arrival_s=frame["arrival_s"] - answered_s.min())
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.workload.engine_versions import engine_version
 from adapter_twin.workload.gpus import gpu_memory_gib, gpu_name
-from adapter_twin.workload.models import same_model
+from adapter_twin.workload.models import read_object, same_model
 from adapter_twin.workload.shipped import SHIPPED
 from adapter_twin.workload.strict import suggestion
 
@@ -62,10 +61,10 @@ def flags_left_out(calibration: str, model: str) -> dict[str, Any]:
     2048
     """
     path = calibration_path(calibration, model)
+    content = read_object(path, "a calibration")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         gpu, version = str(content["gpu"]), str(content["memory"]["version"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         raise AdapterTwinError(f"calibration: {path} is no calibration") from None
     require(gpu != "cpu", "engine.defaults: vLLM's own are known for GPUs; leave it out on a CPU")
     return engine_version(version).flags_left_out(gpu_name(gpu), gpu_memory_gib(gpu))

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Where PyYAML was built with libyaml, that one reads a dozen times as fast."""
 
+MOST_VALUES = 20_000_000
+"""A file holds no more values, those of repeated aliases counted again."""
+
 DEFAULT_DURATION_S = 3600.0
 DEFAULT_MEAN_INPUT_TOKENS = 223.0
 DEFAULT_MEAN_OUTPUT_TOKENS = 198.0
@@ -126,10 +129,27 @@ def read_yaml(file: Path) -> Any:
             reason = f"{place}: {getattr(error, 'problem', error)}"
         raise AdapterTwinError(f"{file}: not valid YAML ({reason}); correct it") from None
     require(content is not None, f"{file}: the file is empty; adapter-twin init writes one")
+    size = _count_values(content, {})
+    require(size < math.inf, f"{file}: refers to itself; write it out")
+    require(size <= MOST_VALUES, f"{file}: its aliases stand for {size:.0e} values; write fewer")
     calibration = content.get("calibration") if isinstance(content, dict) else None
     if isinstance(calibration, str) and calibration.endswith(".json"):
         content["calibration"] = os.path.normpath(file.parent / calibration)
     return content
+
+
+def _count_values(content: Any, counted: dict[int, float]) -> float:
+    """Return the number of values in nested lists and mappings, infinite if one holds itself."""
+    if isinstance(content, str):
+        at = next((one for one in content if ord(one) < 32 and not one.isspace()), None)
+        require(at is None, f"{content[:40]!r}: holds the control character {at!r}; leave it out")
+    if not isinstance(content, (list, dict, set)):
+        return 1
+    if id(content) not in counted:
+        counted[id(content)] = math.inf
+        parts = [*content, *content.values()] if isinstance(content, dict) else content
+        counted[id(content)] = 1 + sum(_count_values(part, counted) for part in parts)
+    return counted[id(content)]
 
 
 def parse_rates(text: object, name: str = "rates_per_adapter") -> tuple[float, ...]:

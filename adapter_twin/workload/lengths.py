@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from scipy.special import ndtr, ndtri
 
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.workload.scenario import Lengths
-from adapter_twin.workload.strict import Many, NotNegative, dataclass
+from adapter_twin.workload.strict import LONGEST_TOKENS, Many, NotNegative, dataclass
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
@@ -41,7 +43,7 @@ class LengthMarginals:
     prompt_counts: Many[NotNegative]
     output_edges: Many[NotNegative]
     output_counts: Many[NotNegative]
-    rank_correlation: float = 0.0
+    rank_correlation: Annotated[float, Field(ge=-1, le=1)] = 0.0
 
     def __post_init__(self) -> None:
         for side in ("prompt", "output"):
@@ -131,7 +133,7 @@ def _length_table(
     lengths = quantiles(*shape)
 
     def whole(scale: float) -> Floats:
-        return np.maximum(np.rint(scale * lengths), 1)
+        return np.clip(np.rint(scale * lengths), 1, LONGEST_TOKENS)
 
     # rounding and the floor shift the mean a little, so the scale is found rather than divided
     low, high = 0.0, 2 * mean / float(lengths.mean())

@@ -11,13 +11,27 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from adapter_twin.errors import AdapterTwinError, one_line, require
 from adapter_twin.workload.shipped import facts
-from adapter_twin.workload.strict import Count, Positive, Whole, dataclass, suggestion
+from adapter_twin.workload.strict import (
+    Count,
+    Integer,
+    Positive,
+    Size,
+    Whole,
+    dataclass,
+    keys,
+    read,
+    suggestion,
+)
 
 Config = dict[str, Any]
+Length = Annotated[Count, Field(lt=2**31)]
 
 _FUSED = ("Phi3ForCausalLM",)  # one projection for q, k and v, and one for gate and up
 _DENSE = (
@@ -33,6 +47,43 @@ _TYPES = {
     "granite": "GraniteForCausalLM",
     "phi3": "Phi3ForCausalLM",
 }
+
+
+@keys
+class _Rope(TypedDict, total=False):
+    factor: Annotated[float, Field(gt=0, le=1e6)] | None
+    original_max_position_embeddings: Length | None
+
+
+@keys
+class _Bits(TypedDict, total=False):
+    num_bits: Size | None
+    group_size: Integer | None
+
+
+@keys
+class _Quantisation(_Bits, total=False):
+    quant_method: str | None
+    bits: Size | None
+    config_groups: dict[str, dict[str, Any]] | None
+
+
+@keys
+class _Kinds(TypedDict, total=False):
+    """What keys of a ``config.json`` may hold, those beside the sizes."""
+
+    architectures: list[str] | None
+    layer_types: list[str] | None
+    head_dim: Size | None
+    num_key_value_heads: Size | None
+    sliding_window: Length | None
+    torch_dtype: str | None
+    dtype: str | None
+    rope_scaling: _Rope | None
+    quantization_config: _Quantisation | None
+    text_config: dict[str, Any] | None
+
+
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -97,7 +148,9 @@ class ModelShape:
         AdapterTwinError
             A key is missing, or the model is of a kind whose memory is not known here.
         """
+        read(_Kinds, config, "config.json")
         whole, config = config, {**config, **(config.get("text_config") or {})}
+        read(_Kinds, config, "config.json")
         architecture = _architecture(config)
         _require_known(architecture, config)
         hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
@@ -196,8 +249,8 @@ def _require_known(architecture: str, config: Mapping[str, Any]) -> None:
 def _size(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
     require(
-        isinstance(value, int) and not isinstance(value, bool) and value > 0,
-        f"config.json: {key} must be a whole number above 0, got {value!r}",
+        isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**24,
+        f"config.json: {key} must be a whole number above 0, and small, got {one_line(value, 40)}",
     )
     assert isinstance(value, int)
     return value
@@ -210,7 +263,7 @@ def _longest(config: Mapping[str, Any]) -> int:
     kind = scaling.get("rope_type") or scaling.get("type")
     if kind in ("linear", "dynamic", "yarn"):
         longest = scaling.get("original_max_position_embeddings") or longest
-        return int(longest * scaling.get("factor", 1))
+        return int(longest * (scaling.get("factor") or 1))
     return longest
 
 
@@ -220,8 +273,9 @@ def _linear_bits(quantisation: Mapping[str, Any] | None) -> float:
         return 16.0
     method = str(quantisation.get("quant_method"))
     if method == "compressed-tensors":
-        groups = list(quantisation.get("config_groups", {}).values())
+        groups = list((quantisation.get("config_groups") or {}).values())
         quantisation = (groups[0].get("weights") if groups else None) or {}
+        read(_Bits, quantisation, "config.json.quantization_config.weights")
         quantisation = {"bits": quantisation.get("num_bits"), **quantisation}
     elif "fp8" in method:
         return 8.0
@@ -300,7 +354,7 @@ def read_object(path: Path, kind: str) -> Config:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         not_json = f"no valid JSON ({one_line(error)})"
         reason = error.strerror if isinstance(error, OSError) else not_json
         raise AdapterTwinError(f"{path}: {reason}; give {kind}") from None

@@ -26,7 +26,7 @@ from adapter_twin.workload import log_turns
 from adapter_twin.workload.benchmark_clients import aiperf_requests, requests_of_results
 from adapter_twin.workload.contents import whole_prompts
 from adapter_twin.workload.lengths import Floats
-from adapter_twin.workload.strict import suggestion
+from adapter_twin.workload.strict import LONGEST_TOKENS, suggestion
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -297,7 +297,8 @@ def _read(path: Path) -> pd.DataFrame:
             frame = pd.read_parquet(path)
     except AdapterTwinError:
         raise
-    except (OSError, ValueError) as error:  # pandas' and Arrow's parse errors are ValueErrors
+    # pandas' and Arrow's parse errors are ValueErrors, and columns of several kinds TypeErrors
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
         raise AdapterTwinError(
             f"{path}: cannot be read as a trace ({reason}); give a .csv, .csv.gz, .jsonl, "
@@ -318,7 +319,7 @@ def _numbers(
     if missing:
         values = np.nan_to_num(values, nan=0.0, posinf=np.inf)
     lowest = 0 if missing else 1
-    fits = (values >= lowest) & (values < np.iinfo(np.int32).max) & (values == np.rint(values))
+    fits = (values >= lowest) & (values <= LONGEST_TOKENS) & (values == np.rint(values))
     require(bool(fits.all()), f"{path}: {name} must be a whole number of at least 1 in every row")
     return values
 

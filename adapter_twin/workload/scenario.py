@@ -21,9 +21,11 @@ from adapter_twin.workload.strict import (
     Count,
     Integer,
     Many,
+    Name,
     NotNegative,
     Positive,
     Several,
+    Size,
     Some,
     Text,
     Whole,
@@ -44,7 +46,11 @@ def _lora_rank(rank: int) -> int:
 
 LoraRank = Annotated[Count, AfterValidator(_lora_rank)]
 Share = Annotated[float, Field(gt=0, le=1)]
-MeanTokens = Annotated[float, Field(ge=1)]
+Rate = Annotated[float, Field(ge=0, le=1e6)]
+Variation = Annotated[float, Field(ge=1e-3, le=100)]
+Duration = Annotated[float, Field(gt=0, le=366 * 86400)]
+Adapted = Annotated[Count, Field(le=1_000_000)]
+MeanTokens = Annotated[float, Field(ge=1, le=1e7)]
 LengthDistribution = Literal["sharegpt", "lognormal", "fixed"]
 
 
@@ -70,9 +76,9 @@ class Adapter:
         see `adapter_twin.workload.adapter_folders`.
     """
 
-    name: str
+    name: Name
     rank: Count
-    request_rate: NotNegative
+    request_rate: Rate
     pinned: bool = False
     priority: Integer = 0
     target_modules: Some[Text] | None = None
@@ -81,7 +87,7 @@ class Adapter:
 
 @function
 def deal_adapters(
-    count: Count, request_rates: Several[NotNegative], ranks: Several[Count]
+    count: Adapted, request_rates: Several[Rate], ranks: Several[Count]
 ) -> tuple[Adapter, ...]:
     """Deal rates and ranks round-robin, as the reference study did.
 
@@ -100,7 +106,7 @@ def deal_adapters(
 
 @function
 def zipf_adapters(
-    count: Count, total_request_rate: NotNegative, zipf_exponent: NotNegative, ranks: Several[Count]
+    count: Adapted, total_request_rate: Rate, zipf_exponent: NotNegative, ranks: Several[Count]
 ) -> tuple[Adapter, ...]:
     """Share out requests by Zipf's law: the share of adapter k goes as k^-exponent.
 
@@ -120,7 +126,7 @@ def zipf_adapters(
 
 @function
 def split_adapters(
-    traffic_split: dict[Text, Share], total_request_rate: NotNegative, ranks: Several[Count]
+    traffic_split: dict[Name, Share], total_request_rate: Rate, ranks: Several[Count]
 ) -> tuple[Adapter, ...]:
     """Share out requests by name, as inference-perf's ``lora_traffic_split`` does.
 
@@ -200,19 +206,19 @@ class ServeFlags:
         read when their first request comes.
     """
 
-    max_num_seqs: Count = 2048
-    max_num_batched_tokens: Count = 2048
-    block_size: Count = 16
+    max_num_seqs: Size = 2048
+    max_num_batched_tokens: Size = 2048
+    block_size: Size = 16
     gpu_memory_utilization: Share = 0.9
-    max_model_len: Count | None = None
+    max_model_len: Annotated[Count, Field(lt=2**31)] | None = None
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     kv_cache_memory_bytes: Count | None = None
-    tensor_parallel_size: Count = 1
+    tensor_parallel_size: Size = 1
     fully_sharded_loras: bool = False
     lora_target_modules: Some[Text] | None = None
     enable_prefix_caching: bool | None = None
     enable_chunked_prefill: bool = True
-    long_prefill_token_threshold: Whole = 0
+    long_prefill_token_threshold: Annotated[Whole, Field(lt=2**31)] = 0
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     async_scheduling: bool | None = None
     specialize_active_lora: bool = False
@@ -249,8 +255,8 @@ class EngineConfig(ServeFlags):
     """
 
     model: Text
-    max_loras: Whole
-    max_cpu_loras: Count = 0  # left out: `__post_init__` takes what vLLM does
+    max_loras: Annotated[Whole, Field(le=1_000_000)]
+    max_cpu_loras: Adapted = 0  # left out: `__post_init__` takes what vLLM does
     max_lora_rank: LoraRank = 16
 
     def __post_init__(self) -> None:
@@ -322,12 +328,12 @@ class Arrivals:
     """
 
     process: Literal["poisson", "gamma", "trace", "agullo2025"] = "poisson"
-    cv: Positive = 1.0
+    cv: Variation = 1.0
     path: Text | None = None
-    period_s: Positive | None = None
+    period_s: Duration | None = None
     amplitude: Annotated[float, Field(ge=0, le=1)] = 0.0
-    num_prompts: Count | None = None
-    max_concurrency: Count | None = None
+    num_prompts: Size | None = None
+    max_concurrency: Size | None = None
 
     def __post_init__(self) -> None:
         require(self.process == "gamma" or self.cv == 1, "cv: only for process gamma; leave it out")
@@ -372,9 +378,9 @@ class Lengths:
     distribution: LengthDistribution = "sharegpt"
     mean_input_tokens: MeanTokens
     mean_output_tokens: MeanTokens
-    cv: Positive = 1.0
+    cv: Variation = 1.0
     rank_correlation: Annotated[float, Field(ge=-1, le=1)] | None = None
-    shared_prefix_tokens: Whole = 0
+    shared_prefix_tokens: Annotated[Whole, Field(le=10_000_000)] = 0
 
     def __post_init__(self) -> None:
         has_cv = self.distribution == "lognormal"
@@ -425,6 +431,11 @@ class Sessions:
         if self.distribution == "fixed" and self.turns is not None:
             require(self.turns.is_integer(), "turns: a fixed number is a whole one")
 
+    @property
+    def mean_turns(self) -> float:
+        """Mean number of turns."""
+        return len(self.chain or ()) if self.turns is None else self.turns
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
@@ -454,12 +465,12 @@ class Workload:
     """
 
     adapters: Adapters
-    duration_s: Positive
+    duration_s: Duration
     lengths: Lengths
     arrivals: Arrivals = field(default_factory=Arrivals)
-    base_model_request_rate: NotNegative = 0.0
+    base_model_request_rate: Rate = 0.0
     sessions: Sessions | None = None
-    samples: Count = 1
+    samples: Size = 1
 
     def __post_init__(self) -> None:
         for name, count in Counter(adapter.name for adapter in self.adapters).items():
@@ -511,7 +522,7 @@ class Fleet:
         Chooses the replica of each request, see `adapter_twin.fleet.routers`.
     """
 
-    replicas: Count
+    replicas: Annotated[Count, Field(le=10_000)]
     router: Any = "adapter_affinity"
 
 

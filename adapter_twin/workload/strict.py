@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
 from functools import cache, wraps
@@ -12,7 +13,15 @@ from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, get_args, get_type_hints
 
 import pydantic
-from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_core import PydanticSerializationError, to_json
 
 from adapter_twin.errors import AdapterTwinError
@@ -26,15 +35,35 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "dtype") and value.dtype.kind in "iu" else value
 
 
+def _fits(value: int) -> int:
+    if value >= 2**63:
+        raise ValueError("must fit into 64 bits")
+    return value
+
+
+LONGEST_TOKENS = 1 << 28
+"""No length is above this: sums of a few stay within 32 bits."""
+
+_BITS = AfterValidator(_fits)
+
 Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1), BeforeValidator(_plain)]
-Whole = Annotated[int, Field(ge=0), BeforeValidator(_plain)]
-Integer = Annotated[int, BeforeValidator(_plain)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=200)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_plain), _BITS]
+Size = Annotated[int, Field(ge=1, le=2**20), BeforeValidator(_plain)]
+Whole = Annotated[int, Field(ge=0), BeforeValidator(_plain), _BITS]
+Tokens = Annotated[int, Field(ge=0, le=LONGEST_TOKENS)]
+Integer = Annotated[int, Field(ge=-(2**31), lt=2**31), BeforeValidator(_plain)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Many = Annotated[tuple[T, ...], Strict(False)]
 Some = Annotated[tuple[T, ...], Strict(False), Field(min_length=1)]
-"""What fields hold; numbers are finite, `Many` and `Some` take a list as well."""
+"""What fields hold; numbers are finite, `Many` and `Some` take a list as well.
+
+A `Name` becomes a file, a flag or a field of Kubernetes; a `Size` is that of an array.
+"""
+
+keys = pydantic.with_config(ConfigDict(strict=True, allow_inf_nan=False))
+"""The decorator of a typed dictionary: some of the keys of a file that others write."""
 
 CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -125,6 +154,8 @@ _REASONS = {
     "less_than_equal": "must be at most {le:g}",
     "too_short": "must not be empty; give at least {min_length}",
     "string_too_short": "must not be empty",
+    "string_too_long": "must not be longer than {max_length}",
+    "string_pattern_mismatch": "use letters, digits, ., _ and -, and begin with one of the first",
     "string_type": "expected text",
     "int_type": "expected a whole number",
     "float_type": "expected a number (not in quotes; 1.0e6, not 1e6)",
@@ -167,6 +198,10 @@ def _keys(kind: Any, owners: list[int | str]) -> Iterable[str]:
     return inspect.signature(kind).parameters
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 40
+
+
 def _show(value: object) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    text = "nothing" if value is None else _SHORT.repr(value)  # never the whole of a large one
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -43,6 +43,10 @@ __all__ = [
     "read_trace",
 ]
 
+MOST_REQUESTS = 10_000_000
+REQUEST_BYTES = 1_600
+"""A run takes about this memory for each request, with the steps that serve it."""
+
 COLUMNS = ("arrival_s", "adapter", "prompt_tokens", "output_tokens")
 """A trace's table has these."""
 
@@ -232,6 +236,13 @@ def generate(
         return replace(trace, max_concurrency=workload.arrivals.max_concurrency)
     adapter_rates = [adapter.request_rate for adapter in workload.adapters]
     rates = np.array([*adapter_rates, workload.base_model_request_rate])
+    turns = 1.0 if workload.sessions is None else workload.sessions.mean_turns
+    expected = float(rates.sum()) * workload.duration_s * turns * workload.samples
+    require(
+        expected <= MOST_REQUESTS,
+        f"duration_s: {rates.sum():g} requests/s for {workload.duration_s:g} s are {expected:.2g} "
+        f"requests, some {expected * REQUEST_BYTES / 2**30:,.0f} GiB; ask for {MOST_REQUESTS:,}",
+    )
     # one request in 1e9 windows is none, and divisions by the rates stay finite
     rates[rates * workload.duration_s < 1e-9] = 0
     arrival_s, source = draw_arrivals(workload.arrivals, rates, workload.duration_s, rng)
@@ -264,8 +275,7 @@ def _turns(
     workload: Workload, sessions: Sessions, opens_s: Floats, source: Ints, rng: np.random.Generator
 ) -> tuple[Floats, Ints, Ints, Floats]:
     """Return the turns of sessions: earliest times, adapters, predecessors and think times."""
-    chain = sessions.chain or ()
-    mean = len(chain) if sessions.turns is None else sessions.turns
+    chain, mean = sessions.chain or (), sessions.mean_turns
     turns = np.full(len(source), int(mean))
     if sessions.distribution == "geometric":
         turns = rng.geometric(1 / mean, len(source))

@@ -110,8 +110,8 @@ def test_adapters_of_the_same_shape_fit(adapter: Write, base: str | None) -> Non
         ({"bias": "all"}, "no adapter with bias = 'all'"),
         ({"modules_to_save": ["lm_head"]}, "no adapter with modules_to_save"),
         ({"init_lora_weights": "pissa"}, "no adapter with init_lora_weights = 'pissa'"),
-        ({"r": 0}, "no LoRA of PEFT"),
-        ({"rank_pattern": {"q_proj": "8"}}, "no LoRA of PEFT"),
+        ({"r": 0}, r"adapter_config.json.r: must be at least 1"),
+        ({"rank_pattern": {"q_proj": "8"}}, "rank_pattern.q_proj: expected a whole number"),
         ({"peft_type": "IA3"}, "no LoRA of PEFT"),
         ({"base_model_name_or_path": "Qwen/Qwen2.5-7B-Instruct"}, "an adapter of Qwen/"),
         ({"target_modules": r".*\.q_proj"}, "target_modules is a pattern, .* add adapter_model"),
@@ -326,7 +326,7 @@ def test_a_command_for_another_machine_needs_ranks(tmp_path: Path) -> None:
 def test_a_printed_command_names_the_adapters_and_is_read_back() -> None:
     engine = EngineConfig(model=LLAMA, max_loras=2, max_lora_rank=8, lora_modules="all")
     laws = load_calibration("auto", LLAMA)
-    paths = {"sql": "/adapters/sql", "law, tax": "/adapters/law"}
+    paths = {"sql": "/adapters/sql", "law": "/adapters/law, tax"}
     adapters = [Adapter(name=n, path=p, rank=8, request_rate=1) for n, p in paths.items()]
     words = vllm_args(engine, laws, adapters)
     assert "sql=/adapters/sql" in words

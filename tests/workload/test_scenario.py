@@ -293,7 +293,12 @@ scenarios = st.builds(
     workload=st.builds(
         Workload,
         adapters=st.lists(
-            st.builds(Adapter, name=st.text(), rank=st.just(8), request_rate=st.floats(0, 9)),
+            st.builds(
+                Adapter,
+                name=st.from_regex(r"[a-z][a-z0-9_.-]*", fullmatch=True),
+                rank=st.just(8),
+                request_rate=st.floats(0, 9),
+            ),
             unique_by=lambda a: a.name,
             max_size=4,
         ).map(tuple),
