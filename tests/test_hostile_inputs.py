@@ -26,7 +26,7 @@ import yaml
 from adapter_twin import cli
 from adapter_twin.tables import datasets
 
-CASES = int(os.environ.get("HOSTILE_CASES", "10"))
+CASES = int(os.environ.get("HOSTILE_CASES", "4"))
 SEED = int(os.environ.get("HOSTILE_SEED", "0"))
 LONGEST_S = 40.0
 MOST_BYTES = 3 << 30

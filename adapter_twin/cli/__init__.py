@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from io import StringIO
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     of our own is one line, too, and status 1; `DEBUG` shows where it is.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    sys.stdout, sys.stderr = (one or StringIO() for one in (sys.stdout, sys.stderr))  # closed: None
     warnings.showwarning = _show_warning
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("adapter_twin").setLevel(logging.INFO)

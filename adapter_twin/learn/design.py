@@ -107,7 +107,7 @@ class SpaceFilling:
         Each mix is as likely.
     """
 
-    workloads: Size
+    workloads: Annotated[Size, Field(le=100_000)]
     mean_rate: Annotated[tuple[PositiveRate, PositiveRate], Strict(False)]
     mean_input_tokens: Means
     mean_output_tokens: Means

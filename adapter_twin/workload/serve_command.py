@@ -132,7 +132,7 @@ def parse_flags(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
     while left:
         name, value, left = _next_flag(left)
         if name == "model":
-            model = value
+            model = None if value is True else str(value)
         elif name == "lora_modules":
             flags[name] = "all"
         elif name == "enable_lora" or name in _FLAGS:
