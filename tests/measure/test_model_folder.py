@@ -131,7 +131,9 @@ def test_an_adapter_that_does_not_fit_a_slot_is_named(model: Path, tmp_path: Pat
 @pytest.mark.parametrize("config", [{"r": 8}, {"peft_type": "LORA"}, {"peft_type": "IA3", "r": 8}])
 def test_a_folder_that_is_no_lora_is_refused(tmp_path: Path, config: dict[str, object]) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(AdapterTwinError, match=r"adapter_config\.json(: no LoRA of PEFT|\.r: missing)"):
+    with pytest.raises(
+        AdapterTwinError, match=r"adapter_config\.json(: no LoRA of PEFT|\.r: missing)"
+    ):
         check_adapters([tmp_path], 16)
 
 
