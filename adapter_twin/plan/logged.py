@@ -18,7 +18,7 @@ from adapter_twin.workload.scenario import Adapter, Arrivals, Workload, dealt
 from adapter_twin.workload.strict import read
 from adapter_twin.workload.trace import Trace, trace_of
 
-DAY_S = 86400.0
+MINUTE_S, DAY_S = 60.0, 86400.0
 
 LONGEST_REPLAY_S = DAY_S
 """A log up to this length is replayed whole; of a longer one its busiest hours are."""
@@ -210,7 +210,9 @@ def described(trace: Trace | None) -> str:
 
 
 def busiest_hours(trace: Trace, count: int = 5) -> list[float]:
-    """Return when the busiest hours of a log begin in s, the busiest one first; none overlap.
+    """Return when the busiest hours of a log begin, to the minute in s, the busiest one first.
+
+    None overlap.
 
     Parameters
     ----------
@@ -218,12 +220,12 @@ def busiest_hours(trace: Trace, count: int = 5) -> list[float]:
     count : int
         Where the log has as many days, each is of a day of its own.
     """
-    arrival_s = trace.arrival_s
-    held = np.searchsorted(arrival_s, arrival_s + BUSY_S) - np.arange(len(arrival_s))
-    apart_s = DAY_S if span_s(trace) >= count * DAY_S else BUSY_S
+    whole_s = span_s(trace)
+    begins_s = np.arange(0.0, max(whole_s - BUSY_S, MINUTE_S), MINUTE_S)
+    first, end = (np.searchsorted(trace.arrival_s, begins_s + by_s) for by_s in (0.0, BUSY_S))
+    apart_s = DAY_S if whole_s >= count * DAY_S else BUSY_S
     starts: list[float] = []
-    for request in np.argsort(-held, kind="stable"):
-        at_s = float(arrival_s[request])
+    for at_s in begins_s[np.argsort(first - end, kind="stable")].tolist():
         if all(abs(at_s - other) >= apart_s for other in starts):
             starts.append(at_s)
             if len(starts) == count:
