@@ -62,14 +62,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         file = "output" if error.filename is None else error.filename
         status = _fail(f"{file}: {error.strerror or error}; give another", 2, arguments)
     except Exception as error:
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, KeyboardInterrupt):  # within compiled code
+        if _is_interrupt(error):
             status = _fail("interrupted", 130, arguments)
         elif os.environ.get(DEBUG):
             raise
         else:
             status = _fail(f"{_unforeseen(error)}; {DEBUG}=1 shows where", 1, arguments)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C is behind an error, as where compiled code was stopped."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _unforeseen(error: Exception) -> str:

@@ -21,6 +21,7 @@ slots at once. A number of slots serves a set when
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 import pandas as pd
@@ -258,7 +259,7 @@ class Oracle:
 
     def _serve(self, rates: Floats, rank: int) -> Verdict | None:
         rates = np.sort(rates)
-        key = rank, rates.tobytes()
+        key = rank, blake2b(rates.tobytes()).digest()  # not the rates: there may be 100,000
         if key not in self._known:
             self._known[key] = self._best(rates, self.engines.candidates(len(rates), rank))
         return self._known[key]
