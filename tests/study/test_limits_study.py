@@ -48,6 +48,8 @@ def test_a_refit_sees_nothing_beyond_the_cut(monkeypatch: pytest.MonkeyPatch) ->
     seen = {}
 
     class Law(ch14_limits.MemoryLaw, ch14_limits.StepTimeLaw):
+        version = "0.8.5"
+
         def __init__(self, *_: object) -> None: ...
 
         def fit(self, given: object) -> "Law":
