@@ -12,7 +12,9 @@ from adapter_twin import cli
 from adapter_twin.cli.keys import READS, keys_of
 from adapter_twin.tables import datasets
 from book.answers import CALLS, TARGET, merged, schema, schema_of
-from book.command_line import file_rows, json_rows
+
+command_line = pytest.importorskip("book.command_line", exc_type=ImportError)  # needs docutils
+file_rows, json_rows = command_line.file_rows, command_line.json_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is an extrapolation")
 
