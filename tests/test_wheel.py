@@ -167,7 +167,8 @@ def test_a_campaign_is_calibrated_and_its_calibration_used(
 
 def test_an_optimum_is_found(answer: Callable[..., dict]) -> None:
     workload = ("--model", LLAMA, "--rates", "0.1", "--ranks", "16")
-    found = answer("optimum", *workload, "--served-grid", "32,64", "--slots-grid", "16,32")
+    grids = ("--served-grid", "32,64", "--slots-grid", "16,32", "--slo", "none")
+    found = answer("optimum", *workload, *grids)
     assert (found["served_adapters"], found["starved"]) == (64, False)
 
 
