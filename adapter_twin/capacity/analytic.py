@@ -145,7 +145,8 @@ def _analyse_few(
     utilisation = mix.request_rate / state.capacity_per_s
     starved = is_starved(throughput, mix.request_rate * mix.offered_tokens)
     gated = starved & (throughput < capacity)
-    starts = np.array([calibration.starts(engine) for engine, _ in pairs])
+    least = [calibration.memory.least_kv_cache_tokens(engine) for engine, _ in pairs]
+    starts = batches.kv_cache_tokens >= least
     burst_s = batches.burst_s(state.running, visits.burst)
     figures = {
         "capacity_tokens_per_s": capacity,

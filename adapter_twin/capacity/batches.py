@@ -56,7 +56,9 @@ class Batches:
 
     @classmethod
     def of(cls, engines: Sequence[EngineConfig], mix: Mix, calibration: Calibration) -> Self:
-        """Evaluate a calibration's laws."""
+        """Evaluate a calibration's laws; raises where they cannot tell an engine's steps."""
+        for engine in engines:
+            calibration.require_known(engine)
         slots = np.array([engine.max_loras for engine in engines], float)
         ranks = np.array([engine.max_lora_rank for engine in engines], float)
         kv_cache_tokens = np.array(list(map(calibration.memory.kv_cache_tokens, engines)), float)
@@ -134,7 +136,7 @@ def _coefficients(law: StepTimeLaw, slots: Floats, ranks: Floats) -> Floats:
         + ranks * (per_rank - launch)
         + slots * ranks * per_both
     )
-    return np.where(slots > 0, adapted, law.without_adapters())
+    return adapted if slots.all() else np.where(slots > 0, adapted, law.without_adapters())
 
 
 @numba.njit(cache=True, error_model="numpy")

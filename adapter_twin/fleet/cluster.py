@@ -19,6 +19,7 @@ from adapter_twin.fleet.placement import Placement
 from adapter_twin.fleet.routers import Router
 from adapter_twin.laws import Calibration
 from adapter_twin.service.metrics import Service, service
+from adapter_twin.twin.block_pool import pieces
 from adapter_twin.twin.feed import Feed
 from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.records import Gaps, Records, make_gaps, make_records
@@ -222,6 +223,7 @@ class Cluster:
         )
         self.router.start(self.workload, self.placement)
         self.env = simpy.Environment()
+        self.pieces = pieces(self.trace)
         self.rng = np.random.default_rng([self.seed, 1])
         *_, self.order = generators(self.seed)
         self.retries = np.zeros(len(self.trace), np.int32)
@@ -252,6 +254,7 @@ class Cluster:
             calibration,
             self.workload.adapters,
             self.trace,
+            self.pieces,
             duration_s=self.workload.duration_s,
             order=self.order,
             now_s=float(self.env.now),

@@ -206,7 +206,8 @@ def _drawn(content: dict[str, Any]) -> Demand:
     sine = isinstance(arrivals, dict) and arrivals.get("amplitude", 0) != 0
     if waiting == {"sessions": None, "samples": 1} and not sine:
         return read(Demand, content)
-    model, calibration = str(content.get("model")), str(content.get("calibration", "auto"))
+    require("model" in content, "model: missing; add this key")
+    model, calibration = str(content["model"]), str(content.get("calibration", "auto"))
     keys, trace = draw_log(content | waiting, load_calibration(calibration, model))
     return replace(read(Demand, content | keys), trace=trace)
 

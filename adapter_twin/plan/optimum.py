@@ -111,7 +111,10 @@ def optimum(
         if chosen is not None:
             break
     else:
-        raise AdapterTwinError(_why_none(table, criterion))
+        raise AdapterTwinError(
+            "served_grid: what serves in the grid's window does not in further ones, so close is "
+            "it to the edge; give fewer served adapters"
+        )
     slots, windows = int(chosen[0].adapter_slots), chosen[1]
     best = {"served_adapters": row["served_adapters"], "adapter_slots": slots}
     fitted.warn_outside_range(demand.engine_with(slots), traffic)

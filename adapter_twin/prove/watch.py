@@ -87,7 +87,7 @@ def watch(
         of the time since the server's start.
     scenario : Scenario
         The engine as it should run, and its traffic, which is given the server's load: all rates
-        are multiplied by one factor, and mean lengths replaced. Its duration and SLO do not count.
+        are multiplied by one factor, and mean lengths replaced. The server's time is the duration.
     every_s : float, optional
         Time between the two reads of a URL in s, 10 if left out.
     span_s : float, optional
@@ -113,6 +113,7 @@ def watch(
         The metrics cannot be read or tell of too few requests, or the twin cannot take the load.
     """
     require(scenario.fleet is None, "fleet: one engine is watched; leave it out")
+    require(scenario.slo is None, "slo: metrics tell of no request by itself; leave it out")
     stretch = read_stretch(source, every_s, span_s)
     policy, engine = make_policy(scenario.policy, "engine.policy"), scenario.engine
     laws = load_calibration(scenario.calibration, engine.model)
@@ -199,6 +200,11 @@ def with_load_of(stretch: Stretch, workload: Workload) -> tuple[Workload, float]
     require(
         workload.arrivals.process != "trace",
         "arrivals.process: a trace cannot be given the server's load; give rates and lengths",
+    )
+    plain = workload.sessions is None and workload.samples == 1 and workload.arrivals.is_steady
+    require(
+        plain,
+        "sessions, samples, arrivals: metrics tell of single requests; give their rates alone",
     )
     require(workload.offered_request_rate > 0, "adapters: none of them has requests")
     require(stretch.arrived > 0, "metrics: no request arrived; read further apart (--every)")

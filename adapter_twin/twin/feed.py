@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from adapter_twin.errors import require
 from adapter_twin.laws import Calibration
-from adapter_twin.twin.block_pool import pieces
 from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.session import Session, new_requests, state_of_requests
 from adapter_twin.twin.state import PROGRESS, Links, Requests, State
@@ -28,6 +31,8 @@ class Feed:
         All that may be asked for; requests name them by their index.
     trace : Trace
         All requests of which it may be given some.
+    known : mapping
+        Their `adapter_twin.twin.block_pool.pieces`.
     duration_s : float
         End of the run.
     order : numpy.random.Generator
@@ -51,6 +56,7 @@ class Feed:
         calibration: Calibration,
         adapters: tuple[Adapter, ...],
         trace: Trace,
+        known: Mapping[str, NDArray[Any]],
         *,
         duration_s: float,
         order: np.random.Generator,
@@ -75,9 +81,9 @@ class Feed:
         self.trace, self.pushed = trace, 0
         blocks = self.session.state.blocks
         if blocks is not None:
-            known = pieces(trace)
-            self._own_pieces = known.pop("first_piece"), known.pop("last_piece")
-            blocks = blocks._replace(pool=blocks.pool._replace(**known))
+            self._own_pieces = known["first_piece"], known["last_piece"]
+            shared = {name: known[name] for name in ("piece_end", "piece_content")}
+            blocks = blocks._replace(pool=blocks.pool._replace(**shared))
             self.session.state = self.session.state._replace(blocks=blocks)
 
     @property

@@ -87,16 +87,15 @@ class RequestLog:
     @property
     def gap_cv(self) -> float:
         """How much the gaps between each adapter's own requests vary: 1 for Poisson arrivals."""
-        names = self.adapter
-        told = (
-            [self.arrival_s[names == name] for name in np.unique(names)]
-            if names is not None
-            else []
-        )
-        gaps = [
-            np.diff(own) / np.diff(own).mean() for own in told or [self.arrival_s] if np.ptp(own)
-        ]
-        return float(np.concatenate(gaps).std()) if gaps else 1.0
+        names = np.zeros(len(self.arrival_s)) if self.adapter is None else self.adapter
+        adapter = np.unique(names, return_inverse=True)[1]
+        order = np.argsort(adapter, kind="stable")
+        own = np.flatnonzero(np.diff(adapter[order]) == 0)
+        gaps_s, of = np.diff(self.arrival_s[order])[own], adapter[order][own]
+        total_s, count = np.bincount(of, gaps_s), np.bincount(of)
+        told = total_s[of] > 0
+        relative = gaps_s[told] / (total_s / np.maximum(count, 1))[of[told]]
+        return float(relative.std()) if len(relative) else 1.0
 
     def describe(self, window_s: float = 3600.0) -> dict[str, Any]:
         """Return what the log holds: how many requests, how long, how bursty, of which adapters.

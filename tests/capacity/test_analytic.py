@@ -16,6 +16,7 @@ from adapter_twin.laws import load_calibration
 from adapter_twin.laws.step_time import StepTimeLaw
 from adapter_twin.plan.grid import grid_runs
 from adapter_twin.plan.steady_state import warmed_up
+from adapter_twin.service.metrics import service_of
 from adapter_twin.service.predict import predict
 from adapter_twin.twin.simulate import simulate
 from adapter_twin.workload.files import records, run_to_workload
@@ -244,3 +245,36 @@ def test_an_ungated_visit_is_the_busy_period_of_m_g_infinity() -> None:
     )
     busy_s = np.expm1(rate * residence_s) / rate
     assert visits.per_s[0] == pytest.approx(1 / (1 / rate + busy_s), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"tensor_parallel_size": 2}, r"^engine.tensor_parallel_size: .* was measured without"),
+        ({"specialize_active_lora": True}, r"^engine.specialize_active_lora: vLLM 0.8.5 has no"),
+        ({"max_model_len": 200_000}, r"^engine.max_model_len: 200000 is above"),
+    ],
+)
+def test_it_refuses_the_flags_that_the_twin_refuses(flags: dict[str, Any], message: str) -> None:
+    engine = EngineConfig(model=LLAMA, max_loras=8, **flags)
+    lengths = Lengths(mean_input_tokens=223, mean_output_tokens=200)
+    workload = Workload(adapters=deal_adapters(8, [0.1], [8]), duration_s=60, lengths=lengths)
+    laws = load_calibration("auto", LLAMA)
+    for ask in (
+        lambda: analyse(workload, [engine], laws),
+        lambda: simulate(workload, engine, laws),
+    ):
+        with pytest.raises(AdapterTwinError, match=message):
+            ask()
+
+
+@pytest.mark.filterwarnings("ignore:.*is an extrapolation")
+def test_an_engine_without_slots_launches_no_adapter_kernels() -> None:
+    lengths = Lengths(mean_input_tokens=223, mean_output_tokens=200)
+    workload = Workload(adapters=(), duration_s=900, lengths=lengths, base_model_request_rate=8.0)
+    laws = load_calibration("auto", LLAMA)
+    engines = [EngineConfig(model=LLAMA, max_loras=slots) for slots in (0, 32)]
+    none, idle = analyse(workload, engines, laws).mean_itl_ms
+    twin = service_of(simulate(workload, engines[0], laws), warm_up_s=100.0)
+    assert none == pytest.approx(twin["mean_itl_ms"], rel=0.06)
+    assert none < idle

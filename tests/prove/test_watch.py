@@ -453,6 +453,9 @@ def test_a_server_on_this_machine_is_asked_without_a_proxy(monkeypatch: pytest.M
     [
         ({"arrivals": {"process": "trace", "path": "trace.parquet"}}, "arrivals.process: a trace"),
         ({"adapters": []}, "adapters: none"),
+        ({"sessions": {"turns": 3}}, "sessions, samples, arrivals: metrics tell of single"),
+        ({"samples": 2}, "sessions, samples, arrivals: metrics tell of single"),
+        ({"arrivals": {"max_concurrency": 2}}, "sessions, samples, arrivals: metrics tell"),
         ({"lengths": {**CONFIG["workload"]["lengths"], "shared_prefix_tokens": 65}}, "shared_pref"),
     ],
 )
@@ -461,6 +464,14 @@ def test_traffic_that_cannot_be_given_the_load_is_refused(
 ) -> None:
     config.write_text(yaml.safe_dump({**CONFIG, "workload": {**CONFIG["workload"], **changes}}))
     with pytest.raises(AdapterTwinError, match=words):
+        watch(saved(END), load_scenario(config), span_s=64.0)
+
+
+def test_an_slo_that_metrics_cannot_be_held_to_is_refused(
+    config: Path, saved: Callable[[str], str]
+) -> None:
+    config.write_text(yaml.safe_dump({**CONFIG, "slo": {"ttft_ms": 500}}))
+    with pytest.raises(AdapterTwinError, match=r"^slo: metrics tell of no request by itself"):
         watch(saved(END), load_scenario(config), span_s=64.0)
 
 

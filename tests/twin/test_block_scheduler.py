@@ -28,6 +28,7 @@ from adapter_twin.measure.campaign import Serving, ServingRun
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.recommend import recommend
 from adapter_twin.service.metrics import service_of
+from adapter_twin.twin.block_pool import pieces
 from adapter_twin.twin.block_scheduler import BY_BLOCK
 from adapter_twin.twin.feed import Feed
 from adapter_twin.twin.policies import Drain
@@ -446,7 +447,8 @@ def test_the_servers_of_a_cluster_take_what_they_are_given(calibration: Calibrat
         np.arange(9.0), np.arange(9, dtype=np.int32) % 8, *np.full((2, 9), [[50], [10]], np.int32)
     )
     adapters, order = deal_adapters(8, [1.0], [8]), generators(0)[2]
-    feed = Feed(engine, calibration, adapters, trace, duration_s=1e3, order=order, room=2)
+    known = pieces(trace)
+    feed = Feed(engine, calibration, adapters, trace, known, duration_s=1e3, order=order, room=2)
     for request in range(9):
         feed.push(request, float(request))
     feed.session.run()
