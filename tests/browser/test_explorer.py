@@ -164,9 +164,10 @@ def test_the_page_answers_by_the_rule_of_choice(
     [(52, None), (121, Slo(ttft_ms=500, percentile=95)), (143, Slo(itl_ms=50, percentile=99.9))],
 )
 def test_the_command_on_the_page_gives_the_pages_answer(
-    page: Page, tmp_path: Path, place: int, slo: Slo | None
+    page: Page, table: pd.DataFrame, tmp_path: Path, place: int, slo: Slo | None
 ) -> None:
-    choose(page, explorer.workloads()[place], slo)
+    workload = explorer.workloads()[place]
+    choose(page, workload, slo)
     command = page.inner_text("[data-part=optimum]")
     assert ("slo.yaml" in command) == (slo is not None)
     done = subprocess.run(
@@ -181,6 +182,9 @@ def test_the_command_on_the_page_gives_the_pages_answer(
     answer = page.inner_text("[role=status]")
     # the command chooses among slots that tie by a higher load, and by windows of its own
     assert f"Serve {found['served_adapters']} adapters on" in answer
+    ranked = Criterion(margin=MARGIN, slo=slo).ranked(explorer.runs_of(table, workload, slo))
+    tied = ranked[ranked.tied & (ranked.served_adapters == found["served_adapters"])]
+    assert found["adapter_slots"] in set(tied.adapter_slots)
     told = re.search(r"total throughput ([\d,]+) tokens/s", answer)
     assert told is not None
     throughput = float(told[1].replace(",", ""))
