@@ -82,7 +82,7 @@ def holds(field: Mapping[str, Any]) -> str:
         items = field.get("items") or field["prefixItems"][0]
         return "list of mappings" if "$ref" in items else f"list of {holds(items)}"
     kind = WORDS.get(field.get("type", ""), field.get("type", "text or mapping"))
-    limits = [f"{sign} {field[bound]:g}" for bound, sign in SIGNS.items() if bound in field]
+    limits = [f"{sign} {field[bound]:,.12g}" for bound, sign in SIGNS.items() if bound in field]
     return " ".join([kind, ", ".join(limits)]).strip()
 
 
