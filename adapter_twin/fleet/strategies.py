@@ -43,9 +43,7 @@ def on_one_gpu(oracle: Oracle, *, jobs: int = -1) -> Held | None:
     if len(oracle.parts) > len(adapters):  # an adapter that is too much for one
         return None
     replica = Candidates.of(demand, oracle.criterion.margin)
-    bounds = replica.bounds()
-    able = bounds.promising & (bounds.utilisation < 1)
-    chosen = replica.choose(replica.table()) if able.any() else None
+    chosen = replica.choose(replica.table())
     # without an SLO, nothing else stops a queue that grows for as long as the load lasts
     most = oracle.most_utilisation if demand.slo is None else math.inf
     if chosen is None or chosen[0].utilisation > most:

@@ -122,11 +122,6 @@ class Calibration:
             "engine.gpu_memory_utilization: decides nothing on a CPU; give kv_cache_memory_bytes",
         )
 
-    def starts(self, engine: EngineConfig) -> bool:
-        """Return whether vLLM starts; raises `AdapterTwinError` as `require_known` does."""
-        self.require_known(engine)
-        return self.memory.starts(engine)
-
     def require_start(self, engine: EngineConfig, *, slots: bool = True) -> int:
         """Return the KV-cache size in tokens of an engine.
 

@@ -194,8 +194,9 @@ def predict_starts(starts: pd.DataFrame, calibration: str = "auto") -> pd.DataFr
 
 def _start(calibration: Calibration, engine: EngineConfig) -> tuple[float, bool]:
     """Return the KV-cache tokens that the slots leave, and whether vLLM starts with them."""
-    starts = calibration.starts(engine)
-    return max(calibration.memory.kv_cache_tokens(engine), 0.0), starts
+    calibration.require_known(engine)
+    memory = calibration.memory
+    return max(memory.kv_cache_tokens(engine), 0.0), memory.starts(engine)
 
 
 def predict_run(
