@@ -13,7 +13,13 @@ import pandas as pd
 from adapter_twin.calibrate.published_fit import fitted_runs
 from adapter_twin.calibrate.step_observations import simulate_copies, step_observations
 from adapter_twin.laws import Calibration
-from adapter_twin.laws.step_time import FEATURES, batch_features, multipliers
+from adapter_twin.laws.roofline import (
+    ENGINE_CONSTANTS,
+    GPU_CONSTANTS,
+    LEAVES_GRAPHS,
+    SWITCHES_TILING,
+)
+from adapter_twin.laws.step_time import FEATURES, batch_features
 from adapter_twin.service.metrics import is_starved, per_adapter
 from adapter_twin.service.predict import predict
 from adapter_twin.twin.records import Simulation
@@ -211,7 +217,7 @@ def step_residuals(calibration: Calibration, tables: dict[str, pd.DataFrame]) ->
         simulate_copies(calibration, runs, jobs=1),
     )
     expected_ms = calibration.step_time.expected_ms(observed)
-    tokens = observed.batches[:, :, 1].mean(axis=1).clip(min=1)
+    tokens = observed.batches[:, :, FEATURES.index("tokens")].mean(axis=1).clip(min=1)
     rows = pd.DataFrame(
         {
             "model": calibration.model,
@@ -223,37 +229,60 @@ def step_residuals(calibration: Calibration, tables: dict[str, pd.DataFrame]) ->
     return _quantiles(rows, ["model", "source", "tokens"], "error")
 
 
-COSTED_ADAPTERS = 24.0
+COSTED_REQUESTS, COSTED_CONTEXT, COSTED_ADAPTERS = 256.0, 360.0, 24.0
 
 
 def step_costs(calibration: Calibration, max_loras: int, max_lora_rank: int) -> pd.DataFrame:
-    """Return what each term of the step-time law costs in one batch of every regime, in ms.
+    """Return what the parts of a step cost by the law, over the tokens in its batch, in ms.
 
-    The batch decodes up to 256 requests of 360 tokens each and holds `COSTED_ADAPTERS`.
+    The batches decode up to `COSTED_REQUESTS` of `COSTED_CONTEXT` tokens each, and hold
+    `COSTED_ADAPTERS`.
+
+    Parameters
+    ----------
+    calibration : Calibration
+        Of a GPU.
+    max_loras, max_lora_rank : int
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``model``, ``tokens``, ``part``, ``cost``.
     """
-    law = calibration.step_time
-    edges = [0.0, *law.token_breaks_, 2048.0]
-    multiplier = multipliers(max_loras, max_lora_rank)
-    name = {"1": "", "L": " (adapted)", "G": " × slots", "R": " × rank", "GR": " × slots × rank"}
-    rows = []
-    for term in law.terms_:
-        low, high = edges[term["regime"]], edges[term["regime"] + 1]
-        tokens = (low + high) / 2
-        decodes = min(tokens, 256.0)
-        batch = batch_features(
-            *(np.array(x) for x in (tokens, decodes, 360 * decodes, COSTED_ADAPTERS))
-        )
-        times = float(batch[FEATURES.index(term["feature"])]) * multiplier[term["multiplier"]]
-        rows.append(
-            {
-                "regime": f"{low:g} to {high:g}",
-                "term": term["feature"].replace("_", " ") + name[term["multiplier"]],
-                "cost": times * term["ms"],
-                "low": times * term["low_ms"],
-                "high": times * term["high_ms"],
-            }
-        )
-    return pd.DataFrame(rows)
+    law, jumps = calibration.step_time, np.array([SWITCHES_TILING, LEAVES_GRAPHS])
+    tokens = np.unique([*np.geomspace(32, 2048, 49).round(), *jumps, *jumps + 1])
+    decodes = np.minimum(tokens, COSTED_REQUESTS)
+    batches = batch_features(tokens, decodes, COSTED_CONTEXT * decodes, np.array(COSTED_ADAPTERS))
+    regime = np.searchsorted(law.token_breaks_, tokens)
+    without = law.for_engine(0, 0)
+    added = batches * (law.for_engine(max_loras, max_lora_rank) - without)[regime]
+    of_step = dict(zip(FEATURES, (batches * without[regime]).T, strict=True))
+    of_adapters = dict(zip(FEATURES, added.T, strict=True))
+    parts = {
+        "engine and weights": of_step["launch"] + of_step["tokens"],
+        "running requests": of_step["decodes"],
+        "KV cache": of_step["context_tokens"],
+        "slots": of_adapters["launch"] + of_adapters["tokens"],
+        "adapters in the batch": of_adapters["adapters"] + of_adapters["adapters_tokens"],
+    }
+    table = pd.DataFrame({"model": calibration.model, "tokens": tokens, **parts})
+    return table.melt(["model", "tokens"], var_name="part", value_name="cost")
+
+
+def step_constants(calibrations: Sequence[Calibration]) -> pd.DataFrame:
+    """Return the constants of the step-time laws of GPUs, a row each and a column per model."""
+    named = {"GPU": GPU_CONSTANTS, "engine": ENGINE_CONSTANTS}
+    values = {c.model: vars(c.step_time)["constants_"] for c in calibrations}
+    return pd.DataFrame(
+        {
+            "of the": owner,
+            "constant": name,
+            "for": about.replace("`SWITCHES_TILING`", f"{SWITCHES_TILING:g}"),
+            **{model: constants[name] for model, constants in values.items()},
+        }
+        for owner, constants_of in named.items()
+        for name, about in constants_of.items()
+    )
 
 
 def beside(runs: pd.DataFrame, ours: pd.DataFrame, authors: pd.DataFrame) -> pd.DataFrame:

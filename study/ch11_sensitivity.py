@@ -23,6 +23,8 @@ from adapter_twin.errors import require
 from adapter_twin.laws import Calibration
 from adapter_twin.laws.estimator import Estimator
 from adapter_twin.laws.memory import MemoryLaw
+from adapter_twin.laws.roofline import RooflineLaw
+from adapter_twin.laws.step_time import Floats, Number
 from adapter_twin.plan.criterion import MARGIN
 from adapter_twin.plan.grid import grid_runs
 from adapter_twin.service.metrics import STARVATION_THRESHOLD, summarize
@@ -42,11 +44,11 @@ DURATION_S = 3600.0
 OFF_BY_A_TENTH = (0.9, 1.1)
 
 FACTORS: dict[str, tuple[float, float]] = {
-    "step_time_base": OFF_BY_A_TENTH,  # what a step without adapters costs, too
-    "step_time_adapters": OFF_BY_A_TENTH,  # with adapters, tiles, slots or rank
+    "step_time_base": OFF_BY_A_TENTH,  # what a step costs without adapters
+    "step_time_adapters": OFF_BY_A_TENTH,  # what slots, ranks and adapters add
     "kv_memory": OFF_BY_A_TENTH,  # shared by slots and KV cache
     "loading": OFF_BY_A_TENTH,
-    "scheduling": OFF_BY_A_TENTH,  # with what waiting requests cost a step
+    "scheduling": OFF_BY_A_TENTH,
     "front_end": OFF_BY_A_TENTH,
     "request_rates": OFF_BY_A_TENTH,
     "input_tokens": OFF_BY_A_TENTH,
@@ -63,6 +65,30 @@ SLOTS: list[int] = (4 * 2 ** (np.arange(28) / 4)).round().astype(int).tolist()
 """The capacity takes the best of these numbers of slots."""
 
 
+class StepsOff(RooflineLaw):
+    """A step-time law that is off: what a step costs without adapters, and what these add.
+
+    Attributes
+    ----------
+    base, adapters : float
+        Multipliers.
+    """
+
+    base: float
+    adapters: float
+
+    @property
+    def arrival_ms(self) -> float:
+        """What a request costs the engine's process when it arrives."""
+        return self.base * super().arrival_ms
+
+    def for_engine(self, max_loras: Number, max_lora_rank: Number) -> Floats:
+        """Return the coefficients in ms for an engine, shape (regimes, features)."""
+        without = super().for_engine(0, 0)
+        whole = super().for_engine(max_loras, max_lora_rank)
+        return self.adapters * whole + (self.base - self.adapters) * without
+
+
 def perturbed(calibration: Calibration, factors: Point) -> Calibration:
     """Return a copy of a calibration whose laws are multiplied.
 
@@ -75,11 +101,10 @@ def perturbed(calibration: Calibration, factors: Point) -> Calibration:
     for name in factors:
         require(name in FACTORS, f"factors: {name!r} is unknown{suggestion(name, FACTORS)}")
     off = dict.fromkeys(FACTORS, 1.0) | dict(factors)
-    step_time = _scaled(calibration.step_time, "_ms_", off["scheduling"])
-    step_time.terms_ = [term | {"ms": off[_factor(term)] * term["ms"]} for term in step_time.terms_]
+    parts = {"base": off["step_time_base"], "adapters": off["step_time_adapters"]}
     return replace(
         calibration,
-        step_time=step_time,
+        step_time=StepsOff.from_dict(vars(calibration.step_time) | parts),
         memory=_with_memory(calibration.memory, off["kv_memory"]),
         loading=_scaled(calibration.loading, "_ms_", off["loading"]),
         scheduling=_scaled(calibration.scheduling, "_ms_", off["scheduling"]),
@@ -92,12 +117,6 @@ def _with_memory(law: MemoryLaw, factor: float) -> MemoryLaw:
     engine = EngineConfig(model="any", max_loras=1)
     less_gib = (1 - factor) * law.shared_gib(engine)
     return type(law).from_dict(vars(law) | {"reserve_gib_": law.reserve_gib_ + less_gib})
-
-
-def _factor(term: Mapping[str, Any]) -> str:
-    base_features = ("launch", "tokens", "decodes", "context_tokens")
-    base = term["feature"] in base_features and term["multiplier"] == "1"
-    return "step_time_base" if base else "step_time_adapters"
 
 
 def _scaled(law: Law, unit: str, factor: float) -> Law:

@@ -16,7 +16,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from adapter_twin.laws import Calibration, load_calibration
-from adapter_twin.laws.step_time import StepTimeLaw
+from adapter_twin.laws.roofline import RooflineLaw
+from adapter_twin.laws.step_time import Number
 from adapter_twin.service.metrics import summarize
 from adapter_twin.service.validate import error_measures, pair_runs
 from adapter_twin.twin.clock import Run, StepLaw, step_seconds, turn
@@ -86,10 +87,10 @@ def with_normal_lengths(trace: Trace, rng: np.random.Generator) -> Trace:
     )
 
 
-class OneSlotCount(StepTimeLaw):
+class OneSlotCount(RooflineLaw):
     """A step-time law that knows the profiled engine only."""
 
-    def for_engine(self, max_loras: int, max_lora_rank: int) -> NDArray[np.float64]:
+    def for_engine(self, max_loras: Number, max_lora_rank: Number) -> NDArray[np.float64]:
         """Return the coefficients in ms of the profiled engine, whatever is asked for."""
         return super().for_engine(PROFILED_SLOTS, PROFILED_RANK)
 
@@ -98,7 +99,7 @@ class OneSlotCount(StepTimeLaw):
 def _batch_seconds(law: StepLaw, step: Any, tokens: int, decodes: int) -> float:
     """Return what the model takes for a step's batch, were it of these tokens and decodes."""
     batch = Batch(tokens, decodes, step.context_tokens, step.adapters, 0, 0.0, 0, False)
-    return step_seconds(law, batch, step.running, step.waiting)[0]
+    return step_seconds(law, batch, step.running, 0)[0]
 
 
 @entry
@@ -133,7 +134,7 @@ def simulate_with(
     if assumptions.normal_lengths:
         trace = with_normal_lengths(trace, np.random.default_rng(0))
     if assumptions.one_slot_count:
-        law = OneSlotCount.from_dict(calibration.step_time.to_dict())
+        law = OneSlotCount.from_dict(vars(calibration.step_time))
         calibration = replace(calibration, step_time=law)
     *_, order = generators(0)
     session = begin(

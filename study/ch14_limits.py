@@ -19,7 +19,7 @@ from adapter_twin.calibrate.step_observations import step_observations
 from adapter_twin.capacity.analytic import predict_analytic
 from adapter_twin.laws import Calibration, list_calibrations, load_calibration
 from adapter_twin.laws.memory import MemoryLaw
-from adapter_twin.laws.step_time import StepTimeLaw
+from adapter_twin.laws.roofline import RooflineLaw
 from adapter_twin.parallel import workers
 from adapter_twin.plan.steady_state import TWIN_ERROR
 from adapter_twin.service.predict import predict
@@ -27,6 +27,7 @@ from adapter_twin.service.validate import error_measures, pair_runs
 from adapter_twin.workload.models import model_shape
 from study.ch01_to_06 import configurations
 from study.ch07_campaign import FIGURES as SERVICE
+from study.engine_constants import PHYSICAL
 
 Cut = tuple[str, int]
 """A fit is given these columns of the configuration up to these values."""
@@ -69,9 +70,11 @@ def refit_below(
     observed = step_observations(
         kept, calibration.model, calibration.lengths, calibration.scheduling, memory
     )
-    refitted = replace(calibration, step_time=StepTimeLaw().fit(observed), memory=memory)
+    step_time = RooflineLaw(known.shape).fit(observed, PHYSICAL)
+    refitted = replace(calibration, step_time=step_time, memory=memory)
     runs = fitted_runs(kept["runs"])
-    return without_copies(refitted, kept, runs[runs.model == calibration.model], jobs=1)
+    runs = runs[runs.model == calibration.model]
+    return without_copies(refitted, kept, runs, jobs=1, prior=PHYSICAL)
 
 
 def extrapolation(
@@ -296,4 +299,5 @@ def _calibrate_on(measured: Mapping[str, pd.DataFrame], steps: pd.DataFrame) -> 
     runs = measured["runs"].query("status == 'ok' and held_out")
     pairs = pair_runs(runs, predict(runs, calibration, jobs=1))
     errors = pairs.assign(error=pairs.error.abs()).groupby("figure").error.mean()
-    return {"form": calibration.step_time.form_, **{name: errors[name] for name in SERVICE}}
+    form = vars(calibration.step_time)["form_"]
+    return {"form": form, **{name: errors[name] for name in SERVICE}}

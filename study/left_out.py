@@ -1,47 +1,78 @@
-"""Leave-one-workload-out: every run predicted by a calibration that has not seen its workload.
+"""Left-out runs: predicted by laws that have not seen their workload, their ranks or their slots.
 
-``python -m study.left_out`` does it for the development set and records the predictions
-of the measured runs in ``data/expected/left_out.csv``, and those of the measured grids in
-``left_out_grids.csv``: a refit of all laws for each workload, some 40 minutes on two cores. That is
+``python -m study.left_out`` does it for the development set and records the predictions in
+``data/expected``: ``left_out.csv`` of the measured runs and ``left_out_grids.csv`` of the measured
+grids, with all laws fitted anew for each workload; ``left_out_regions.csv`` of runs whose mix of
+ranks, or whose `MANY_SLOTS`, the step-time law has not seen. It takes half an hour on two cores,
 too long for every `make reproduce`, so chapters score what is recorded.
+
+What the twin's figures would do if a constant changed (`Response`) is simulated once, around the
+constants that all runs give; what it was measured to do is taken of the kept runs only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
-from adapter_twin.calibrate.published_fit import TABLES, calibrate, fitted_runs
-from adapter_twin.service.predict import predict_run
+from adapter_twin.calibrate.published_fit import TABLES, calibrate, fitted_runs, without_copies
+from adapter_twin.calibrate.step_observations import workload_names
+from adapter_twin.calibrate.through_twin import Response
+from adapter_twin.laws import load_calibration
+from adapter_twin.laws.roofline import Prior, known_constants
+from adapter_twin.service.intervals import LEAST_SPREAD, multiples, regime_of, spread_of
+from adapter_twin.service.predict import predict_run, replicate
 from adapter_twin.service.validate import SHARES, validate_runs
 from adapter_twin.tables import datasets
+from adapter_twin.workload.calibration_files import calibration_path
+from adapter_twin.workload.files import records
 from study import measured_grids
+from study.engine_constants import GPU, VERSION, fit_steps
 from study.results import EXPECTED, rounded
 
 if TYPE_CHECKING:
+    from adapter_twin.laws import Calibration
     from adapter_twin.workload.lengths import LengthMarginals
 
+Tables = Mapping[str, pd.DataFrame]
+
 WORKLOAD = ["rates_per_adapter", "ranks"]
+
+MANY_SLOTS = 96
+"""From this number of slots on they are many."""
 
 SEEDS = 4
 """Each run is predicted with these: other lengths, and another order of adapters."""
 
 
+def responses(tables: Tables, *, jobs: int = -1) -> dict[str, Response]:
+    """Return how the twin's figures move with the constants of the shipped laws, by model."""
+    runs = fitted_runs(tables["runs"])
+    return {
+        str(model): Response.of(load_calibration("auto", str(model)), own, jobs)
+        for model, own in runs.groupby("model")
+    }
+
+
 def leave_one_workload_out(
-    tables: dict[str, pd.DataFrame], marginals: LengthMarginals, *, jobs: int = -1
+    tables: Tables, marginals: LengthMarginals, moves: Mapping[str, Response], *, jobs: int = -1
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Refit without each workload in turn, and predict its runs.
 
     Parameters
     ----------
-    tables : dict of DataFrame
+    tables : mapping of DataFrame
         `adapter_twin.calibrate.published_fit.TABLES`, by name.
     marginals : LengthMarginals
         As for `calibrate`.
+    moves : mapping
+        See `responses`.
     jobs : int
         Processes; each refits for one workload at a time.
 
@@ -57,32 +88,181 @@ def leave_one_workload_out(
     folds = [part for _, part in fitted_runs(tables["runs"]).groupby(["model", *WORKLOAD])]
     folds.sort(key=len, reverse=True)  # the longest first: the processes end together
     parts = Parallel(n_jobs=jobs, verbose=10)(
-        delayed(_predict_left_out)(tables, marginals, fold) for fold in folds
+        delayed(_predict_left_out)(tables, marginals, moves, fold) for fold in folds
     )
     runs, grids = (pd.concat(part, ignore_index=True) for part in zip(*parts, strict=True))
     return runs, grids
 
 
 def _predict_left_out(
-    tables: dict[str, pd.DataFrame], marginals: LengthMarginals, fold: pd.DataFrame
+    tables: Tables, marginals: LengthMarginals, moves: Mapping[str, Response], fold: pd.DataFrame
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    kept = dict(_without(tables, fold))
-    first = fold.iloc[0]
+    model, first = fold["model"].iloc[0], fold.iloc[0]
+    everywhere = (tables["runs"][WORKLOAD] == first[WORKLOAD]).all(axis=1)
+    prior = prior_of(_without(tables, everywhere), moves)
+    kept = _without(tables, everywhere & (tables["runs"]["model"] == model))
     calibration = calibrate(
-        kept, marginals, first["model"], gpu="left-out", engine_version="0.8.5", source={}
+        kept,
+        marginals,
+        model,
+        gpu=GPU,
+        engine_version=VERSION,
+        source={},
+        prior=prior,
+        response=moves[model],
     )
-    rows = cast(list[dict[str, Any]], fold.to_dict("records"))
-    runs = [
-        {"seed": seed, **predict_run(row, calibration, seed=seed, observer=True)[0]}
-        for seed, row in product(range(SEEDS), rows)
-    ]
+    runs = _predict(calibration, fold, range(SEEDS), spreads=True)
     asked = measured_grids.measured_grids(tables["runs"])
     asked = asked[_is_of(asked, fold)]
     grids = [
         measured_grids.twin_runs(asked, calibration, seed=seed, jobs=1).assign(seed=seed)
         for seed in range(SEEDS if len(asked) else 0)
     ]
-    return pd.DataFrame(runs), pd.concat([pd.DataFrame(), *grids])
+    return runs, pd.concat([pd.DataFrame(), *grids])
+
+
+def prior_of(kept: Tables, moves: Mapping[str, Response]) -> Prior:
+    """Return the constants that kept runs of all models give, spread as the shipped ones."""
+    known = [load_calibration("auto", model) for model in moves]
+    seen = fitted_runs(kept["runs"])["run_id"]
+    values = fit_steps(known, kept, [moves[one.model].of_runs(seen) for one in known])
+    spreads = known_constants(GPU, VERSION)
+    return {name: (value, spreads[name][1]) for name, value in values.items()}
+
+
+def leave_regions_out(
+    tables: Tables, moves: Mapping[str, Response], *, jobs: int = -1
+) -> pd.DataFrame:
+    """Refit the step-time law without each mix of ranks, and without many slots; predict those.
+
+    Parameters
+    ----------
+    tables, moves, jobs
+        As for `leave_one_workload_out`.
+
+    Returns
+    -------
+    DataFrame
+        ``left_out`` (``ranks`` or ``slots``) and the columns of
+        `adapter_twin.tables.schemas.PREDICTIONS`.
+    """
+    runs = tables["runs"]
+    regions = [("ranks", runs["ranks"] == ranks) for ranks in fitted_runs(runs)["ranks"].unique()]
+    regions.append(("slots", runs["adapter_slots"] >= MANY_SLOTS))
+    parts = Parallel(n_jobs=jobs, verbose=10)(
+        delayed(_predict_region)(tables, moves, left_out) for _, left_out in regions
+    )
+    named = zip(regions, parts, strict=True)
+    table: pd.DataFrame = pd.concat(part.assign(left_out=name) for (name, _), part in named)
+    return table
+
+
+def _predict_region(
+    tables: Tables, moves: Mapping[str, Response], left_out: pd.Series[bool]
+) -> pd.DataFrame:
+    kept = _without(tables, left_out)
+    prior, seen = prior_of(kept, moves), fitted_runs(kept["runs"])
+    parts = []
+    for model, fold in fitted_runs(tables["runs"][left_out]).groupby("model"):
+        own = seen[seen["model"] == model]
+        known = load_calibration("auto", str(model))
+        response = moves[str(model)].of_runs(own["run_id"])
+        refitted = without_copies(known, kept, own, 1, prior, response)
+        parts.append(_predict(refitted, fold, [0]))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _predict(
+    calibration: Calibration, runs: pd.DataFrame, seeds: Iterable[int], *, spreads: bool = False
+) -> pd.DataFrame:
+    rows = cast(list[dict[str, Any]], runs.to_dict("records"))
+    predictions = []
+    for seed, row in product(seeds, rows):
+        made = predict_run(row, calibration, seed=seed, observer=True)[0]
+        if spreads and seed == 0:
+            spread = spread_of(made, replicate(row, calibration, seed, observer=True))
+            made |= {f"{figure}_spread": value for figure, value in spread.items()}
+        predictions.append({"seed": seed, **made})
+    return pd.DataFrame(predictions)
+
+
+def region_errors(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
+    """Score predictions of left-out regions.
+
+    Parameters
+    ----------
+    runs : DataFrame
+        Table ``runs``.
+    predictions : DataFrame
+        As `leave_regions_out` returns.
+
+    Returns
+    -------
+    DataFrame
+        ``left_out``, ``model``, ``figure``, ``measure``, ``value`` and ``n_runs``.
+    """
+    measured = fitted_runs(runs).set_index("run_id", drop=False)
+    columns = ["left_out", "model", "figure", "measure", "value", "n_runs"]
+    parts = [
+        validate_runs(measured.loc[part["run_id"]], part).bars.assign(left_out=region)
+        for region, part in predictions.groupby("left_out")
+    ]
+    errors = pd.concat(parts)
+    chosen: pd.DataFrame = errors.loc[errors["model"] != "all", columns]
+    return chosen
+
+
+def scores(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
+    """Return how many spreads predictions of left-out workloads are off, a row per run.
+
+    Parameters
+    ----------
+    runs : DataFrame
+        Table ``runs``.
+    predictions : DataFrame
+        As `leave_one_workload_out` returns.
+
+    Returns
+    -------
+    DataFrame
+        ``model``, ``workload``, the predicted ``regime``, and a column per figure.
+    """
+    told = predictions[predictions["seed"] == 0].set_index("run_id")
+    measured = fitted_runs(runs).set_index("run_id").loc[told.index]
+    table = pd.DataFrame(
+        {
+            "model": measured["model"],
+            "workload": measured["model"] + " " + workload_names(measured),
+            "regime": [regime_of(row) for row in records(told)],
+        }
+    )
+    for figure in LEAST_SPREAD:
+        off = np.abs(np.log(told[figure] / measured[figure]))
+        table[figure] = off / told[f"{figure}_spread"]
+    return table
+
+
+def coverage(scored: pd.DataFrame) -> pd.DataFrame:
+    """Return what intervals cover whose multiples have not seen the workload.
+
+    Returns
+    -------
+    DataFrame
+        ``regime``, ``figure``, ``covered_percent``, ``n_runs`` and ``n_workloads``.
+    """
+    long = scored.melt(["model", "workload", "regime"], var_name="figure", value_name="off")
+    known = {
+        name: multiples(scored[scored["workload"].str.partition(" ")[2] != name.partition(" ")[2]])
+        for name in scored["workload"].unique()
+    }
+    keys = zip(long["workload"], long["regime"], long["figure"], strict=True)
+    inside = long["off"] <= [known[name][regime][figure] for name, regime, figure in keys]
+    groups = long.assign(inside=100.0 * inside).groupby(["figure", "regime"])
+    return groups.agg(
+        covered_percent=("inside", "mean"),
+        n_runs=("inside", "size"),
+        n_workloads=("workload", "nunique"),
+    ).reset_index()
 
 
 def _is_of(table: pd.DataFrame, fold: pd.DataFrame) -> pd.Series[bool]:
@@ -93,15 +273,14 @@ def _is_of(table: pd.DataFrame, fold: pd.DataFrame) -> pd.Series[bool]:
     return same
 
 
-def _without(
-    tables: dict[str, pd.DataFrame], fold: pd.DataFrame
-) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the tables without all runs of a fold's workload, whatever became of them."""
-    runs = tables["runs"]
-    left_out = _is_of(runs, fold)
-    for name, table in tables.items():
-        whole_runs = name in ("runs", "series", "windows")
-        yield name, table[~table.run_id.isin(runs.run_id[left_out])] if whole_runs else table
+def _without(tables: Tables, left_out: pd.Series[bool]) -> dict[str, pd.DataFrame]:
+    """Return the tables without runs, whatever became of them."""
+    gone = tables["runs"].run_id[left_out]
+    whole_runs = ("runs", "series", "windows")
+    return {
+        name: table[~table.run_id.isin(gone)] if name in whole_runs else table
+        for name, table in tables.items()
+    }
 
 
 def bars_left_out(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
@@ -134,11 +313,19 @@ def bars_left_out(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame
 
 
 if __name__ == "__main__":
-    of_runs, of_grids = leave_one_workload_out(
-        {name: datasets.load(name) for name in TABLES}, datasets.sharegpt_lengths()
-    )
+    measured = {name: datasets.load(name) for name in TABLES}
+    moved = responses(measured)
+    of_runs, of_grids = leave_one_workload_out(measured, datasets.sharegpt_lengths(), moved)
     datasets.write_table(rounded(of_runs.drop(columns="wall_s")), EXPECTED / "left_out.csv")
     kept = ["seed", *measured_grids.WORKLOAD, *measured_grids.CONFIGURATION, "feasible_start"]
     kept += ["offered_tokens_per_s", "total_throughput", "mean_ttft_ms"]
     datasets.write_table(rounded(of_grids[kept]), EXPECTED / "left_out_grids.csv")
-    print(bars_left_out(datasets.load("runs"), of_runs).to_string())
+    of_regions = leave_regions_out(measured, moved).drop(columns="wall_s")
+    datasets.write_table(rounded(of_regions), EXPECTED / "left_out_regions.csv")
+    scored = scores(measured["runs"], of_runs)
+    datasets.write_table(rounded(coverage(scored)), EXPECTED / "coverage_of_intervals.csv")
+    for model in moved:
+        calibration = replace(load_calibration("auto", model), off_by=multiples(scored))
+        calibration_path("auto", model).write_text(calibration.to_json())
+    print(bars_left_out(measured["runs"], of_runs).to_string())
+    print(coverage(scored).to_string())

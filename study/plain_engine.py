@@ -93,8 +93,13 @@ class PlainEngine:
         # least recently touched first
         self.in_slots: OrderedDict[int, None] = OrderedDict()
         self.in_host_memory: OrderedDict[int, None] = OrderedDict()
-        self.scanned = 0
+        self.scanned = self.arrived = 0
         self.steps: list[PlainStep] = []
+
+    def add(self, request: PlainRequest) -> None:
+        """Take a request in, which waits then."""
+        self.waiting.append(request)
+        self.arrived += 1
 
     def blocks(self, tokens: int) -> int:
         """Return how many KV blocks hold that many tokens."""
@@ -205,6 +210,8 @@ class PlainEngine:
         tokens = sum(scheduled.values())
         context = sum(request.computed - request.decoding for request in scheduled)
         model_s = self.model_s(tokens, decodes, context, adapters)
+        model_s += self.law.per_arrival * self.arrived
+        self.arrived = 0
         scheduling_s = float(self.law.scheduling @ [1, len(self.running), self.scanned])
         end_s = now_s + model_s + scheduling_s + load_s
         queues = len(self.running), len(self.waiting), adapters
@@ -217,11 +224,9 @@ class PlainEngine:
     def model_s(self, tokens: int, decodes: int, context: int, adapters: int) -> float:
         """Return how long the model takes for a batch, in s."""
         c = self.law.coefficients[int(np.searchsorted(self.law.token_breaks, tokens))]
-        tiles = -(-tokens // self.law.tile)
         adapted = adapters > 0
-        seconds = c[:7] @ [1, tokens, decodes, context, adapters, adapters * tiles, tiles]
-        seconds += c[7:] @ [adapted, adapted * tokens]
-        return float(seconds + self.law.per_waiting * len(self.waiting))
+        work = [1, tokens, decodes, context, adapters, adapters * tokens]
+        return float(c @ [*work, adapted, adapted * tokens])
 
 
 def adapters_of(scheduled: dict[PlainRequest, int]) -> set[int]:
@@ -253,7 +258,7 @@ def serve(
             request.rejected = in_flight >= in_flight_cap
             if not request.rejected:
                 in_flight += 1
-                engine.waiting.append(request)
+                engine.add(request)
         if not engine.running and not engine.waiting:
             if not coming or coming[0].arrival_s > duration_s:
                 return

@@ -109,6 +109,8 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if Answer.config.get("child"):
         child = subprocess.Popen(["sleep", "600"])
-        (model / "child.pid").write_text(str(child.pid))
+        written = model / "child.pid.part"
+        written.write_text(str(child.pid))
+        written.replace(model / "child.pid")  # nobody reads half of it
     server = Listener(("127.0.0.1", int(flags[flags.index("--port") + 1])), Answer)
     server.serve_forever()

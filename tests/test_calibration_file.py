@@ -29,7 +29,10 @@ def test_a_shipped_calibration_is_written_as_it_was_read(path: Path) -> None:
         ("loading", "read_ms_", MISSING, r"loading\.read_ms_: missing"),
         ("lengths", "rank_corelation_", -0.3, r"lengths\.rank_corelation_: unknown key"),
         ("scheduling", "base_ms_", float("nan"), r"scheduling\.base_ms_: must be finite"),
-        ("step_time", "token_breaks_", 128, r"step_time\.token_breaks_: expected a list"),
+        ("step_time", "constants_", 128, r"step_time\.constants_: expected "),
+        ("step_time", "constants_", {"knee": "2"}, r"step_time\.constants_\.knee: expected a num"),
+        ("step_time", "constants_", {"knee": 0.0}, r"step_time\.constants_\.knee: must be above"),
+        ("step_time", "constants_", {"knee": 2.0}, r"step_time\.constants_\.\w+: missing"),
     ],
 )
 def test_a_wrong_field_of_a_law_is_named(

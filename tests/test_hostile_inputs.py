@@ -700,7 +700,7 @@ def test_sizes_and_names_are_bounded(
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        (("step_time", "waiting_ms_"), float("nan"), "step_time.waiting_ms_: must be finite"),
+        (("step_time", "terms_", 0, "ms"), float("nan"), "step_time.terms_[0].ms: must be finite"),
         (("step_time", "terms_", 0, "ms"), -1.0, "step_time.terms_[0].ms: must be at least 0"),
         (("step_time", "terms_", 0, "ms"), 1e308, "step_time.terms_[0].ms: must be at most"),
         (("step_time", "terms_", 0, "regime"), 9, "step_time.terms_[0].regime: must be at most 2"),

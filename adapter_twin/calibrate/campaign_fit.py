@@ -15,10 +15,11 @@ from adapter_twin.errors import require
 from adapter_twin.laws.calibration import Calibration
 from adapter_twin.laws.emitted_lengths import EarlyStopLaw, LengthLaw
 from adapter_twin.laws.front_end import UNLIMITED, FrontEndLaw, MeasurementLaw
+from adapter_twin.laws.linear_steps import LinearStepLaw
 from adapter_twin.laws.loading import LoadingLaw
 from adapter_twin.laws.memory import MemoryLaw
 from adapter_twin.laws.scheduling import SchedulingLaw
-from adapter_twin.laws.step_time import StepObservations, StepTimeLaw, batch_features
+from adapter_twin.laws.step_time import StepObservations, batch_features
 from adapter_twin.workload.models import ModelShape
 
 TABLES = ("runs", "micro_steps", "adapter_loads", "engine_starts")
@@ -76,7 +77,7 @@ def calibrate_campaign(
         *(model, gpu, source, runs),
         rows={"runs": len(fitted), "step_times": len(batches)},
         memory=MemoryLaw(shape, engine_version, memory_gib).fit(starts),
-        step_time=StepTimeLaw().fit(observations(batches)),
+        step_time=LinearStepLaw().fit(observations(batches)),
         loading=LoadingLaw(model).fit(tables["adapter_loads"]),
         scheduling=SchedulingLaw().fit(scheduling_times(batches)),
         front_end=FrontEndLaw(),
@@ -119,16 +120,16 @@ def scheduling_times(batches: pd.DataFrame) -> pd.DataFrame:
 
 
 def observations(batches: pd.DataFrame) -> StepObservations:
-    """Return single batches (`median_steps`) as what `StepTimeLaw` fits."""
+    """Return single batches (`median_steps`) as what a step-time law fits."""
     columns = ("batched_tokens", "decodes", "context_tokens", "distinct_adapters")
     n = len(batches)
     return StepObservations(
         step_ms=(batches.step_ms - batches.schedule_ms).to_numpy(float),
-        waiting=batches.waiting.to_numpy(float),
+        arrivals_per_s=np.zeros(n),
         batches=batch_features(*(batches[name].to_numpy(float) for name in columns))[:, None, :],
         slots=batches.adapter_slots.to_numpy(float),
         rank=batches.max_lora_rank.to_numpy(float),
         group=batches.engine_id.to_numpy(str),
         decides=np.ones(n, bool),
-        weight=np.full(n, 1 / n),
+        weight=np.ones(n),
     )

@@ -12,13 +12,14 @@ import pandas as pd
 from adapter_twin import __version__
 from adapter_twin.calibrate.client_side import fit_first_use, fit_overhead, fit_scrapes, observe
 from adapter_twin.calibrate.step_observations import simulate_copies, step_observations
+from adapter_twin.calibrate.through_twin import Response
 from adapter_twin.laws.calibration import RANGES, Calibration
 from adapter_twin.laws.emitted_lengths import EarlyStopLaw, LengthLaw
 from adapter_twin.laws.front_end import FrontEndLaw, MeasurementLaw
 from adapter_twin.laws.loading import LoadingLaw
 from adapter_twin.laws.memory import MemoryLaw
+from adapter_twin.laws.roofline import Prior, RooflineLaw, known_constants
 from adapter_twin.laws.scheduling import SchedulingLaw, of_scheduler_runs
-from adapter_twin.laws.step_time import StepTimeLaw
 from adapter_twin.workload.gpus import gpu_memory_gib
 from adapter_twin.workload.lengths import LengthMarginals
 from adapter_twin.workload.models import model_shape
@@ -48,13 +49,15 @@ def calibrate(
     engine_version: str,
     source: dict[str, Any],
     jobs: int = 1,
+    prior: Prior | None = None,
+    response: Response | None = None,
 ) -> Calibration:
     """Fit all laws of one model.
 
     The laws of the engine come first, from the tables alone, but for copies of adapters: these are
     the twin's, and are taken out of the measured step times. What only shows at the client, the
     front end's overhead and the cost of reading the metrics, is fitted to what the twin of the
-    engine leaves unexplained.
+    engine leaves unexplained. Last the step-time law is fitted through the twin.
 
     Parameters
     ----------
@@ -67,11 +70,16 @@ def calibrate(
         Where the tables come from, kept in the provenance.
     jobs : int
         Processes for the simulations.
+    prior : mapping, optional
+        Of the step-time law; left out, what is known of the GPU and the engine's version.
+    response : Response, optional
+        Of the twin, of these runs and others, where it is known; it takes minutes.
 
     Returns
     -------
     Calibration
     """
+    prior = prior or known_constants(gpu, engine_version)
     runs = tables["runs"][tables["runs"].model == model]
     clean = fitted_runs(runs)
     unsaturated = unsaturated_runs(clean)
@@ -87,7 +95,7 @@ def calibrate(
         *(model, gpu, source, runs.dropna(subset=["duration_s"])),
         rows={"runs": len(runs), "step_times": len(observations.step_ms)},
         memory=memory,
-        step_time=StepTimeLaw().fit(observations),
+        step_time=RooflineLaw(memory.shape).fit(observations, prior),
         loading=LoadingLaw(model).fit(tables["adapter_loads"]),
         scheduling=scheduling,
         front_end=FrontEndLaw(),
@@ -98,17 +106,32 @@ def calibrate(
     # Copies of adapters depend on the step time and on the lengths, and both on them: two rounds
     # settle the step time, so that the lengths are chosen well, and a third one goes by these.
     for _ in range(2):
-        calibration = without_copies(calibration, tables, clean, jobs)
+        calibration = without_copies(calibration, tables, clean, jobs, prior)
     calibration = _choose_longest_output(calibration, clean, marginals, busy, jobs)
-    calibration = without_copies(calibration, tables, clean, jobs)
+    calibration = without_copies(calibration, tables, clean, jobs, prior)
     fit_first_use(calibration, unsaturated, series, jobs)
-    observed = clean.iloc[::CLIENT_SIDE_STRIDE]
+    _fit_client_side(calibration, clean, unsaturated, tables["series"], jobs)
+    response = Response.of(calibration, clean, jobs) if response is None else response
+    of_runs = response.of_runs(clean.run_id)
+    calibration = without_copies(calibration, tables, clean, jobs, prior, of_runs)
+    _fit_client_side(calibration, clean, unsaturated, tables["series"], jobs)
+    return calibration
+
+
+def _fit_client_side(
+    calibration: Calibration,
+    runs: pd.DataFrame,
+    unsaturated: pd.DataFrame,
+    series: pd.DataFrame,
+    jobs: int,
+) -> None:
+    """Fit the front end's overhead and the reads of the metrics, in place."""
+    observed = runs.iloc[::CLIENT_SIDE_STRIDE]
     light = observed.run_id.isin(unsaturated.run_id)
     for _ in range(2):  # the overhead depends a little on the scrapes, and they on the overhead
         seen = observe(calibration, observed, jobs)
         fit_overhead(calibration, observed[light], list(compress(seen, light)))
-        fit_scrapes(calibration, observed, seen, tables["series"])
-    return calibration
+        fit_scrapes(calibration, observed, seen, series)
 
 
 def assemble(
@@ -154,7 +177,12 @@ def fitted_runs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def without_copies(
-    calibration: Calibration, tables: Mapping[str, pd.DataFrame], runs: pd.DataFrame, jobs: int
+    calibration: Calibration,
+    tables: Mapping[str, pd.DataFrame],
+    runs: pd.DataFrame,
+    jobs: int,
+    prior: Prior,
+    response: Response | None = None,
 ) -> Calibration:
     """Fit the step-time law again, to what the twin's own copies of adapters leave.
 
@@ -167,12 +195,18 @@ def without_copies(
         Those of the model, see `fitted_runs`.
     jobs : int
         Processes for the simulations.
+    prior : mapping
+        Of the constants.
+    response : Response, optional
+        Of the twin to them: the law is fitted to what the runs served as well.
     """
     copies, known = simulate_copies(calibration, runs, jobs), calibration
     observations = step_observations(
         tables, known.model, known.lengths, known.scheduling, known.memory, copies
     )
-    return replace(calibration, step_time=StepTimeLaw().fit(observations))
+    also = response.errors if response else None
+    law = RooflineLaw(known.memory.shape).fit(observations, prior, also)
+    return replace(calibration, step_time=law)
 
 
 def unsaturated_runs(runs: pd.DataFrame) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
+from numpy.typing import NDArray
 
 from adapter_twin.laws.calibration import Calibration
 from adapter_twin.laws.emitted_lengths import LengthLaw
@@ -31,8 +32,8 @@ SAMPLES = 256
 MEAN_PROMPT_TOKENS, BUDGET_TOKENS = 223.0, 2048
 """The reference campaign's prompts had this mean length, and its steps this token budget."""
 
-WINDOWS_WEIGHT, HOURS_WEIGHT, STEPS_WEIGHT, BASE_WEIGHT = 1.0, 1.0, 0.3, 0.1
-"""The sources weigh this much: whole runs decide, calibration steps keep the law physical."""
+WINDOWS_WEIGHT, HOURS_WEIGHT, STEPS_WEIGHT, BASE_WEIGHT = 45.0, 45.0, 13.0, 5.0
+"""The sources count for this many independent observations: those of a run are alike."""
 
 CALIBRATION_RANK = 8.0
 """The adapters in the calibration steps have this rank."""
@@ -119,7 +120,7 @@ def clean_windows(windows: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 
     They are from the first minutes of a run: the token counters stop at a million.
     """
-    columns = ["client_collapsed", "rates_per_adapter", "ranks"]
+    columns = ["client_collapsed", "rates_per_adapter", "ranks", "offered_request_rate"]
     joined = windows.join(runs.set_index("run_id")[columns], on="run_id")
     usable = ~joined.client_collapsed.astype(bool) & (joined.win >= 4) & joined.prompt_tps.notna()
     return joined[usable & _steady(joined)]
@@ -199,14 +200,19 @@ def _of_windows(
     )
     return StepObservations(
         step_ms=w.step_ms.to_numpy(float) - scheduling_ms,
-        waiting=w.waiting.to_numpy(float),
+        arrivals_per_s=w.offered_request_rate.to_numpy(float),
         batches=batch_features(np.round(prefill + decodes), decodes, column["kv_tokens"], adapters),
         slots=w.adapter_slots.to_numpy(float),
         rank=w.max_lora_rank.to_numpy(float),
-        group=(w.rates_per_adapter.astype(str) + " " + w.ranks.astype(str)).to_numpy(str),
+        group=workload_names(w),
         decides=np.full(len(w), decides),
         weight=np.full(len(w), weight / len(w)),
     )
+
+
+def workload_names(runs: pd.DataFrame) -> NDArray[np.str_]:
+    """Return the workload of each run: the rates and ranks that are dealt over its adapters."""
+    return (runs.rates_per_adapter.astype(str) + " " + runs.ranks.astype(str)).to_numpy(str)
 
 
 def _of_steps(steps: pd.DataFrame, scheduling: SchedulingLaw) -> StepObservations:
@@ -240,7 +246,7 @@ def _of_single_batches(
     scheduling_ms = scheduling.predict_ms(batches.running.to_numpy(float), np.zeros(n))
     return StepObservations(
         step_ms=batches.step_ms.to_numpy(float) - scheduling_ms,
-        waiting=np.zeros(n),
+        arrivals_per_s=np.zeros(n),
         batches=batch_features(*batches[BATCH].to_numpy(float).T)[:, None, :],
         slots=slots,
         rank=np.where(slots > 0, CALIBRATION_RANK, 0.0),

@@ -260,7 +260,7 @@ def _delays(mix: Mix, batches: Batches, state: Balance, calibration: Calibration
     # The scheduler scans past requests that wait for a slot, until KV blocks or tokens run out.
     scanning = ((visits.head_wait_s > 0) & (wanted < state.capacity_per_s)).astype(float)
     scan_ms = calibration.scheduling.per_scanned_ms_ * scanning
-    queue_ms = (scan_ms + calibration.step_time.waiting_ms_) * unserved_per_s * mix.duration_s
+    queue_ms = scan_ms * unserved_per_s * mix.duration_s
     copies = _copies_per_step(visits, visits.per_s * state.step_s, batches.slots)
     loads_ms = calibration.loading.padded_slot_ms_ * copies
     has_to_load = batches.slots < mix.adapters.sum(axis=1)

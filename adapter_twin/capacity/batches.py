@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from adapter_twin.capacity.traffic_mix import Mix
 from adapter_twin.laws import Calibration
-from adapter_twin.laws.step_time import TILE, StepTimeLaw
 from adapter_twin.workload.lengths import Floats
 from adapter_twin.workload.scenario import EngineConfig
 
@@ -77,7 +76,7 @@ class Batches:
         )
         fewest = np.full(len(engines), FEWEST_RUNNING)
         running = np.ascontiguousarray(np.geomspace(fewest, limits.min(axis=0), NODES, axis=1))
-        scheduling = calibration.scheduling
+        scheduling, step_time = calibration.scheduling, calibration.step_time
         step_ms, adapters = _token_weighted_step_ms(
             running,
             slots,
@@ -86,9 +85,9 @@ class Batches:
             mix.output_tokens,
             mix.prefix_tokens + mix.kv_tokens,
             mix.prompts + own_prefix[:, None, None] * np.arange(len(mix.prompts[0]))[:, None],
-            np.array(calibration.step_time.token_breaks_, float),
-            _coefficients(calibration.step_time, slots, ranks),
-            float(TILE),
+            np.array(step_time.token_breaks_, float),
+            step_time.for_engine(slots, ranks),
+            step_time.arrival_ms,
             float(scheduling.base_ms_),
             float(scheduling.per_running_ms_),
         )
@@ -122,23 +121,6 @@ class Batches:
         return np.asarray((factors * step_s)[:, :2].mean(axis=1) - step_s[:, 2])
 
 
-def _coefficients(law: StepTimeLaw, slots: Floats, ranks: Floats) -> Floats:
-    """Return the law's coefficients in ms for n engines, shape (n, regimes, features).
-
-    They are bilinear in slots and rank, so four engines tell those of all.
-    """
-    slots, ranks = slots[:, None, None], ranks[:, None, None]
-    launch, per_slot, per_rank = (law.for_engine(*engine) for engine in ((0, 0), (1, 0), (0, 1)))
-    per_both = law.for_engine(1, 1) - per_slot - per_rank + launch
-    adapted = (
-        launch
-        + slots * (per_slot - launch)
-        + ranks * (per_rank - launch)
-        + slots * ranks * per_both
-    )
-    return adapted if slots.all() else np.where(slots > 0, adapted, law.without_adapters())
-
-
 @numba.njit(cache=True, error_model="numpy")
 def _token_weighted_step_ms(
     running: Floats,
@@ -150,7 +132,7 @@ def _token_weighted_step_ms(
     prompts: Floats,
     token_breaks: Floats,
     coefficients: Floats,
-    tile: float,
+    arrival_ms: float,
     base_ms: float,
     per_running_ms: float,
 ) -> tuple[Floats, Floats]:
@@ -162,6 +144,8 @@ def _token_weighted_step_ms(
     shares, adapters : float64, shape (n, g)
         Share of the requests that go to one adapter of a group, and adapters in it.
     coefficients : float64, shape (n, regimes, features)
+    arrival_ms : float
+        A step costs it for each request that joins: as many come.
     base_ms, per_running_ms : float
         Scheduling.
     """
@@ -184,9 +168,9 @@ def _token_weighted_step_ms(
                     prompts[i],
                     token_breaks,
                     coefficients[i],
-                    tile,
                 )
                 tokens += around
+                model_ms += arrival_ms * around / output_tokens[i]
                 tokens_ms += around * (model_ms + base_ms + per_running_ms * around)
             step_ms[i, node] = tokens_ms / tokens
     return step_ms, distinct
@@ -211,7 +195,6 @@ def _mean_model_ms(
     prompts: Floats,
     token_breaks: Floats,
     coefficients: Floats,
-    tile: float,
 ) -> float:
     """Return the model's mean time in ms for a step that a Poisson number of prompts joins.
 
@@ -234,17 +217,15 @@ def _mean_model_ms(
             while regime < len(token_breaks) and tokens > token_breaks[regime]:
                 regime += 1
             c = coefficients[regime]  # in the order of `step_time.FEATURES`
-            tiles = np.ceil(tokens / tile)
             model_ms = (
                 c[0]
                 + c[1] * tokens
                 + c[2] * decodes
                 + c[3] * (kv_tokens + prompt_tokens)
-                + (c[4] + c[5] * tiles) * adapters
-                + c[6] * tiles
+                + (c[4] + c[5] * tokens) * adapters
             )
             if adapters > 0:
-                model_ms += c[7] + c[8] * tokens
+                model_ms += c[6] + c[7] * tokens
             total_ms += probability * model_ms
         left -= probability
         joining_left -= count * probability

@@ -18,23 +18,47 @@ CHOICE = ["workload", "method", "adapter_slots", "serves", "regret", "low", "hig
 """Columns of a choice that fit on a terminal."""
 
 
-@verbs.example("calibrate data/agullo2025 --out calibration.json --model llama-3.1-8b-instruct")
+@verbs.example(
+    "calibrate data/agullo2025 --out calibration.json --model llama-3.1-8b-instruct; "
+    "calibrate --prior --model mistralai/Mistral-7B-v0.3 --gpu h100-64gb --engine vllm-0.8.5 "
+    "--out prior.json, of a model that no one measured"
+)
 def calibrate(
-    tables: Annotated[Path, Argument(metavar="TABLES", help="Folder of measured tables.")],
     out: Annotated[Path, Option(metavar="CAL.json", help="Where the calibration goes.")],
-    model: Annotated[
-        str | None, Option(help="Model to calibrate, where the tables hold several.")
+    tables: Annotated[
+        Path | None, Argument(metavar="[TABLES]", help="Folder of measured tables.")
     ] = None,
-    gpu: Annotated[str | None, Option(help="Device of the measurements, for the name.")] = None,
+    prior: Annotated[
+        bool, Option("--prior", help="Without tables: from the model's files, GPU and engine.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        Option(help="Model to calibrate: of several in the tables, or a name or folder."),
+    ] = None,
+    gpu: Annotated[str | None, Option(help="Device of the measurements.")] = None,
     engine_version: Annotated[
-        str | None, Option(help="vLLM of the measurements, where they do not tell.")
+        str | None,
+        Option("--engine-version", "--engine", help="vLLM, where the measurements do not tell."),
     ] = None,
     jobs: JOBS = -1,
 ) -> None:
-    """Fit the laws of one model to measured tables."""
+    """Fit the laws of one model to measured tables, or say what is known without any."""
     from adapter_twin.calibrate.from_tables import calibrate_tables
+    from adapter_twin.calibrate.prior import prior_calibration
 
     report.check_target(out, ".json")
+    if prior:
+        require(tables is None, "TABLES: a prior is made without; leave them or --prior out")
+        asked = {"model": model, "gpu": gpu, "engine": engine_version}
+        for key, told in asked.items():
+            require(told is not None, f"{key}: a prior needs it; give --{key}")
+        name, device, version = (str(told) for told in asked.values())
+        known = prior_calibration(name, device, version.removeprefix("vllm-"))
+        datasets.write_text(out, known.to_json())
+        print(f"{out}: {known.name}, {known.origin}")
+        return
+    require(tables is not None, "TABLES: give the folder of measured tables, or --prior")
+    assert tables is not None
     require(tables.is_dir(), f"{tables}: no such folder; give the folder of the measured tables")
     with report.working("calibrating"):
         fitted = calibrate_tables(tables, model, gpu=gpu, engine_version=engine_version, jobs=jobs)

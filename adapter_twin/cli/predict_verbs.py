@@ -25,6 +25,9 @@ def predict(
         Literal["none", "recorded"],
         Option(help="The measurement's own effect: left out, or as recorded."),
     ] = "recorded",
+    intervals: Annotated[
+        bool, Option("--intervals", help="Also the ends of 90 % intervals (several simulations).")
+    ] = False,
 ) -> None:
     """Predict a table of runs from its configuration columns alone."""
     from adapter_twin.service.predict import predict
@@ -33,7 +36,12 @@ def predict(
     is_table = runs.suffix != ".json"
     require(is_table, f"{runs}: give a table of runs; benchmarks are for `validate --config`")
     predictions = predict(
-        datasets.read_runs(runs), calibration, seed=seed, jobs=jobs, observer=observer == "recorded"
+        datasets.read_runs(runs),
+        calibration,
+        seed=seed,
+        jobs=jobs,
+        observer=observer == "recorded",
+        intervals=intervals,
     )
     datasets.write_table(predictions, out)
     feasible = predictions["feasible_start"]

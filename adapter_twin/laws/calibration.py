@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import field, fields
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PlainValidator
 
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws.emitted_lengths import EarlyStopLaw, LengthLaw
-from adapter_twin.laws.estimator import Estimator
+from adapter_twin.laws.estimator import Estimator, NotBelow0
 from adapter_twin.laws.front_end import FrontEndLaw, MeasurementLaw
+from adapter_twin.laws.linear_steps import LinearStepLaw
 from adapter_twin.laws.loading import LoadingLaw
 from adapter_twin.laws.memory import MemoryLaw, adapter_shares
+from adapter_twin.laws.roofline import RooflineLaw
 from adapter_twin.laws.scheduling import SchedulingLaw
 from adapter_twin.laws.step_time import StepTimeLaw
 from adapter_twin.workload.calibration_files import calibration_path
@@ -46,6 +48,13 @@ RANGE_MARGIN = 1.25
 """Values up to this factor outside the measured range give no warning."""
 
 
+def _step_time_law(saved: object) -> StepTimeLaw:
+    if isinstance(saved, StepTimeLaw):
+        return saved
+    is_linear = isinstance(saved, dict) and "terms_" in saved
+    return read(LinearStepLaw if is_linear else RooflineLaw, saved)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
     """The laws that the twin runs on.
@@ -60,6 +69,9 @@ class Calibration:
         Fitted laws.
     valid_range : dict
         Lowest and highest value of each configuration column that the fit has seen.
+    off_by : dict
+        How far predictions are off, by regime and figure: see `adapter_twin.service.intervals`.
+        Empty where no left-out workloads told.
     provenance : dict
         Where the measurements come from, rows used, date, package version.
     """
@@ -68,7 +80,7 @@ class Calibration:
     model: str
     gpu: str
     memory: MemoryLaw
-    step_time: StepTimeLaw
+    step_time: Annotated[StepTimeLaw, PlainValidator(_step_time_law)]
     loading: LoadingLaw
     scheduling: SchedulingLaw
     front_end: FrontEndLaw
@@ -76,6 +88,7 @@ class Calibration:
     lengths: LengthLaw
     measurement: MeasurementLaw
     valid_range: dict[str, Annotated[list[int | float], Field(min_length=2, max_length=2)]]
+    off_by: dict[str, dict[str, NotBelow0]] = field(default_factory=dict)
     provenance: dict[str, Any]
 
     def __post_init__(self) -> None:
@@ -87,6 +100,13 @@ class Calibration:
     def version(self) -> EngineVersion:
         """What is known of the engine's version."""
         return engine_version(self.memory.version)
+
+    @property
+    def origin(self) -> str:
+        """Where it comes from, if it is a prior; empty for one that was measured."""
+        others = self.provenance.get("source", {}).get("prior", [])
+        told = f"a prior: no step of {self.model} was measured, it follows {', '.join(others)}"
+        return told if others else ""
 
     @property
     def schedules_ahead(self) -> bool:
@@ -178,6 +198,8 @@ class Calibration:
 
     def warn_outside_range(self, engine: EngineConfig, workload: Workload) -> None:
         """Warn of what lies outside the range of the measurements."""
+        if self.origin:
+            warnings.warn(f"{self.name} is {self.origin}", stacklevel=3)
         if engine.async_scheduling not in (None, self.schedules_ahead):
             warnings.warn(
                 "engine.async_scheduling: the order of requests counts, but the steps of "

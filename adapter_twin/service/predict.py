@@ -14,6 +14,7 @@ from adapter_twin import __version__
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.parallel import track, workers
+from adapter_twin.service.intervals import REPLICATIONS, interval, replication
 from adapter_twin.service.metrics import (
     adapter_loading,
     is_starved,
@@ -37,6 +38,7 @@ def predict(
     seed: int = 0,
     jobs: int = -1,
     observer: bool = True,
+    intervals: bool = False,
 ) -> pd.DataFrame:
     """Predict every run of a table by one simulation each.
 
@@ -55,6 +57,9 @@ def predict(
         Processes; -1 is one per core.
     observer : bool
         Include the effect that the reference measurement had on itself.
+    intervals : bool
+        Also what nine measured runs in ten lie in (`adapter_twin.service.intervals`); that takes
+        some more simulations of each run.
 
     Returns
     -------
@@ -100,7 +105,7 @@ def predict(
     configurations = checked[[name for name in RUN_CONFIGURATION.columns if name in checked]]
     calibrations = load_calibrations(calibration, configurations["model"])
     tasks = (
-        joblib.delayed(predict_run)(row, calibrations[row["model"]], seed, observer)
+        joblib.delayed(predict_run)(row, calibrations[row["model"]], seed, observer, intervals)
         for row in configurations.to_dict("records")
     )
     results = joblib.Parallel(n_jobs=jobs, return_as="generator")(tasks)
@@ -111,7 +116,8 @@ def predict(
             messages.update(dict.fromkeys(raised))
     for message in messages:
         warnings.warn(message, stacklevel=2)
-    predictions = pd.DataFrame(predicted, columns=list(PREDICTIONS.columns))
+    told = [name for name, column in PREDICTIONS.columns.items() if column.required or intervals]
+    predictions = pd.DataFrame(predicted, columns=told)
     predictions = validate(predictions, PREDICTIONS, "predictions")
     predictions.attrs = {
         "calibrations": [fitted.name for fitted in calibrations.values()],
@@ -200,7 +206,11 @@ def _start(calibration: Calibration, engine: EngineConfig) -> tuple[float, bool]
 
 
 def predict_run(
-    row: Mapping[str, Any], calibration: Calibration, seed: int, observer: bool
+    row: Mapping[str, Any],
+    calibration: Calibration,
+    seed: int,
+    observer: bool,
+    intervals: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """Predict one run, as `predict` does.
 
@@ -210,7 +220,7 @@ def predict_run(
         See `adapter_twin.workload.files.run_to_workload`.
     calibration : Calibration
     seed : int
-    observer : bool
+    observer, intervals : bool
 
     Returns
     -------
@@ -242,4 +252,22 @@ def predict_run(
         prediction["starved"] = is_starved(
             prediction["total_throughput"], workload.offered_tokens_per_s
         )
+    if starts and intervals:
+        prediction |= interval(prediction, replicate(row, calibration, seed, observer), calibration)
     return {**prediction, "wall_s": time.perf_counter() - started_s}, messages
+
+
+def replicate(
+    row: Mapping[str, Any], calibration: Calibration, seed: int, observer: bool
+) -> pd.DataFrame:
+    """Predict a run again with other requests and draws of the laws, a row each.
+
+    Parameters
+    ----------
+    row, calibration, seed, observer
+        As for `predict_run`.
+    """
+    return pd.DataFrame(
+        predict_run(row, replication(calibration, number), seed + 1 + number, observer)[0]
+        for number in range(REPLICATIONS)
+    )

@@ -131,6 +131,8 @@ RUN_CONFIGURATION = table(
 )
 """`predict` reads these columns and no others."""
 
+WITH_INTERVALS = ("total_throughput", "mean_itl_ms", "median_ttft_ms", "p99_itl_ms")
+
 PREDICTIONS = table(
     "predictions",
     run_id=text(unique=True),
@@ -142,6 +144,10 @@ PREDICTIONS = table(
     **each("starved feasible_start", BOOL),
     kv_cache_tokens=OPTIONAL,
     wall_s=number(0),
+    **each(
+        " ".join(f"{figure}_low {figure}_high" for figure in WITH_INTERVALS),
+        number(0, nullable=True, required=False),
+    ),
 )
 """`predict` writes a row per run, in this order; there are no figures where vLLM does not start."""
 

@@ -50,6 +50,7 @@ CLOCK = np.dtype(
         ("now_s", np.float64),
         ("accepted", np.int64),  # requests that the front end has taken
         ("delivered", np.int64),  # of these, the ones that the engine has got
+        ("arrived", np.int64),  # requests that the engine has got since it last began a step
         ("in_flight", np.int64),
         ("front_end_free_s", np.float64),
         ("next_scrape_s", np.float64),
@@ -67,11 +68,10 @@ class StepLaw(NamedTuple):
     """Step and scheduling time of one engine configuration, in seconds."""
 
     token_breaks: NDArray[np.float64]  # the regime changes past these batch sizes
-    # regimes x (1, tokens, decodes, context tokens, adapters, adapters x tiles, tiles; with
-    # adapters in the batch: 1, tokens); where a policy merges, the regimes again without adapters
+    # regimes x (1, tokens, decodes, context tokens, adapters, adapters x tokens; with adapters in
+    # the batch: 1, tokens); where a policy merges, the regimes again without adapters
     coefficients: NDArray[np.float64]
-    tile: int  # tokens per tile of the adapter kernels
-    per_waiting: float  # what each waiting request costs the engine's process besides scheduling
+    per_arrival: float  # what each request that has come since the last step costs the process
     scheduling: NDArray[np.float64]  # (1, running, waiting requests scanned)
 
 
@@ -104,15 +104,17 @@ class Run(NamedTuple):
 
 
 @helper
-def step_seconds(law: StepLaw, batch: Batch, running: int, waiting: int) -> tuple[float, float]:
-    """Return the durations (model, scheduling) of a step in seconds.
+def step_seconds(law: StepLaw, batch: Batch, running: int, arrived: int) -> tuple[float, float]:
+    """Return the durations (model and arrivals, scheduling) of a step in seconds.
 
     Parameters
     ----------
     law : StepLaw
     batch : Batch
-    running, waiting : int
+    running : int
         Requests, once the batch is chosen.
+    arrived : int
+        Requests since the step before.
     """
     regime = 0
     while regime < len(law.token_breaks) and batch.tokens > law.token_breaks[regime]:
@@ -122,18 +124,16 @@ def step_seconds(law: StepLaw, batch: Batch, running: int, waiting: int) -> tupl
         adapters = 0
         regime += len(law.token_breaks) + 1
     c = law.coefficients[regime]
-    tiles = (batch.tokens + law.tile - 1) // law.tile
     model = (
         c[0]
         + c[1] * batch.tokens
         + c[2] * batch.decodes
         + c[3] * batch.context_tokens
-        + (c[4] + c[5] * tiles) * adapters
-        + c[6] * tiles
-        + law.per_waiting * waiting
+        + (c[4] + c[5] * batch.tokens) * adapters
+        + law.per_arrival * arrived
     )
     if adapters > 0:
-        model += c[7] + c[8] * batch.tokens
+        model += c[6] + c[7] * batch.tokens
     s = law.scheduling
     return model, s[0] + s[1] * running + s[2] * batch.scanned
 
@@ -204,6 +204,7 @@ def _deliver_arrivals(run: Run, policy: Policy) -> None:
     while clock.delivered < clock.accepted and requests.ready_s[clock.delivered] <= clock.now_s:
         if not requests.rejected[clock.delivered]:
             enqueue(run.limits, requests, run.state, policy, clock.delivered)
+            clock.arrived += 1
         clock.delivered += 1
 
 
@@ -253,7 +254,8 @@ def _begin_step(run: Run, policy: Policy) -> float:
     """Schedule a batch, note it, and return the step's duration in seconds."""
     clock, count = run.clock, run.state.count
     batch = policy.schedule(run.limits, run.requests, run.state, clock.now_s)
-    model_s, scheduling_s = step_seconds(run.law, batch, count.running, count.waiting)
+    model_s, scheduling_s = step_seconds(run.law, batch, count.running, clock.arrived)
+    clock.arrived = 0
     row = run.steps[clock.steps]
     row.tokens = batch.tokens
     row.decodes = batch.decodes

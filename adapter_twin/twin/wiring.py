@@ -9,7 +9,6 @@ import numpy as np
 
 from adapter_twin.laws import Calibration
 from adapter_twin.laws.front_end import UNLIMITED
-from adapter_twin.laws.step_time import TILE
 from adapter_twin.twin.clock import FrontEnd, StepLaw
 from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.session import Session, new_session
@@ -100,17 +99,13 @@ def step_law(calibration: Calibration, engine: EngineConfig, *, merging: bool = 
     """
     ms = 1e-3
     scheduling, step_time = calibration.scheduling, calibration.step_time
-    if engine.max_loras:
-        coefficients = step_time.for_engine(engine.max_loras, engine.max_lora_rank)
-    else:
-        coefficients = step_time.without_adapters()
+    coefficients = step_time.for_engine(engine.max_loras, engine.max_lora_rank)
     if merging:
-        coefficients = np.vstack((coefficients, step_time.without_adapters()))
+        coefficients = np.vstack((coefficients, step_time.for_engine(0, 0)))
     return StepLaw(
         token_breaks=np.array(step_time.token_breaks_, float),
         coefficients=ms * coefficients,
-        tile=TILE,
-        per_waiting=ms * step_time.waiting_ms_,
+        per_arrival=ms * step_time.arrival_ms,
         scheduling=ms
         * np.array([scheduling.base_ms_, scheduling.per_running_ms_, scheduling.per_scanned_ms_]),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import field
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,6 +99,9 @@ class EngineVersion:
     defaults : tuple of BatchDefaults
         The first that fits a GPU holds.
     memory : KeptMemory
+    steps : dict
+        Constants of its steps by name (`adapter_twin.laws.roofline.ENGINE_CONSTANTS`): the value,
+        and how far its logarithm spreads between models. Empty where none were measured.
     source : str
     """
 
@@ -113,6 +117,7 @@ class EngineVersion:
     gpu_memory_utilization: Positive
     defaults: Annotated[Many[BatchDefaults], Field(min_length=1)]
     memory: KeptMemory
+    steps: dict[str, tuple[Positive, Positive]] = field(default_factory=dict, hash=False)
     source: Text
 
     def require_known(self, engine: EngineConfig) -> None:

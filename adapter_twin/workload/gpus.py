@@ -45,6 +45,17 @@ def gpu_name(gpu: str) -> str:
     return str(_known(gpu).get("name", gpu))
 
 
+def gpu_steps(gpu: str) -> dict[str, tuple[float, float]]:
+    """Return the constants of steps that were measured on a GPU, by name: value and spread.
+
+    Parameters
+    ----------
+    gpu : str
+        A name of ``data/gpus``; of others none are known.
+    """
+    return dict(_known(gpu).get("steps", {}))
+
+
 def _known(gpu: str) -> dict[str, Any]:
     """Return what is told of a GPU, however its name is spelt."""
     for name, about in facts("gpus").items():

@@ -161,17 +161,17 @@ def bands(
     return style.finish(grid)
 
 
-def coefficients(terms: pd.DataFrame) -> Figure:
-    """Draw the step-time law's coefficients with their intervals, a panel per regime of tokens.
+def step_costs(costs: pd.DataFrame) -> Figure:
+    """Draw what the parts of a step cost over the tokens in its batch, a panel per model.
 
     The table is that of `study.ch01_to_06.step_costs`.
     """
-    terms = terms.rename(columns={"cost": "value"})
-    grid = style.dots(terms, "term", list(terms["term"].unique()), "regime", row_height=0.28)
+    grid = style.panels(
+        costs, kind="line", x="tokens", y="cost", hue="part", col="model", lw=1.5, title="",
+    )  # fmt: skip
+    grid.set(xscale="log", ylim=(0, None)).set_axis_labels("tokens in the batch", "ms per step")
     for axes in grid.axes.flat:
-        axes.axvline(0, color=style.INK, lw=0.8)
-    grid.set_xlabels("ms per step")
-    grid.set_titles("{col_name}", size="small")
+        style.ticks(axes.xaxis, 2.0 ** np.arange(5, 12))
     return style.finish(grid)
 
 

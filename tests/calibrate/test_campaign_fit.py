@@ -177,7 +177,7 @@ def test_the_form_of_a_cpu_is_found_and_its_coefficients_recovered(fitted: Calib
     law = fitted.step_time
     assert law.form_.startswith("tokens x padded rank")
     coefficients = law.for_engine(4, 16)[0]
-    launch, tokens, adapted, adapted_tokens = coefficients[[0, 1, 7, 8]]
+    launch, tokens, adapted, adapted_tokens = coefficients[[0, 1, 6, 7]]
     assert [launch, tokens, adapted] == pytest.approx([LAUNCH_MS, TOKEN_MS, ADAPTED_MS], rel=0.02)
     assert adapted_tokens == pytest.approx(ADAPTED_TOKEN_MS + 16 * PADDED_MS, rel=0.02)
 

@@ -13,7 +13,7 @@ from adapter_twin.capacity.slot_sharing import share_slots
 from adapter_twin.capacity.traffic_mix import read_runs
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
-from adapter_twin.laws.step_time import StepTimeLaw
+from adapter_twin.laws.linear_steps import LinearStepLaw
 from adapter_twin.plan.grid import grid_runs
 from adapter_twin.plan.steady_state import warmed_up
 from adapter_twin.service.metrics import service_of
@@ -180,8 +180,8 @@ def test_similar_rates_may_be_taken_together(monkeypatch: pytest.MonkeyPatch) ->
         ("decodes", "1", 0.2),
         ("context_tokens", "1", 0.001),
         ("adapters", "R", 0.02),
-        ("adapters_tiles", "1", 0.2),
-        ("tiles", "GR", 0.004),
+        ("adapters_tokens", "1", 0.01),
+        ("tokens", "GR", 0.0002),
         ("adapted", "1", 4.0),
         ("adapted_tokens", "R", 0.003),
     ],
@@ -189,8 +189,8 @@ def test_similar_rates_may_be_taken_together(monkeypatch: pytest.MonkeyPatch) ->
 def test_every_term_of_the_step_law_costs_what_it_does_in_the_twin(
     feature: str, multiplier: str, ms: float
 ) -> None:
-    law = StepTimeLaw()
-    law.token_breaks_, law.waiting_ms_ = [64.0], 0.0
+    law = LinearStepLaw()
+    law.token_breaks_ = [64.0]
     costs = {("launch", "1"): (10.0, 15.0), (feature, multiplier): (ms, 2 * ms)}
     law.terms_ = [
         {"regime": regime, "feature": name, "multiplier": factor, "ms": cost}

@@ -125,7 +125,12 @@ def test_predict_writes_the_agreed_table(run: Cli, tmp_path: Path) -> None:
     assert (status, err) == (0, "")
     assert "pred.parquet: 1 runs, " in out
     predicted = pd.read_parquet(tmp_path / "pred.parquet")
-    assert list(predicted.columns) == list(PREDICTIONS.columns)
+    always = [name for name, column in PREDICTIONS.columns.items() if column.required]
+    assert list(predicted.columns) == always
+    assert run("predict", *arguments, "--intervals", "--out", "ends.parquet")[0] == 0
+    told = pd.read_parquet(tmp_path / "ends.parquet")
+    assert list(told.columns) == list(PREDICTIONS.columns)
+    assert told["mean_itl_ms_low"][0] < predicted["mean_itl_ms"][0] < told["mean_itl_ms_high"][0]
     assert run("predict", *arguments, "--observer", "none", "--out", "none.parquet")[0] == 0
     without = pd.read_parquet(tmp_path / "none.parquet")
     assert without["mean_itl_ms"][0] < predicted["mean_itl_ms"][0]

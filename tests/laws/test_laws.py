@@ -10,10 +10,10 @@ import pytest
 from adapter_twin.calibrate.client_side import fit_first_use
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.laws.emitted_lengths import EarlyStopLaw
+from adapter_twin.laws.linear_steps import LinearStepLaw
 from adapter_twin.laws.loading import LoadingLaw
 from adapter_twin.laws.memory import MemoryLaw
 from adapter_twin.laws.scheduling import SchedulingLaw
-from adapter_twin.laws.step_time import StepTimeLaw
 from adapter_twin.service.perfetto import step_starts_s
 from adapter_twin.twin.simulate import draw_requests, simulate, simulate_run
 from adapter_twin.workload.models import model_shape
@@ -111,10 +111,10 @@ def test_the_kv_cache_holds_whole_blocks_only() -> None:
 
 def test_a_step_costs_what_the_law_says_at_the_rank_of_its_slots(shipped: Calibration) -> None:
     """Adapters of rank 8 in slots of rank 32: the kernels work at 32."""
-    law, scheduling = StepTimeLaw(), SchedulingLaw()
-    law.token_breaks_, law.waiting_ms_ = [], 0.0
+    law, scheduling = LinearStepLaw(), SchedulingLaw()
+    law.token_breaks_ = []
     coefficients = {("launch", "1"): 5.0, ("launch", "GR"): 0.01, ("adapters", "R"): 0.02,
-                    ("tokens", "1"): 0.1, ("tiles", "G"): 0.5}  # fmt: skip
+                    ("tokens", "1"): 0.1, ("adapters_tokens", "G"): 0.005}  # fmt: skip
     law.terms_ = [
         {"regime": 0, "feature": feature, "multiplier": multiplier, "ms": ms}
         for (feature, multiplier), ms in coefficients.items()
@@ -130,7 +130,7 @@ def test_a_step_costs_what_the_law_says_at_the_rank_of_its_slots(shipped: Calibr
     steps = run.steps[1:]
     took_ms = 1e3 * (steps.end_s - step_starts_s(run)[1:] - steps.load_s)
     by_hand = 5 + 0.01 * 4 * 32 + 0.02 * 32 * steps.adapters + 0.1 * steps.tokens
-    by_hand += 0.5 * 4 * np.ceil(steps.tokens / 32) + 1 + 0.25 * steps.running
+    by_hand += 0.005 * 4 * steps.adapters * steps.tokens + 1 + 0.25 * steps.running
     back_to_back = np.isclose(step_starts_s(run)[1:], run.steps.end_s[:-1], atol=0, rtol=0)
     assert back_to_back.mean() > 0.8
     assert took_ms[back_to_back] == pytest.approx(by_hand[back_to_back], rel=1e-4)

@@ -28,7 +28,7 @@ SLO = Slo(ttft_ms=2000, itl_ms=100)
 # 24 adapters on 2 slots: some wait for long, and requests are left without a first token.
 ASKED = Demand(model=LLAMA, adapters=deal_adapters(24, [0.4, 0.1], [8]), lengths=LENGTHS, slo=SLO)
 ENGINE = EngineConfig(model=LLAMA, max_loras=2, max_cpu_loras=24, max_lora_rank=8)
-DURATION_S, SEED = 300.0, 3
+DURATION_S, SEED = 300.0, 6
 
 
 @pytest.fixture(scope="module")

@@ -56,9 +56,9 @@ def two_requests(law: StepLaw) -> Session:
 
 def step_law(**seconds: float) -> StepLaw:
     features = ("launch", "tokens", "decodes", "context_tokens", "adapters")
-    coefficients = np.zeros((1, 9))
+    coefficients = np.zeros((1, 8))
     coefficients[0, :5] = [seconds.get(name, 0.0) for name in features]
-    return StepLaw(np.empty(0), coefficients, 128, 0.0, np.zeros(3))
+    return StepLaw(np.empty(0), coefficients, 0.0, np.zeros(3))
 
 
 def with_free_prompts(session: Session) -> Session:
@@ -110,7 +110,7 @@ def test_normal_lengths_keep_the_arrivals_and_carry_what_is_cut_off() -> None:
 
 def test_one_slot_count_prices_every_engine_like_the_profiled_one() -> None:
     law = load_calibration("auto", LLAMA).step_time
-    one = OneSlotCount.from_dict(law.to_dict())
+    one = OneSlotCount.from_dict(vars(law))
     profiled = law.for_engine(ch14_ablation.PROFILED_SLOTS, ch14_ablation.PROFILED_RANK)
     assert (one.for_engine(16, 32) == profiled).all()
     assert (law.for_engine(16, 32) != profiled).any()

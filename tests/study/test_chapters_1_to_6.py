@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 
 from adapter_twin.laws import load_calibration
+from adapter_twin.laws.roofline import CONSTANTS
+from adapter_twin.laws.step_time import batch_features
 from adapter_twin.plan.steady_state import warmed_up
 from study import ch01_to_06
 from study.figures import twin_runs
@@ -75,9 +77,33 @@ def test_errors_are_drawn_in_the_order_of_load():
 
 def test_the_example_takes_the_same_steps_over_plain_lists():
     calibration = warmed_up(load_calibration("auto", "llama-3.1-8b-instruct"))
-    run = ch01_to_06.small_example(calibration, 3.0)
+    run = ch01_to_06.small_example(calibration)
     plain = ch01_to_06.plain_steps(run, calibration)
     ours = pd.DataFrame(run.steps)[list(plain.columns)]
     assert len(plain) > 100
     assert plain["loads"].sum() >= 5
     pd.testing.assert_frame_equal(ours, plain, check_dtype=False, rtol=1e-6)
+
+
+def test_the_parts_of_a_step_are_all_of_it():
+    calibration = load_calibration("auto", "llama-3.1-8b-instruct")
+    costs = ch01_to_06.step_costs(calibration, 32, 16)
+    assert (costs["cost"] > 0).all()
+    whole = costs.groupby("tokens")["cost"].sum()
+    tokens = whole.index.to_numpy()
+    decodes = np.minimum(tokens, ch01_to_06.COSTED_REQUESTS)
+    context = ch01_to_06.COSTED_CONTEXT * decodes
+    adapters = np.array(ch01_to_06.COSTED_ADAPTERS)
+    law = calibration.step_time
+    coefficients = law.for_engine(32, 16)[np.searchsorted(law.token_breaks_, tokens)]
+    expected = (batch_features(tokens, decodes, context, adapters) * coefficients).sum(axis=1)
+    assert whole.to_numpy() == pytest.approx(expected)
+
+
+def test_every_constant_is_told_by_model():
+    calibration = load_calibration("auto", "llama-3.1-8b-instruct")
+    table = ch01_to_06.step_constants([calibration]).set_index("constant")
+    assert tuple(table.index) == CONSTANTS
+    assert table[calibration.model].to_dict() == calibration.step_time.constants_
+    assert set(table["of the"]) == {"GPU", "engine"}
+    assert not table["for"].str.contains("`").any()

@@ -111,6 +111,17 @@ def test_a_map_of_slots_has_a_line_for_each_number_that_starts() -> None:
     assert ttft == {"8": [(16, 0.1), (64, 9)], "32": [(16, 0.08)]}
 
 
+def test_the_parts_of_a_step_are_lines_over_its_tokens() -> None:
+    keys = product((LLAMA, QWEN), ("KV cache", "slots"), (32.0, 512.0))
+    costs = pd.DataFrame(keys, columns=["model", "part", "tokens"])
+    costs["cost"] = 1.0 + np.arange(len(costs))
+    figure = twin_runs.step_costs(costs)
+    assert titles(figure) == [LLAMA, QWEN]
+    for (_, own), drawn in zip(costs.groupby("model"), series(figure), strict=True):
+        parts = own.groupby("part")
+        assert drawn == {part: points(line.tokens, line.cost) for part, line in parts}
+
+
 def test_errors_outside_the_fitted_range_are_drawn_by_what_was_left_out() -> None:
     keys = product(("total_throughput", "mean_itl_ms"), ("adapter_slots", "max_lora_rank"), (2, 4))
     table = pd.DataFrame(keys, columns=["figure", "column", "times"])

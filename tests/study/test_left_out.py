@@ -26,9 +26,14 @@ def tables() -> dict[str, pd.DataFrame]:
 def test_all_runs_of_the_workload_are_left_out_whatever_became_of_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seen = {}
+    seen, told_the_prior = {}, []
 
-    def calibrate(kept: dict[str, pd.DataFrame], *_: object, **__: object) -> str:
+    def prior_of(kept: dict[str, pd.DataFrame], _: object) -> str:
+        told_the_prior.append("".join(kept["runs"].run_id))
+        return "prior"
+
+    def calibrate(kept: dict[str, pd.DataFrame], *_: object, prior: str, **__: object) -> str:
+        assert prior == "prior"
         seen.update({name: "".join(table.run_id) for name, table in kept.items()})
         return "calibration"
 
@@ -40,11 +45,15 @@ def test_all_runs_of_the_workload_are_left_out_whatever_became_of_them(
         assert calibration == "calibration"
         return grids[["run_id"]]
 
+    monkeypatch.setattr(left_out, "prior_of", prior_of)
     monkeypatch.setattr(left_out, "calibrate", calibrate)
+    monkeypatch.setattr(left_out, "replicate", lambda *_, **__: None)
+    monkeypatch.setattr(left_out, "spread_of", lambda *_: {"mean_itl_ms": 0.1})
     monkeypatch.setattr(left_out, "predict_run", predict_run)
     monkeypatch.setattr(left_out.measured_grids, "twin_runs", twin_runs)
     monkeypatch.setattr(left_out.measured_grids, "measured_grids", lambda runs: runs[runs.grid])
-    predicted, grids = left_out.leave_one_workload_out(tables(), None, jobs=1)
+    moves = {"m": None, "n": None}
+    predicted, grids = left_out.leave_one_workload_out(tables(), None, moves, jobs=1)
     for seed in range(left_out.SEEDS):
         assert sorted(predicted.run_id[predicted.seed == seed]) == list("acd")
         assert sorted(grids.run_id[grids.seed == seed]) == list("ab")
@@ -53,6 +62,7 @@ def test_all_runs_of_the_workload_are_left_out_whatever_became_of_them(
     assert seen["steps"] == "abcd"
     assert seen["runs"] == seen["series"] == seen["windows"]
     assert seen["runs"] in ("cd", "abd", "abc")
+    assert sorted(told_the_prior) == ["abd", "c", "c"]  # without the workload of any model
 
 
 def test_bars_are_means_and_ranges_over_seeds() -> None:

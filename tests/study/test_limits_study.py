@@ -47,22 +47,22 @@ def test_each_calibration_tells_its_range() -> None:
 def test_a_refit_sees_nothing_beyond_the_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
 
-    class Law(ch14_limits.MemoryLaw, ch14_limits.StepTimeLaw):
+    class Law(ch14_limits.MemoryLaw, ch14_limits.RooflineLaw):
         version = "0.8.5"
 
         def __init__(self, *_: object) -> None: ...
 
-        def fit(self, given: object) -> "Law":
+        def fit(self, given: object, *_: object) -> "Law":
             seen[len(seen)] = given
             return self
 
     monkeypatch.setattr(ch14_limits, "MemoryLaw", Law)
-    monkeypatch.setattr(ch14_limits, "StepTimeLaw", Law)
+    monkeypatch.setattr(ch14_limits, "RooflineLaw", Law)
     monkeypatch.setattr(ch14_limits, "step_observations", lambda tables, *_: tables)
     monkeypatch.setattr(
         ch14_limits,
         "without_copies",
-        lambda law, tables, runs, jobs: seen.update(again=runs) or law,
+        lambda law, tables, runs, jobs, prior: seen.update(again=runs) or law,
     )
     slots = pd.DataFrame({"adapter_slots": [8, 32, 64], "model": LLAMA})
     runs = slots.assign(status="ok", client_collapsed=False)

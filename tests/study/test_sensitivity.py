@@ -1,6 +1,7 @@
 """Sobol indices of the twin's answers: what is multiplied, and what decides what."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,7 @@ def numbers(value: Any, path: str = "") -> dict[str, Any]:
         ),
         (
             "scheduling",
-            "scheduling/base_ms_ scheduling/per_running_ms_ scheduling/per_scanned_ms_ "
-            "step_time/waiting_ms_",
+            "scheduling/base_ms_ scheduling/per_running_ms_ scheduling/per_scanned_ms_",
         ),
         (
             "front_end",
@@ -84,25 +84,27 @@ def test_a_factor_multiplies_its_law_and_nothing_else(
 
 def test_step_times_split_into_base_and_adapters(calibration: Calibration) -> None:
     saved = calibration.to_json()
-    terms = {
-        part: [
-            (term["feature"], term["multiplier"])
-            for term in perturbed(calibration, {f"step_time_{other}": 0.0}).step_time.terms_
-            if term["ms"] > 0
-        ]
-        for part, other in (("base", "adapters"), ("adapters", "base"))
-    }
-    needs_no_adapter = {"launch", "tokens", "decodes", "context_tokens"}
-    assert set(terms["base"]) == {(feature, "1") for feature in needs_no_adapter}
-    assert {("adapters", "1"), ("launch", "G"), ("tokens", "L")} <= set(terms["adapters"])
-    assert len(terms["base"]) + len(terms["adapters"]) == len(calibration.step_time.terms_)
+    law, slots_and_rank = calibration.step_time, (32, 16)
+    base, adapters = (
+        perturbed(calibration, {f"step_time_{other}": 0.0}).step_time
+        for other in ("adapters", "base")
+    )
+    assert (base.for_engine(*slots_and_rank) == law.for_engine(0, 0)).all()
+    assert (adapters.for_engine(0, 0) == 0).all()
+    both = base.for_engine(*slots_and_rank) + adapters.for_engine(*slots_and_rank)
+    assert both == pytest.approx(law.for_engine(*slots_and_rank))
+    assert (base.arrival_ms, adapters.arrival_ms) == (law.arrival_ms, 0.0)
     assert calibration.to_json() == saved
 
 
 @pytest.mark.usefixtures("coarse")
 def test_factors_of_one_answer_as_the_plain_twin_does(calibration: Calibration) -> None:
     laws = dict.fromkeys(list(FACTORS)[:9], 1.0)
-    assert perturbed(calibration, laws).to_json() == calibration.to_json()
+    same = perturbed(calibration, laws)
+    assert replace(same, step_time=calibration.step_time).to_json() == calibration.to_json()
+    for engine in ((0, 0), (8, 16)):
+        ours, theirs = (one.step_time.for_engine(*engine) for one in (same, calibration))
+        assert (ours == theirs).all()
     row = records(grid_runs(MIX, [8], [8], 3600.0))[0]
     run = simulate_run(row, calibration, seed=3, observer=False)
     service = summarize(run.records, run.gaps, run.duration_s)

@@ -106,7 +106,7 @@ class PlainClient:
                 request.rejected = True
             else:
                 self.places.remove(min(self.places))
-                self.engine.waiting.append(request)
+                self.engine.add(request)
 
     def note(self, request: PlainRequest, now_s: float) -> None:
         self.engine.running.remove(request)

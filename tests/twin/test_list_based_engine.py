@@ -19,10 +19,8 @@ from study.plain_engine import PlainEngine, PlainRequest, PlainStep, serve
 TICK_S = 2.0**-20
 LAW = StepLaw(
     token_breaks=np.array([8.0]),
-    coefficients=TICK_S
-    * np.array([[64.0, 8, 4, 1, 16, 0, 0, 0, 2], [128.0, 4, 2, 1, 8, 0, 32, 64, 0]]),
-    tile=4,
-    per_waiting=TICK_S,
+    coefficients=TICK_S * np.array([[64.0, 8, 4, 1, 16, 2, 0, 2], [128.0, 4, 2, 1, 8, 1, 64, 0]]),
+    per_arrival=32 * TICK_S,
     scheduling=TICK_S * np.array([8.0, 2, 1]),
 )
 LOAD_S = 512 * TICK_S * np.arange(1, 17)  # so that a sum tells which adapters were copied

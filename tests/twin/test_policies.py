@@ -47,13 +47,13 @@ def lay_out(
     arrival_s, *columns = (np.array(column) for column in zip(*requests, strict=True))
     flags = {"max_loras": 4, "max_cpu_loras": 8, "max_num_seqs": 8, "max_num_batched_tokens": 64}
     flags |= {"block_size": 1, **engine}
-    step_s = np.zeros((2, 9))
+    step_s = np.zeros((2, 8))
     step_s[:, 0] = 1.0, 0.5
     policy = policy or Policy()
     return new_session(
         Trace(arrival_s.astype(float), *(column.astype(np.int32) for column in columns)),
         EngineConfig(model="any", max_lora_rank=8, **flags),
-        StepLaw(np.empty(0), step_s if policy.merges else step_s[:1], 128, 0.0, np.zeros(3)),
+        StepLaw(np.empty(0), step_s if policy.merges else step_s[:1], 0.0, np.zeros(3)),
         FrontEnd(1e6, 10**6, 0.0, np.inf, 0.0, 0.0, 0.0),
         kv_cache_tokens + flags["block_size"],
         np.broadcast_to(load_s, ADAPTERS),

@@ -30,6 +30,7 @@ def lay_out(
     load_s: float = 0.0,
     read_s: float = 0.0,
     in_flight_cap: int = 1000,
+    per_arrival_s: float = 0.0,
     first_use_s: float = 0.0,
     scrape_period_s: float = np.inf,
     scrape_s: float = 0.0,
@@ -45,7 +46,7 @@ def lay_out(
     return new_session(
         Trace(arrival_s.astype(float), *(column.astype(np.int32) for column in columns)),
         EngineConfig(model="any", max_lora_rank=8, **flags),
-        StepLaw(np.empty(0), np.eye(1, 9), 128, 0.0, np.zeros(3)),
+        StepLaw(np.empty(0), np.eye(1, 8), per_arrival_s, np.zeros(3)),
         FrontEnd(duration_s, in_flight_cap, *pauses),
         kv_cache_tokens + flags["block_size"],
         np.full(8, load_s),
@@ -88,6 +89,16 @@ def test_nothing_is_admitted_in_a_step_that_preempts() -> None:
     run = play([(0, 0, 2, 6), (0, 0, 2, 6), (2.5, 0, 1, 1)], kv_cache_tokens=8)
     assert run.steps.waiting.tolist()[3] == 2  # room for one token, but not in this step
     assert run.requests.scheduled_s[2] == 6  # behind the preempted one, which does not fit
+
+
+def test_an_arrival_costs_the_next_step_and_no_other() -> None:
+    # two at once, then one, and one that is refused
+    requests = [(0, 0, 1, 4), (0, 1, 1, 4), (1.5, 0, 1, 1), (1.5, 0, 1, 1)]
+    run = play(requests, per_arrival_s=0.25, in_flight_cap=3)
+    assert run.steps.end_s.tolist() == [1.5, 2.75, 3.75, 4.75]
+    run = play([(0, 0, 2, 6), (0, 0, 2, 6)], per_arrival_s=0.25, kv_cache_tokens=8)
+    assert run.requests.preemptions.tolist() == [0, 1]  # and comes back, which is no arrival
+    assert np.diff(run.steps.end_s, prepend=0).tolist() == [1.5] + [1] * 8
 
 
 def test_requests_of_resident_adapters_overtake_one_that_finds_no_slot() -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from adapter_twin.laws.roofline import GPU_CONSTANTS
+
 FILES = sorted((Path(__file__).parents[2] / "data" / "gpus").glob("*.json"))
 PLAUSIBLE = {
     "memory_gib": (10, 300),
@@ -30,7 +32,8 @@ def test_each_number_has_a_source(gpu):
     numbers = set(gpu) - {"name", "sources"}
     assert gpu["name"]
     assert "memory_gib" in numbers
-    assert numbers <= set(PLAUSIBLE)
+    assert numbers - {"steps"} <= set(PLAUSIBLE)
+    assert set(gpu.get("steps", GPU_CONSTANTS)) == set(GPU_CONSTANTS)
     assert set(gpu["sources"]) == numbers
     assert all(gpu["sources"].values())
 

@@ -1,0 +1,82 @@
+"""Priors: what is known of a model before any of its steps is measured."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from adapter_twin import load_calibration, simulate
+from adapter_twin.calibrate.prior import prior_calibration
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.laws import Calibration
+from adapter_twin.workload.models import model_config
+from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, deal_adapters
+
+LLAMA, QWEN, MISTRAL = "llama-3.1-8b-instruct", "qwen-2.5-7b-instruct", "mistralai/Mistral-7B-v0.3"
+PLACE = ("h100-64gb", "0.8.5")
+
+
+def test_a_measured_model_is_told_almost_as_it_was_measured() -> None:
+    prior, measured = prior_calibration(LLAMA, *PLACE), load_calibration("auto", LLAMA)
+    engine = EngineConfig(model=LLAMA, max_loras=32, max_cpu_loras=64, max_lora_rank=16)
+    tokens = [law.memory.kv_cache_tokens(engine) for law in (prior, measured)]
+    assert tokens[0] == pytest.approx(tokens[1], rel=0.02)
+    workload = Workload(
+        adapters=deal_adapters(64, [0.1], [16]),
+        duration_s=300.0,
+        lengths=Lengths(mean_input_tokens=223, mean_output_tokens=197),
+    )
+    with pytest.warns(UserWarning, match="is a prior: no step of llama.* was measured, it follows"):
+        run = simulate(workload, engine, prior)
+    itl_ms = [
+        1e3 * np.average(one.gaps.gap_s, weights=one.gaps.count)
+        for one in (run, simulate(workload, engine, measured))
+    ]
+    assert itl_ms[0] == pytest.approx(itl_ms[1], rel=0.1)
+
+
+def test_it_follows_the_other_models_only() -> None:
+    prior, other = prior_calibration(LLAMA, *PLACE), load_calibration("auto", QWEN)
+    assert prior.provenance["source"]["prior"] == [other.name]
+    assert prior.loading.full_slot_ms_ == pytest.approx(other.loading.full_slot_ms_)
+    both = prior_calibration(MISTRAL, *PLACE)
+    own = [load_calibration("auto", model).loading.full_slot_ms_ for model in (LLAMA, QWEN)]
+    assert both.loading.full_slot_ms_ == pytest.approx(np.sqrt(np.prod(own)))
+    assert len(both.provenance["source"]["prior"]) == 2
+
+
+def test_a_larger_model_is_slower(tmp_path: Path) -> None:
+    config = dict(model_config(MISTRAL)) | {"num_hidden_layers": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    small, large = (
+        prior_calibration(model, *PLACE).step_time.for_engine(0, 0)
+        for model in (MISTRAL, str(tmp_path))
+    )
+    assert large[0, 0] > 1.6 * small[0, 0]  # twice the weights to read, but one engine
+    assert (large[:, 1] > small[:, 1]).all()
+
+
+def test_it_is_a_calibration_like_others(tmp_path: Path) -> None:
+    path = tmp_path / "prior.json"
+    prior = prior_calibration(MISTRAL, *PLACE)
+    path.write_text(prior.to_json())
+    again = load_calibration(str(path), MISTRAL)
+    assert isinstance(again, Calibration)
+    assert again.to_json() == prior.to_json()
+    assert pd.Series(again.step_time.draws_["step_ms"]).std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("model", "place", "message"),
+    [
+        (MISTRAL, ("l40s", "0.8.5"), r"gpu: no model was measured on l40s with vLLM 0\.8\.5; "),
+        (MISTRAL, ("h100-64gb", "0.32.0"), r"gpu: no model was measured on h100-64gb with vLLM"),
+        ("mistralai/Mixtral-8x7B-v0.1", PLACE, "model: steps of experts or of quantised weights"),
+        ("none/of-these", PLACE, "model: 'none/of-these'"),
+    ],
+)
+def test_what_was_not_measured_is_refused(model: str, place: tuple[str, str], message: str) -> None:
+    with pytest.raises(AdapterTwinError, match=message):
+        prior_calibration(model, *place)
