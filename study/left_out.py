@@ -189,17 +189,8 @@ def _predict(
 def region_errors(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
     """Score predictions of left-out regions.
 
-    Parameters
-    ----------
-    runs : DataFrame
-        Table ``runs``.
-    predictions : DataFrame
-        As `leave_regions_out` returns.
-
-    Returns
-    -------
-    DataFrame
-        ``left_out``, ``model``, ``figure``, ``measure``, ``value`` and ``n_runs``.
+    Arguments as for `bars_left_out`, of `leave_regions_out`; returns ``left_out``, ``model``,
+    ``figure``, ``measure``, ``value`` and ``n_runs``.
     """
     measured = fitted_runs(runs).set_index("run_id", drop=False)
     columns = ["left_out", "model", "figure", "measure", "value", "n_runs"]

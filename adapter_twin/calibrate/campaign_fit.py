@@ -18,8 +18,9 @@ from adapter_twin.laws.front_end import UNLIMITED, FrontEndLaw, MeasurementLaw
 from adapter_twin.laws.linear_steps import LinearStepLaw
 from adapter_twin.laws.loading import LoadingLaw
 from adapter_twin.laws.memory import MemoryLaw
+from adapter_twin.laws.roofline import RooflineLaw, known_constants
 from adapter_twin.laws.scheduling import SchedulingLaw
-from adapter_twin.laws.step_time import StepObservations, batch_features
+from adapter_twin.laws.step_time import StepObservations, StepTimeLaw, batch_features
 from adapter_twin.workload.models import ModelShape
 
 TABLES = ("runs", "micro_steps", "adapter_loads", "engine_starts")
@@ -72,12 +73,17 @@ def calibrate_campaign(
     runs = tables["runs"]
     fitted = runs[(runs.status == "ok") & ~runs.held_out]
     batches = median_steps(tables["micro_steps"])
+    if gpu == "cpu":
+        step_time: StepTimeLaw = LinearStepLaw().fit(observations(batches))
+    else:
+        known = known_constants(gpu, engine_version)
+        step_time = RooflineLaw(shape).fit(observations(batches), known)
     starts = tables["engine_starts"].rename(columns={"capture_s": "graph_capture_s"})
     calibration = assemble(
         *(model, gpu, source, runs),
         rows={"runs": len(fitted), "step_times": len(batches)},
         memory=MemoryLaw(shape, engine_version, memory_gib).fit(starts),
-        step_time=LinearStepLaw().fit(observations(batches)),
+        step_time=step_time,
         loading=LoadingLaw(model).fit(tables["adapter_loads"]),
         scheduling=SchedulingLaw().fit(scheduling_times(batches)),
         front_end=FrontEndLaw(),

@@ -307,7 +307,7 @@ def fit_together(
             outlying = OUTLIER * np.median(missed_by) / np.maximum(missed_by, 1e-9)
             robust[i] = np.sqrt(np.minimum(1, outlying))
         found = least_squares(errors, found.x, x_scale=spread)
-    missed(found.x)
+    missed(found.x)  # the last that the search tried need not be what it found
     return found
 
 
