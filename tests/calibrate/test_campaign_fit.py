@@ -15,6 +15,7 @@ from adapter_twin.calibrate.campaign_fit import (
 from adapter_twin.calibrate.from_tables import calibrate_tables, device_name
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import Calibration
+from adapter_twin.laws.roofline import RooflineLaw, known_constants
 from adapter_twin.service.metrics import summarize
 from adapter_twin.service.predict import predict
 from adapter_twin.service.validate import validate_runs
@@ -180,6 +181,15 @@ def test_the_form_of_a_cpu_is_found_and_its_coefficients_recovered(fitted: Calib
     launch, tokens, adapted, adapted_tokens = coefficients[[0, 1, 6, 7]]
     assert [launch, tokens, adapted] == pytest.approx([LAUNCH_MS, TOKEN_MS, ADAPTED_MS], rel=0.02)
     assert adapted_tokens == pytest.approx(ADAPTED_TOKEN_MS + 16 * PADDED_MS, rel=0.02)
+
+
+def test_the_steps_of_a_gpu_are_fitted_by_the_law_of_gpus(tables: dict[str, pd.DataFrame]) -> None:
+    on_gpu = calibrate_campaign(tables, "small", SMALL, **MACHINE | {"gpu": "some-gpu"})
+    law = on_gpu.step_time
+    assert isinstance(law, RooflineLaw)
+    prior = known_constants("some-gpu", "0.32.0")
+    moved = [abs(np.log(law.constants_[name] / value)) for name, (value, _) in prior.items()]
+    assert max(moved) > 0.3  # nothing is known of it, so the measurements decide
 
 
 def test_a_kv_cache_of_its_own_does_not_shrink_with_the_slots(fitted: Calibration) -> None:
