@@ -3,8 +3,8 @@
 ``python -m study.left_out`` does it for the development set and records the predictions in
 ``data/expected``: ``left_out.csv`` of the measured runs and ``left_out_grids.csv`` of the measured
 grids, with all laws fitted anew for each workload; ``left_out_regions.csv`` of runs whose mix of
-ranks, or whose `MANY_SLOTS`, the step-time law has not seen. It takes half an hour on two cores,
-too long for every `make reproduce`, so chapters score what is recorded.
+ranks, or whose `MANY_SLOTS`, the step-time law has not seen, or whose model nothing has. It takes
+half an hour on two cores, too long for every `make reproduce`, so chapters score what is recorded.
 
 What the twin's figures would do if a constant changed (`Response`) is simulated once, around the
 constants that all runs give; what it was measured to do is taken of the kept runs only.
@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
+from adapter_twin.calibrate.prior import prior_calibration
 from adapter_twin.calibrate.published_fit import TABLES, calibrate, fitted_runs, without_copies
 from adapter_twin.calibrate.step_observations import workload_names
 from adapter_twin.calibrate.through_twin import Response
@@ -172,6 +173,29 @@ def _predict_region(
     return pd.concat(parts, ignore_index=True)
 
 
+def leave_models_out(tables: Tables, moves: Mapping[str, Response]) -> pd.DataFrame:
+    """Predict each model's runs by a prior whose constants are those of the other models.
+
+    Parameters
+    ----------
+    tables, moves
+        As for `leave_one_workload_out`.
+
+    Returns
+    -------
+    DataFrame
+        As `leave_regions_out`; ``left_out`` is ``model``.
+    """
+    runs = tables["runs"]
+    parts = []
+    for model, fold in fitted_runs(runs).groupby("model"):
+        others = {name: response for name, response in moves.items() if name != model}
+        constants = prior_of(_without(tables, runs["model"] == model), others)
+        prior = prior_calibration(str(model), GPU, VERSION, constants)
+        parts.append(_predict(prior, fold, [0]).assign(left_out="model"))
+    return pd.concat(parts)
+
+
 def _predict(
     calibration: Calibration, runs: pd.DataFrame, seeds: Iterable[int], *, spreads: bool = False
 ) -> pd.DataFrame:
@@ -311,8 +335,8 @@ if __name__ == "__main__":
     kept = ["seed", *measured_grids.WORKLOAD, *measured_grids.CONFIGURATION, "feasible_start"]
     kept += ["offered_tokens_per_s", "total_throughput", "mean_ttft_ms"]
     datasets.write_table(rounded(of_grids[kept]), EXPECTED / "left_out_grids.csv")
-    of_regions = leave_regions_out(measured, moved).drop(columns="wall_s")
-    datasets.write_table(rounded(of_regions), EXPECTED / "left_out_regions.csv")
+    beyond = pd.concat([leave_regions_out(measured, moved), leave_models_out(measured, moved)])
+    datasets.write_table(rounded(beyond.drop(columns="wall_s")), EXPECTED / "left_out_regions.csv")
     scored = scores(measured["runs"], of_runs)
     datasets.write_table(rounded(coverage(scored)), EXPECTED / "coverage_of_intervals.csv")
     for model in moved:
