@@ -49,6 +49,7 @@ def calibrate(
     report.check_target(out, ".json")
     if prior:
         require(tables is None, "TABLES: a prior is made without; leave them or --prior out")
+        require(jobs == -1, "jobs: a prior simulates nothing; leave it out")
         asked = {"model": model, "gpu": gpu, "engine": engine_version}
         for key, told in asked.items():
             require(told is not None, f"{key}: a prior needs it; give --{key}")

@@ -14,6 +14,7 @@ import yaml
 
 from adapter_twin import __version__, cli
 from adapter_twin.cli import doctor, report
+from adapter_twin.laws import Calibration
 from adapter_twin.tables import datasets, importer
 from adapter_twin.tables.schemas import PREDICTIONS
 
@@ -318,6 +319,24 @@ def test_data_imports_a_clone(run: Cli, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "data/external reads the imported tables first" in " ".join(out.split())
     assert run("data", "--fetch")[0] == 0
     assert imported == [tmp_path, None]
+
+
+def test_a_prior_needs_no_tables_and_says_what_it_is(run: Cli, tmp_path: Path) -> None:
+    asked = ("--model", "mistralai/Mistral-7B-v0.3", "--gpu", "h100-64gb", "--engine", "vllm-0.8.5")
+    status, out, err = run("calibrate", "--prior", *asked, "--out", "prior.json")
+    assert (status, err) == (0, "")
+    assert "a prior: no step of mistralai/Mistral-7B-v0.3 was measured" in " ".join(out.split())
+    assert Calibration.from_json(tmp_path / "prior.json").model == "mistralai/Mistral-7B-v0.3"
+    for wrong, told in (
+        (("--prior", *asked[2:]), "model: a prior needs it; give --model"),
+        (("--prior", *asked, "--jobs", "2"), "jobs: a prior simulates nothing; leave it out"),
+        (("--prior", ".", *asked), "TABLES: a prior is made without"),
+        (asked, "TABLES: give the folder of measured tables, or --prior"),
+    ):
+        status, _, err = run("calibrate", *wrong, "--out", "none.json")
+        assert (status, err.count("\n")) == (2, 1)
+        assert told in err
+    assert not (tmp_path / "none.json").exists()
 
 
 def test_calibrate_writes_a_calibration(
