@@ -13,7 +13,7 @@ GPU (`GPU_CONSTANTS`) and those of the engine's version (`ENGINE_CONSTANTS`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +30,6 @@ from adapter_twin.laws.step_time import (
 from adapter_twin.workload.engine_versions import engine_version
 from adapter_twin.workload.gpus import gpu_steps
 from adapter_twin.workload.models import ModelShape
-
-if TYPE_CHECKING:
-    from scipy.optimize import OptimizeResult
 
 GPU_CONSTANTS = {
     "bandwidth_gb_s": "reading weights",
@@ -186,9 +183,9 @@ class RooflineLaw(StepTimeLaw):
         also : MoreErrors, optional
             To be small as well: see `adapter_twin.calibrate.through_twin`.
         """
-        found = fit_together([self], [observed], prior, [also])
+        slopes, errors = fit_together([self], [observed], prior, [also])
         groups = [np.empty(0, str) if also is None else also.group, observed.group]
-        self.draws_ = _bootstrap(found.jac, found.fun, np.concatenate(groups))
+        self.draws_ = _bootstrap(slopes, errors, np.concatenate(groups))
         return self
 
     def drawn(self, draw: int) -> RooflineLaw:
@@ -258,7 +255,7 @@ def fit_together(
     observed: Sequence[StepObservations],
     prior: Prior,
     also: Sequence[MoreErrors | None],
-) -> OptimizeResult:
+) -> tuple[Floats, Floats]:
     """Fit laws of several models on one GPU and engine, which share all but `OWN`, in place.
 
     Parameters
@@ -271,8 +268,10 @@ def fit_together(
 
     Returns
     -------
-    scipy.optimize.OptimizeResult
-        Of the logarithms; errors are those of the prior, then for each law `also` and `observed`.
+    slopes : float64, shape (errors, logarithms)
+        Of the errors where the fit ends.
+    errors : float64, shape (errors,)
+        Of the prior, then for each law `also` and `observed`.
     """
     from scipy.optimize import least_squares
 
@@ -308,7 +307,7 @@ def fit_together(
             robust[i] = np.sqrt(np.minimum(1, outlying))
         found = least_squares(errors, found.x, x_scale=spread)
     missed(found.x)  # the last that the search tried need not be what it found
-    return found
+    return found.jac, found.fun
 
 
 def _bootstrap(slopes: Floats, errors: Floats, group: NDArray[np.str_]) -> dict[str, list[float]]:
