@@ -291,7 +291,7 @@ def _calibrate_on(measured: Mapping[str, pd.DataFrame], steps: pd.DataFrame) -> 
             {**measured, "micro_steps": steps},
             model,
             model_shape(model),
-            gpu="part",
+            gpu="cpu",
             engine_version="0.32.0",
             memory_gib=0.0,
             source={},

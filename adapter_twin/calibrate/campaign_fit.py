@@ -49,8 +49,9 @@ def calibrate_campaign(
         `TABLES`, by name, as `adapter_twin.tables.campaign_schemas` has them.
     model : str
     shape : ModelShape
-    gpu, engine_version : str
-        What the name of the calibration says.
+    gpu : str
+        ``cpu`` has a step-time law of its own (`LinearStepLaw`); any other, that of GPUs.
+    engine_version : str
     memory_gib : float
         Of the GPU; of a CPU the starts tell it.
     source : dict
