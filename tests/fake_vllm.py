@@ -2,7 +2,8 @@
 
 The fixture `fake_vllm` installs it under vLLM's own name. What it shall do beyond answering is told
 by the model folder's ``config.json``: ``dies`` (the last words of a server that does not start),
-``dies_after`` (requests), ``stubborn`` (ignores SIGTERM), ``child`` (starts another process).
+``dies_after`` and ``hangs_after`` (requests), ``stubborn`` (ignores SIGTERM), ``child`` (starts
+another process).
 """
 
 import json
@@ -22,6 +23,7 @@ COUNTERS = ["num_preemptions_total", "prompt_tokens_total", "generation_tokens_t
 
 class Answer(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a token is sent when it is there
     config: ClassVar[dict] = {}
     adapters: ClassVar[set] = set()
     counts: ClassVar[dict] = dict.fromkeys([*GAUGES, *COUNTERS], 0.0)
@@ -35,7 +37,8 @@ class Answer(BaseHTTPRequestHandler):
         if self.path == "/health":
             self.reply(200, "")
         else:
-            lines = (f'vllm:{name}{{engine="0"}} {value}' for name, value in self.counts.items())
+            lines = [f'vllm:{name}{{engine="0"}} {value}' for name, value in self.counts.items()]
+            lines.append('vllm:cache_config_info{num_gpu_blocks="100",block_size="16"} 1.0')
             self.reply(200, "\n".join(lines) + "\n")
 
     def do_POST(self) -> None:
@@ -57,23 +60,28 @@ class Answer(BaseHTTPRequestHandler):
             return
         with self.lock:
             Answer.served += 1
+            if self.served == self.config.get("hangs_after"):
+                os.kill(os.getpid(), signal.SIGSTOP)
         if self.served > self.config.get("dies_after", 10**9):
             print("torch.OutOfMemoryError: CUDA out of memory.", flush=True)
             os._exit(1)
         self.send_response(200)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for _ in range(asked["max_tokens"]):
-            time.sleep(0.002)
-            self.event({"choices": [{"index": 0, "text": "x"}]})
         prompt, output = len(asked["prompt"]), asked["max_tokens"]
-        with self.lock:
-            self.counts["prompt_tokens_total"] += prompt
-            self.counts["generation_tokens_total"] += output
+        self.count("prompt_tokens_total", prompt)
+        for _ in range(output):
+            time.sleep(0.002)
+            self.count("generation_tokens_total", 1)
+            self.event({"choices": [{"index": 0, "text": "x"}]})
         usage = {"prompt_tokens": prompt, "completion_tokens": output}
         self.event({"choices": [], "usage": usage})
         self.chunk(b"data: [DONE]\n\n")
         self.chunk(b"")
+
+    def count(self, name: str, tokens: int) -> None:
+        with self.lock:
+            self.counts[name] += tokens
 
     def event(self, content: dict) -> None:
         self.chunk(f"data: {json.dumps(content, separators=(',', ':'))}\n\n".encode())

@@ -44,7 +44,7 @@ def calibrate(
 ) -> None:
     """Fit the laws of one model to measured tables, or say what is known without any."""
     from adapter_twin.calibrate.from_tables import calibrate_tables
-    from adapter_twin.calibrate.prior import prior_calibration
+    from adapter_twin.laws.prior import prior_calibration
 
     report.check_target(out, ".json")
     if prior:
@@ -85,6 +85,8 @@ def profile(
         return
     for piece, reason in summary.failed.items():
         print(f"{piece} failed: {reason}")
+    for piece, reason in summary.doubtful.items():
+        print(f"{piece} doubtful: {reason}")
     if summary.stopped is not None:
         print(summary.stopped)
     rows = ", ".join(f"{name} {count}" for name, count in summary.rows.items())

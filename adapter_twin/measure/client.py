@@ -9,18 +9,19 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
-import json
 import resource
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, one_line
+from adapter_twin.measure.ask import read_text
+from adapter_twin.measure.stream import Asked, read_stream
 from adapter_twin.measure.vllm_server import error_message
 from adapter_twin.workload.trace import Trace
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 MAX_CONNECTIONS = 20_000
 """Requests in flight at once: below the 28,000 ports that Linux lends to clients."""
-SCHEDULE_LIMIT_MS = 50.0
+
 _SPARE_FILES = 256
 # The server closes a connection that idles for 5 s; a request sent just then would be lost.
 _KEEP_ALIVE_S = 4.0
@@ -45,16 +46,6 @@ class ScheduleError:
     p99_ms: float
     max_ms: float
 
-    @property
-    def warning(self) -> str | None:
-        """A line where the client was too slow for its figures to be trusted, else None."""
-        if not self.p99_ms > SCHEDULE_LIMIT_MS:
-            return None
-        return (
-            f"the client sent 1 % of the requests {self.p99_ms:.0f} ms or more late (at most "
-            f"{SCHEDULE_LIMIT_MS:.0f} ms is good): lower the rate or free the machine"
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Replay:
@@ -65,7 +56,8 @@ class Replay:
     requests : pandas.DataFrame
         One row per request of the trace that was due in the window: ``request``, ``adapter``,
         ``prompt_tokens`` and ``output_tokens`` as asked, ``reported_prompt_tokens`` and
-        ``reported_output_tokens`` as the server counted them, ``scheduled_s`` (when it was due),
+        ``reported_output_tokens`` as the server counted them (other counts than asked are an
+        error), ``scheduled_s`` (when it was due),
         ``sent_s``, ``first_token_s`` and ``end_s`` in s from the window's start, ``itl_ms`` (the
         gaps between its chunks) and ``error``. NaN and None where it did not happen in the window.
     schedule : ScheduleError
@@ -121,7 +113,8 @@ async def replay(
         _allowed_connections(max_connections),
         start_s + duration_s,
     )
-    bodies = _bodies(trace, model_names, vocabulary, seed)
+    asked = zip(range(due), _asked(trace, model_names), strict=False)
+    rng = np.random.default_rng(seed)
     session = aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
         timeout=aiohttp.ClientTimeout(total=None),
@@ -129,9 +122,10 @@ async def replay(
     )
     try:
         async with session, client.window, asyncio.TaskGroup() as tasks:
-            for index, body in zip(range(due), bodies, strict=False):
+            for index, request in asked:
+                body = request.body(rng, vocabulary)  # made while its predecessor is awaited
                 await asyncio.sleep(start_s + trace.arrival_s[index] - now_s())
-                tasks.create_task(client.request(session, index, body))
+                tasks.create_task(client.request(session, index, request, body))
     except TimeoutError:
         pass  # the end of the window; the requests in flight have been cancelled
     ended_s = duration_s if client.failure is None else client.failed_s
@@ -153,6 +147,12 @@ def settled_memory() -> Iterator[None]:
         gc.unfreeze()
 
 
+def _asked(trace: Trace, model_names: Sequence[str]) -> Iterator[Asked]:
+    columns = (trace.adapter, trace.prompt_tokens, trace.output_tokens)
+    for adapter, prompt, output in zip(*(column.tolist() for column in columns), strict=True):
+        yield Asked(model_names[adapter], prompt, output)  # the base model, -1, has the last name
+
+
 class _Client:
     """The requests of one window: each is sent, and what becomes of it is kept."""
 
@@ -168,22 +168,24 @@ class _Client:
         self.failure: str | None = None
         self.failed_s = float("nan")
 
-    async def request(self, session: aiohttp.ClientSession, index: int, body: bytes) -> None:
-        import aiohttp
-
+    async def request(
+        self, session: aiohttp.ClientSession, index: int, asked: Asked, body: bytes
+    ) -> None:
         chunk_s: list[float] = []
         async with self.free:
             self.sent_s[index] = self.now_s()
             try:
-                async with session.post(self.url, data=body, headers=_JSON) as response:
+                async with session.post(
+                    self.url, data=body, headers=_JSON, allow_redirects=False
+                ) as response:
                     if response.status != 200:
-                        reason = error_message(await response.text())
+                        reason = error_message(await read_text(response))
                         raise AdapterTwinError(f"HTTP {response.status}: {reason}")
                     stream = response.content.iter_any()
-                    usage = await read_stream(stream, self.now_s, chunk_s)
+                    usage = await read_stream(stream, self.now_s, chunk_s, asked)
                 self.reported_tokens[index] = usage
                 self.end_s[index] = chunk_s[-1]
-            except (aiohttp.ClientError, OSError, ValueError) as error:
+            except Exception as error:  # whatever a server answers costs it this request
                 self._note(index, error)
             finally:  # also when the window ends
                 if chunk_s:
@@ -191,7 +193,7 @@ class _Client:
                     self.itl_ms[index] = (1e3 * np.diff(chunk_s)).astype(np.float32)
 
     def _note(self, index: int, error: Exception) -> None:
-        self.error[index] = str(error) or type(error).__name__
+        self.error[index] = one_line(error)
         refused = isinstance(error, OSError) and error.errno == errno.ECONNREFUSED
         if refused and self.failure is None:
             self.failed_s = self.now_s()
@@ -212,66 +214,6 @@ class _Client:
             itl_ms=pd.Series(self.itl_ms, dtype=object),
             error=pd.Series(self.error, dtype=object),
         )
-
-
-_TOKEN = b'"choices":[{'  # cannot occur in a text, whose quotes are escaped
-
-
-async def read_stream(
-    chunks: AsyncIterator[bytes], now_s: Callable[[], float], chunk_s: list[float]
-) -> tuple[int, int]:
-    """Read a streamed completion to its end, and return its prompt and output tokens.
-
-    Parameters
-    ----------
-    chunks : async iterator of bytes
-        The response's body as it arrives.
-    now_s : callable
-    chunk_s : list of float
-        Gets the time of each chunk with a token as it arrives.
-
-    Raises
-    ------
-    AdapterTwinError
-        The server reports an error, or the stream ends before the counts.
-    """
-    usage: dict[str, Any] | None = None
-    rest = b""
-    async for received in chunks:
-        time_s = now_s()
-        *events, rest = (rest + received).split(b"\n\n")
-        for event in events:
-            if _TOKEN in event:
-                chunk_s.append(time_s)
-            elif event.startswith(b"data: {"):
-                content = json.loads(event[6:])
-                if "error" in content:
-                    raise AdapterTwinError(error_message(event[6:].decode()))
-                if content.get("choices"):  # a server that puts spaces into its JSON
-                    chunk_s.append(time_s)
-                usage = content.get("usage") or usage
-    if usage is None or not chunk_s:
-        raise AdapterTwinError("the stream ended early")
-    return usage["prompt_tokens"], usage["completion_tokens"]
-
-
-def _bodies(
-    trace: Trace, model_names: Sequence[str], vocabulary: int, seed: int
-) -> Iterator[bytes]:
-    """Yield the requests' bodies, each made while its predecessor's is awaited."""
-    rng = np.random.default_rng(seed)
-    columns = (trace.adapter, trace.prompt_tokens, trace.output_tokens)
-    for adapter, prompt, output in zip(*(column.tolist() for column in columns), strict=True):
-        request = {
-            "model": model_names[adapter],  # the base model's index is -1: the last name
-            "prompt": rng.integers(vocabulary, size=prompt).tolist(),
-            "max_tokens": output,
-            "ignore_eos": True,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        yield json.dumps(request).encode()
 
 
 def _allowed_connections(wanted: int) -> int:

@@ -34,6 +34,9 @@ ITL = ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds")
 Bounded = tuple[float, float, float]
 """A figure, and the bounds between which it is known to lie."""
 
+MOST_PAGE_BYTES = 2**26
+"""A page is read up to this size: every combination of adapters adds a line to it."""
+
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -50,7 +53,9 @@ def fetch(url: str, timeout_s: float = 5.0) -> str:
         require(bool(parts.scheme in ("http", "https") and parts.hostname), "expected http://HOST")
         proxies = [ProxyHandler({})] if parts.hostname in LOOPBACK else []
         with build_opener(*proxies).open(url, timeout=timeout_s) as response:
-            return str(response.read().decode())
+            page = response.read(MOST_PAGE_BYTES + 1)
+            require(len(page) <= MOST_PAGE_BYTES, f"more than {MOST_PAGE_BYTES} bytes")
+            return str(page.decode())
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise AdapterTwinError(f"{url}: no metrics ({one_line(error)}); is vLLM there?") from None
 
@@ -113,7 +118,7 @@ class MetricsPage:
         labels = self.labels.get(CACHE, {})
         told = (labels.get(name, "") for name in ("num_gpu_blocks", "block_size"))
         # vLLM 0.8.5 may say None
-        blocks, block_size = (float(size) if size.isdigit() else math.nan for size in told)
+        blocks, block_size = (float(size) if size.isdecimal() else math.nan for size in told)
         return {"kv_cache_tokens": blocks * block_size, "block_size": block_size}
 
 

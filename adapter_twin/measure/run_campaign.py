@@ -20,7 +20,7 @@ from adapter_twin.measure.model_folder import adapter_rank, write_adapters, writ
 from adapter_twin.measure.pieces import MicroPiece, Piece, ServingPiece, groups
 from adapter_twin.measure.scrape import kv_cache
 from adapter_twin.measure.serving import measure_run
-from adapter_twin.measure.store import Store
+from adapter_twin.measure.store import Store, Summary, check_tables
 from adapter_twin.measure.vllm_server import Server, free_port
 from adapter_twin.tables.campaign_schemas import CAMPAIGN_RUNS
 from adapter_twin.workload.models import model_config, shipped_models
@@ -32,31 +32,6 @@ UNMEASURED_S = {"micro": 60.0, "start": 45.0}
 
 SETTLING_S = 5.0
 """Beside its window, a serving run warms up, waits for an idle server and stores its tables."""
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """State of a campaign or a study after a call.
-
-    Attributes
-    ----------
-    campaign : str
-    complete, pieces : int
-        Pieces measured so far, in all calls, and those of the whole campaign.
-    failed : dict of str to str
-        Reason of each piece that failed; it is complete, with its reason as a row.
-    rows : dict of str to int
-        Rows of each table.
-    stopped : str or None
-        Why the call ended early.
-    """
-
-    campaign: str
-    complete: int
-    pieces: int
-    failed: dict[str, str]
-    rows: dict[str, int]
-    stopped: str | None
 
 
 def run_campaign(file: Path, out: Path) -> Summary:
@@ -141,8 +116,11 @@ class WorkSession:
         finally:
             rows = self.store.assemble()
         complete = self.store.complete()
-        failures = {name: facts["failure"] for name, facts in complete.items() if facts["failure"]}
-        return Summary(self.name, len(complete), self.total, failures, rows, stopped)
+        failed, doubtful = (
+            {name: facts[why] for name, facts in complete.items() if facts.get(why)}
+            for why in ("failure", "doubt")
+        )
+        return Summary(self.name, len(complete), self.total, failed, doubtful, rows, stopped)
 
     def _profile(self, piece: MicroPiece) -> None:
         flags = piece.flags
@@ -159,10 +137,10 @@ class WorkSession:
         names = {"engine_id": f"{self.name}/{piece.piece_id}", "model": model.name}
         tables = {name: table.assign(**names) for name, table in profile.items()}
         failure = profile["engine_starts"].server_failure.item()
-        self._end(piece.piece_id, tables, failure, micro=time.monotonic() - begun_s)
+        self._end(piece.piece_id, tables, failure, None, micro=time.monotonic() - begun_s)
 
     def _serve(self, left: list[ServingPiece]) -> None:
-        """Serve runs from one server, and what is left of them from a new one if it died."""
+        """Serve runs from one server, and what is left of them from a new one if one went wrong."""
         while left:
             piece, start_s = left[0], self._longest_s("start")
             line = f"starting a server, {_adapters_on_slots(piece)}"
@@ -178,55 +156,65 @@ class WorkSession:
                     start_s = time.monotonic() - begun_s
                     while left and self._measure(left[0], server, start_s):
                         del left[0]
-                    del left[:1]  # the run in which the server died
-            except AdapterTwinError as error:  # the server did not start
+                    del left[:1]  # the run that went wrong
+            except (AdapterTwinError, OSError) as error:  # the server did not start
                 for piece in left:
                     self._end_run(piece, {}, str(error))
                 return
 
     def _measure(self, piece: ServingPiece, server: Server, start_s: float) -> bool:
-        """Measure one run, and tell whether the server survived it."""
+        """Measure one run, and tell whether its server is good for another."""
         workload = piece.workload
         line = f"{_adapters_on_slots(piece)}, {workload.offered_request_rate:.3g} requests/s in all"
         self._begin(piece.piece_id, line, _window_s(piece))
         try:
             memory = kv_cache(server.base_url)
             served = measure_run(server, piece.trace(), workload.duration_s, seed=piece.seed)
-        except (AdapterTwinError, OSError) as error:
-            self._end_run(piece, {}, server.failure() or str(error), start=start_s)
-        else:
-            if served.schedule.warning is not None:
-                self._say(f"{piece.piece_id}: {served.schedule.warning}")
-            failure = served.failure and (server.failure() or served.failure)
-            frames = {"requests": served.requests, "series": served.series}
-            tables = {name: frame.assign(run_id=piece.run_id) for name, frame in frames.items()}
-            self._end_run(piece, served.row | memory, failure, tables, start=start_s)
-        return server.failure() is None
+        except Exception as error:  # whatever a server does costs its run, not the campaign
+            known = isinstance(error, AdapterTwinError | OSError)
+            reason = str(error) if known else f"{type(error).__name__}: {error}"
+            self._end_run(piece, {}, server.failure() or reason, start=start_s)
+            return False
+        failure = server.failure() or served.failure
+        frames = {"requests": served.requests, "series": served.series}
+        tables = {name: frame.assign(run_id=piece.run_id) for name, frame in frames.items()}
+        row = served.row | memory
+        return self._end_run(piece, row, failure, served.doubt, tables, start=start_s) == "ok"
 
     def _end_run(
         self,
         piece: ServingPiece,
         measured: Mapping[str, Any],
         failure: str | None,
+        doubt: str | None = None,
         tables: Mapping[str, pd.DataFrame] | None = None,
         **took_s: float,
-    ) -> None:
-        """Keep a run; what was known of it before wins over what was measured."""
+    ) -> str:
+        """Keep a run and return its status; what was known before wins over what was measured."""
+        status = "ok"
+        if failure is not None:
+            failure, doubt = one_line(failure or "no reason given"), None
+            status = f"failed:{failure}"
+        elif doubt is not None:
+            doubt = one_line(doubt)
+            status = f"doubtful:{doubt}"
         row = {
             **dict.fromkeys(CAMPAIGN_RUNS.columns, np.nan),
             "sent_is_exact": True,
             "client_collapsed": False,
             "duration_s": piece.workload.duration_s,
-            "status": "ok",
+            "status": status,
             **measured,
             **piece.columns(),
         }
-        if failure is not None:
-            failure = one_line(failure or "no reason given")
-            row["status"] = f"failed:{failure}"
-        self._end(
-            piece.piece_id, {"runs": pd.DataFrame([row]), **(tables or {})}, failure, **took_s
-        )
+        tables = {"runs": pd.DataFrame([row]), **(tables or {})}
+        try:
+            check_tables(tables)
+        except AdapterTwinError as error:  # a table that breaks its schema would stop every call
+            require(bool(measured), str(error))
+            return self._end_run(piece, {}, str(error), None, None, **took_s)
+        self._end(piece.piece_id, tables, failure, doubt, **took_s)
+        return status
 
     def _begin(self, piece_id: str, line: str, needed_s: float) -> None:
         """Announce a piece, or raise `BudgetSpent` if the budget has no room for it."""
@@ -239,10 +227,16 @@ class WorkSession:
         self._say(f"{piece_id}: {line}")
 
     def _end(
-        self, piece_id: str, tables: dict[str, pd.DataFrame], failure: str | None, **took_s: float
+        self,
+        piece_id: str,
+        tables: Mapping[str, pd.DataFrame],
+        failure: str | None,
+        doubt: str | None,
+        **took_s: float,
     ) -> None:
-        self.store.store(piece_id, tables, {"failure": failure, "took_s": took_s})
-        ended = f"failed ({failure})" if failure else "measured"
+        facts = {"failure": failure, "doubt": doubt, "took_s": took_s}
+        self.store.store(piece_id, tables, facts)
+        ended = f"failed ({failure})" if failure else f"doubtful ({doubt})" if doubt else "measured"
         self._say(f"{piece_id}: {ended}")
 
     def _say(self, line: str) -> None:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.measure.client import Replay, replay, settled_memory
+from adapter_twin.measure.judge import doubt
 from adapter_twin.measure.model_folder import check_model
 from adapter_twin.measure.scrape import record_series, wait_until_idle
 from adapter_twin.measure.vllm_server import Server
@@ -26,20 +27,22 @@ _WARM_UP_WITHIN_S = 120.0
 class ServedRun(Replay):
     """Measurements of a serving run: what the client saw, and besides.
 
-    Look at ``schedule.warning`` before trusting the figures. Of a `failure`,
-    `adapter_twin.measure.vllm_server.Server.failure` may tell more.
+    Of a `failure`, `adapter_twin.measure.vllm_server.Server.failure` may tell more.
 
     Attributes
     ----------
     row : dict
         The measured columns of the table ``runs``. Where the server died, ``duration_s`` is the
-        time until then and ``status`` is ``failed:server_died``.
+        time until then.
     series : pandas.DataFrame
         As `adapter_twin.measure.scrape.record_series`; counters start at 0 with the window.
+    doubt : str or None
+        Why the figures are not to be trusted; see `adapter_twin.measure.judge`.
     """
 
     row: dict[str, Any]
     series: pd.DataFrame
+    doubt: str | None = None
 
 
 def measure_run(
@@ -75,7 +78,7 @@ def measure_run(
     base_url, names = server.base_url, [*server.adapters, server.model_name]
     vocabulary = check_model(server.model_folder)["vocab_size"]
 
-    async def measure() -> tuple[Replay, pd.DataFrame]:
+    async def measure() -> tuple[Replay, tuple[pd.DataFrame, list[str]]]:
         await _warm_up(base_url, names, vocabulary)
         baseline = await wait_until_idle(base_url)
         clock_s = asyncio.get_running_loop().time
@@ -86,9 +89,10 @@ def measure_run(
         )
 
     with settled_memory():
-        seen, series = asyncio.run(measure())
-    row = _summary(seen, series, trace)
-    return ServedRun(seen.requests, seen.schedule, seen.ended_s, seen.failure, row, series)
+        seen, (series, unread) = asyncio.run(measure())
+    own = seen.requests, seen.schedule, seen.ended_s, seen.failure
+    reasons = doubt(seen, series, unread, period_s)
+    return ServedRun(*own, _summary(seen, series, trace), series, reasons)
 
 
 async def _warm_up(base_url: str, names: Sequence[str], vocabulary: int) -> None:
@@ -107,7 +111,6 @@ def _summary(replayed: Replay, series: pd.DataFrame, trace: Trace) -> dict[str, 
     records = to_records(replayed.requests)
     done = np.isfinite(records.end_s)
     return {
-        "status": "ok" if replayed.failure is None else "failed:server_died",
         "duration_s": replayed.ended_s,
         "mean_input_tokens": trace.prompt_tokens.mean(),
         "mean_requested_output_tokens": trace.output_tokens.mean(),

@@ -22,6 +22,34 @@ _FACTS = "facts.json"
 
 
 @dataclass(frozen=True, slots=True)
+class Summary:
+    """State of a campaign or a study after a call.
+
+    Attributes
+    ----------
+    campaign : str
+    complete, pieces : int
+        Pieces measured so far, in all calls, and those of the whole campaign.
+    failed : dict of str to str
+        Reason of each piece that failed; it is complete, with its reason as a row.
+    doubtful : dict of str to str
+        Likewise of each that is not to be trusted.
+    rows : dict of str to int
+        Rows of each table.
+    stopped : str or None
+        Why the call ended early.
+    """
+
+    campaign: str
+    complete: int
+    pieces: int
+    failed: dict[str, str]
+    doubtful: dict[str, str]
+    rows: dict[str, int]
+    stopped: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Store:
     """The folder of a campaign.
 
@@ -51,7 +79,8 @@ class Store:
             The folder holds another campaign, or one that another machine or engine measured.
         """
         copy, described = self.out / COPY, self.out / MACHINE
-        (self.out / "pieces").mkdir(parents=True, exist_ok=True)
+        for name in ("pieces", "work"):
+            (self.out / name).mkdir(parents=True, exist_ok=True)
         for left in (self.out / "pieces").glob(".*.tmp"):  # by a kill
             shutil.rmtree(left)
         if copy.is_file():
@@ -97,6 +126,8 @@ class Store:
             partial.rename(folder)
         except OSError as error:
             raise AdapterTwinError(f"{folder}: cannot be written ({error.strerror})") from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def assemble(self) -> dict[str, int]:
         """Join the pieces' tables, write them, and return the number of rows of each.
@@ -116,6 +147,13 @@ class Store:
                 write_table(table[list(dict.fromkeys([*schema.columns, *table]))], target)
                 rows[name] = len(table)
         return rows
+
+
+def check_tables(tables: Mapping[str, pd.DataFrame]) -> None:
+    """Raise `AdapterTwinError` if a piece's table breaks its schema, before it is kept."""
+    for name, table in tables.items():
+        if len(table):
+            validate(table, CAMPAIGN_TABLES[name], name)
 
 
 def _measures(campaign: Mapping[str, Any]) -> str:

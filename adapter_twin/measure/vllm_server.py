@@ -1,6 +1,5 @@
 """Servers (``vllm serve``): checked before they start, watched, and always stopped."""
 
-import http.client
 import json
 import re
 import signal
@@ -9,11 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Self
 
 from adapter_twin.errors import AdapterTwinError, require
+from adapter_twin.measure.ask import ask
 from adapter_twin.measure.engine_flags import EngineFlags, environment, require_engine
 from adapter_twin.measure.model_folder import check_adapters, check_model
 from adapter_twin.measure.vllm_cli import kill_group, start_child
@@ -24,6 +23,7 @@ READY_WITHIN_S = 900.0
 
 STOP_WITHIN_S = 20.0
 CALL_WITHIN_S = 120.0
+HEALTH_WITHIN_S = 5.0
 _POLL_EVERY_S = 0.2
 
 
@@ -126,7 +126,7 @@ class Server:
 
     def stop(self) -> None:
         """Stop the server and every process that it started."""
-        process, self._process = self._process, None
+        process = self._process
         if process is None:
             return
         try:
@@ -136,6 +136,7 @@ class Server:
             pass
         finally:  # also after a second Ctrl-C
             kill_group(process)
+            self._process = None
 
     def _start(self) -> None:
         begun_s = time.monotonic()
@@ -163,30 +164,20 @@ class Server:
 
     def _healthy(self) -> bool:
         try:
-            return self._call("/health", timeout_s=5.0)[0] == 200
-        except (OSError, http.client.HTTPException):
+            return ask(f"{self.base_url}/health", HEALTH_WITHIN_S)[0] == 200
+        except AdapterTwinError:
             return False
 
     def _change(self, verb: str, body: dict[str, str]) -> None:
         name = body["lora_name"]
         try:
-            status, answer = self._call(f"/v1/{verb}_lora_adapter", body)
-        except (OSError, http.client.HTTPException) as error:
+            url = f"{self.base_url}/v1/{verb}_lora_adapter"
+            status, answer = ask(url, CALL_WITHIN_S, body)
+        except AdapterTwinError as error:
             raise AdapterTwinError(
                 self.failure() or f"{name}: the server did not {verb} it ({error}); see {self.log}"
             ) from None
         require(status == 200, f"{name}: the server did not {verb} it ({error_message(answer)})")
-
-    def _call(
-        self, path: str, body: dict[str, str] | None = None, timeout_s: float = CALL_WITHIN_S
-    ) -> tuple[int, str]:
-        """Get a page, or post a body to it; return the status and what the server answers."""
-        method, content = ("POST", json.dumps(body)) if body else ("GET", None)
-        connection = http.client.HTTPConnection(HOST, self.port, timeout=timeout_s)
-        with closing(connection):
-            connection.request(method, path, content, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            return response.status, response.read().decode(errors="replace")
 
 
 def check_port(port: int) -> None:

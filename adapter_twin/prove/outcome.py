@@ -50,7 +50,7 @@ class Outcome:
     calibration : Calibration
         Of a server on which every adapter has been used, as those of a study have.
     runs, requests : pandas.DataFrame
-        See `adapter_twin.tables.campaign_schemas`.
+        See `adapter_twin.tables.campaign_schemas`; without runs that are doubtful.
     """
 
     demands: dict[str, Demand]
@@ -99,6 +99,9 @@ def read_outcome(folder: str | Path) -> Outcome:
     measured = Path(folder, "runs.parquet").is_file()
     require(measured, f"{folder}: nothing is measured yet; run `adapter-twin prove` again")
     tables = datasets.read_campaign(folder)
+    runs = tables["runs"].rename(columns={"source_path": "workload"})
+    runs = runs[~runs.status.str.startswith("doubtful:")]  # they tell nothing of a configuration
+    require(len(runs) > 0, f"{folder}: no run is to be trusted; see the status of its runs")
     model = next(iter(demands.values())).model
     return Outcome(
         demands=demands,
@@ -108,7 +111,7 @@ def read_outcome(folder: str | Path) -> Outcome:
             for name, plan in workloads.items()
         },
         calibration=warmed_up(load_calibration(str(Path(folder, CALIBRATION)), model)),
-        runs=tables["runs"].rename(columns={"source_path": "workload"}),
+        runs=runs,
         requests=tables["requests"],
     )
 

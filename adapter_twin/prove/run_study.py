@@ -22,8 +22,8 @@ from adapter_twin.measure.engine_flags import (
     require_engine,
 )
 from adapter_twin.measure.pieces import Piece, ServingPiece
-from adapter_twin.measure.run_campaign import Summary, WorkSession, run_campaign
-from adapter_twin.measure.store import Store
+from adapter_twin.measure.run_campaign import WorkSession, run_campaign
+from adapter_twin.measure.store import Store, Summary
 from adapter_twin.plan.demand import Demand
 from adapter_twin.prove import rivals
 from adapter_twin.prove.rivals import CALIBRATION, PLAN, Study

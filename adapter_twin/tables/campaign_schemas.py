@@ -27,7 +27,7 @@ CAMPAIGN_RUNS = table(
     **RUNS.columns
     | {
         "campaign": text(),
-        "status": text(r"ok|failed:.+", "ok or failed:port in use"),
+        "status": text(r"ok|(failed|doubtful):.+", "ok or failed:port in use"),
         "held_out": BOOL,
         **each("repeat seed", whole(0)),
         **each("max_num_batched_tokens max_model_len", whole(1)),

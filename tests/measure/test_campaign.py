@@ -102,7 +102,7 @@ class Engine:
         self.served: list[int] = []
         self.die_in: set[int] = set()
         self.interrupt_in: int | None = None
-        self.refuse, self.late_ms = False, 0.0
+        self.refuse, self.doubt = False, None
 
     def profile(self, model, adapters, flags, plan, seed) -> dict[str, pd.DataFrame]:
         self.profiled.append(flags.max_loras)
@@ -163,10 +163,10 @@ class Engine:
         series = pd.DataFrame({"t_s": [0.0, 1.0], "kv_usage": 0.5, "preempted_total": 0.0})
         for name in ("running", "waiting", "prompt_tokens_total", "generated_tokens_total"):
             series[name] = 1.0
-        row = {"status": "failed:server_died" if died else "ok", "total_throughput": 12.0}
+        row = {"total_throughput": 12.0}
         failure = "server: stopped answering" if died else None
-        schedule = ScheduleError(0.0, self.late_ms, 0.0)
-        return ServedRun(requests, schedule, duration_s, failure, row, series)
+        schedule = ScheduleError(0.0, 0.0, 0.0)
+        return ServedRun(requests, schedule, duration_s, failure, row, series, self.doubt)
 
 
 @pytest.fixture
@@ -308,13 +308,18 @@ def test_a_campaign_leaves_tables_that_meet_their_schemas(
     assert sum("micro-00: measured" in line for line in caplog.messages) == 1
 
 
-def test_a_client_that_was_too_slow_is_told(
+def test_a_doubtful_run_is_told_and_its_server_serves_no_other(
     engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine.late_ms = 60.0
+    engine.doubt = "the client\nwas late"
     with caplog.at_level(logging.INFO):
-        runner.run_campaign(write(tmp_path, {"micro": None}), tmp_path / "out")
-    assert any("run-001-0: the client sent 1 %" in line for line in caplog.messages)
+        summary = runner.run_campaign(write(tmp_path, {"micro": None}), tmp_path / "out")
+    assert any("run-001-0: doubtful (the client was late)" in line for line in caplog.messages)
+    assert summary.failed == {}
+    assert set(summary.doubtful.values()) == {"the client was late"}
+    assert len(engine.starts) == len(engine.served) == 4
+    runs = datasets.read_campaign(tmp_path / "out")["runs"]
+    assert set(runs["status"]) == {"doubtful:the client was late"}
 
 
 def test_an_interrupted_campaign_keeps_its_tables_and_repeats_nothing(

@@ -76,8 +76,9 @@ def test_only_the_needed_metrics_are_asked_for_and_counters_start_with_the_windo
         runner, url = await serve(page)
         clock_s = asyncio.get_running_loop().time
         start_s = clock_s()
-        series = await record_series(url, SEEN, lambda: clock_s() - start_s, 0.1, 0.35)
+        series, unread = await record_series(url, SEEN, lambda: clock_s() - start_s, 0.1, 0.35)
         await runner.cleanup()
+        assert unread == []
         assert 1 <= len(series) <= 4
         assert series["t_s"].is_monotonic_increasing
         assert series["t_s"].between(0, 0.4).all()
@@ -106,7 +107,9 @@ def test_samples_from_before_the_server_died_are_kept() -> None:
         task = asyncio.create_task(recording)
         await asyncio.sleep(0.3)
         await runner.cleanup()
-        assert len(await asyncio.wait_for(task, 5)) == 2
+        series, unread = await asyncio.wait_for(task, 5)
+        assert len(series) == 2
+        assert "HTTP 503" in unread[0]
 
     asyncio.run(main())
 

@@ -58,10 +58,10 @@ def test_a_run_fills_its_tables(tmp_path: Path) -> None:
     with serve_fake(tmp_path) as server:
         run = measure_run(server, trace, 1.5, seed=1, period_s=0.25)
     assert run.failure is None
+    assert run.doubt is None
     validate(run.requests.assign(run_id="a"), REQUESTS, "requests")
     validate(run.series.assign(run_id="a"), CAMPAIGN_SERIES, "series")
     row = run.row
-    assert row["status"] == "ok"
     assert row["duration_s"] == 1.5
     assert row["completed_requests"] == row["sent_requests"] == 30
     assert row["input_tokens"] == trace.prompt_tokens.sum()
@@ -69,7 +69,7 @@ def test_a_run_fills_its_tables(tmp_path: Path) -> None:
     assert row["mean_requested_output_tokens"] == pytest.approx(trace.output_tokens.mean())
     assert row["failed_requests"] == 0
     assert row["schedule_error_p99_ms"] == run.schedule.p99_ms
-    # the stand-in counts tokens as it finishes, and has counted the warm-up before
+    # the stand-in has counted the warm-up before
     assert run.series["prompt_tokens_total"].iloc[0] == 0
     assert run.series["generated_tokens_total"].iloc[-1] == trace.output_tokens.sum()
 
@@ -81,7 +81,6 @@ def test_a_server_that_dies_leaves_what_was_measured(tmp_path: Path) -> None:
         run = measure_run(server, trace, 60.0, seed=1, period_s=0.25)
         assert "OutOfMemoryError: CUDA out of memory" in (server.failure() or "")
     assert run.failure is not None
-    assert run.row["status"] == "failed:server_died"
     assert run.row["duration_s"] < 10
     assert 0 < run.row["completed_requests"] <= 20
     assert run.row["failed_requests"] > 0

@@ -115,7 +115,7 @@ class TwinAsEngine:
         engine, workload = demand.engine_with(flags.max_loras), demand.workload(duration_s)
         records = simulate_quietly(workload, engine, self.laws, seed, trace).records
         return ServedRun(
-            row={"status": "ok", "total_throughput": 1.0, "duration_s": duration_s},
+            row={"total_throughput": 1.0, "duration_s": duration_s},
             requests=as_requests(records, self.slow),
             series=pd.DataFrame(),
             schedule=ScheduleError(0.0, 0.0, 0.0),
@@ -353,6 +353,17 @@ def test_slow_first_tokens_show_in_errors_and_bars(engine: TwinAsEngine, tmp_pat
     assert reached["median_ttft_ms MAPE (at most)"] == pytest.approx(50)
     assert reached["recommendation serves (at least)"] == 100
     assert reached["every verdict right (at least)"] == 100
+
+
+def test_doubtful_runs_tell_nothing_of_a_configuration(done: Path) -> None:
+    whole = read_outcome(done).runs
+    tables = pd.read_parquet(done / "runs.parquet")
+    tables.loc[0, "status"] = "doubtful:the client was late"
+    tables.to_parquet(done / "runs.parquet")
+    assert len(read_outcome(done).runs) == len(whole) - 1
+    tables.assign(status="doubtful:the client was late").to_parquet(done / "runs.parquet")
+    with pytest.raises(AdapterTwinError, match="no run is to be trusted"):
+        read_outcome(done)
 
 
 def test_a_study_goes_on_and_keeps_its_plan(engine: TwinAsEngine, done: Path) -> None:
