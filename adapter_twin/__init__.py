@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for type checkers and editors; who imports gets them from `__getattr__`
     from adapter_twin.errors import AdapterTwinError
     from adapter_twin.fleet.place import place
-    from adapter_twin.laws.calibration import Calibration, load_calibration
+    from adapter_twin.laws.calibration import Calibration
+    from adapter_twin.laws.find import load_calibration
     from adapter_twin.plan.demand import Demand, load_demand
     from adapter_twin.plan.optimum import optimum
     from adapter_twin.plan.recommend import recommend
@@ -50,7 +51,7 @@ _HOMES = {
     "Workload": "workload.scenario",
     "deal_adapters": "workload.scenario",
     "list_calibrations": "workload.calibration_files",
-    "load_calibration": "laws.calibration",
+    "load_calibration": "laws.find",
     "load_demand": "plan.demand",
     "load_scenario": "workload.files",
     "optimum": "plan.optimum",

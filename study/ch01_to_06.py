@@ -14,6 +14,7 @@ from adapter_twin.calibrate.published_fit import fitted_runs
 from adapter_twin.calibrate.step_observations import simulate_copies, step_observations
 from adapter_twin.laws import Calibration
 from adapter_twin.laws.roofline import (
+    ADAPTER_CONSTANTS,
     ENGINE_CONSTANTS,
     GPU_CONSTANTS,
     LEAVES_GRAPHS,
@@ -271,7 +272,7 @@ def step_costs(calibration: Calibration, max_loras: int, max_lora_rank: int) -> 
 
 def step_constants(calibrations: Sequence[Calibration]) -> pd.DataFrame:
     """Return the constants of the step-time laws of GPUs, a row each and a column per model."""
-    named = {"GPU": GPU_CONSTANTS, "engine": ENGINE_CONSTANTS}
+    named = {"GPU": GPU_CONSTANTS, "engine": {**ENGINE_CONSTANTS, **ADAPTER_CONSTANTS}}
     values = {c.model: vars(c.step_time)["constants_"] for c in calibrations}
     return pd.DataFrame(
         {

@@ -21,17 +21,17 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
-from adapter_twin.calibrate.prior import prior_calibration
 from adapter_twin.calibrate.published_fit import TABLES, calibrate, fitted_runs, without_copies
 from adapter_twin.calibrate.step_observations import workload_names
 from adapter_twin.calibrate.through_twin import Response
 from adapter_twin.laws import load_calibration
+from adapter_twin.laws.prior import prior_calibration
 from adapter_twin.laws.roofline import Prior, known_constants
 from adapter_twin.service.intervals import LEAST_SPREAD, multiples, regime_of, spread_of
 from adapter_twin.service.predict import predict_run, replicate
 from adapter_twin.service.validate import SHARES, validate_runs
 from adapter_twin.tables import datasets
-from adapter_twin.workload.calibration_files import calibration_path
+from adapter_twin.workload.calibration_files import FOLDER
 from adapter_twin.workload.files import records
 from study import measured_grids
 from study.engine_constants import GPU, VERSION, fit_steps
@@ -341,6 +341,6 @@ if __name__ == "__main__":
     datasets.write_table(rounded(coverage(scored)), EXPECTED / "coverage_of_intervals.csv")
     for model in moved:
         calibration = replace(load_calibration("auto", model), off_by=multiples(scored))
-        calibration_path("auto", model).write_text(calibration.to_json())
+        (FOLDER / f"{calibration.name}.json").write_text(calibration.to_json())
     print(bars_left_out(measured["runs"], of_runs).to_string())
     print(coverage(scored).to_string())

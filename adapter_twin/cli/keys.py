@@ -27,12 +27,24 @@ READS = {
 LOG = "Path of a table of requests, in place of their rates, lengths and arrivals."
 TURNS = "Conversations, as for simulate."
 SAMPLES = "Of each prompt, as for simulate."
+GPU = (
+    "In place of a calibration: a GPU of data/gpus, as l40s or l40s-vllm0.8.5. Where the model "
+    "was not measured there, a prior."
+)
 DEFAULTS = "study or vllm: whose defaults the flags take that are left out."
 ELSEWHERE: Mapping[str, Mapping[str, Mapping[str, tuple[str, Any]]]] = {
-    "Scenario": {"engine": {"defaults": (DEFAULTS, "study"), "policy": ("A scheduler.", "vllm")}},
+    "Scenario": {
+        "engine": {"defaults": (DEFAULTS, "study"), "policy": ("A scheduler.", "vllm")},
+        "": {"gpu": (GPU, None)},
+    },
     "Demand": {
         "engine": {"defaults": (DEFAULTS, "study")},
-        "": {"request_log": (LOG, None), "sessions": (TURNS, None), "samples": (SAMPLES, 1)},
+        "": {
+            "gpu": (GPU, None),
+            "request_log": (LOG, None),
+            "sessions": (TURNS, None),
+            "samples": (SAMPLES, 1),
+        },
     },
 }
 """Loaders take keys, under ``engine`` or at the top, that the class does not have there."""

@@ -9,7 +9,11 @@ from typer.core import TyperCommand
 
 RUNS = Annotated[Path, Argument(metavar="RUNS", help="Table of runs, .parquet or .csv.")]
 CALIBRATION = Annotated[
-    str, Option(metavar="NAME|auto", help="Calibration: a name, a .json file, or auto.")
+    str,
+    Option(
+        metavar="NAME|auto[@GPU]",
+        help="Calibration: a name, a .json file, auto, or auto@l40s: that of a GPU, or a prior.",
+    ),
 ]
 SEED = Annotated[int, Option(min=0, help="Same seed, same result.")]
 JOBS = Annotated[int, Option(help="Processes; -1 is one per core.")]

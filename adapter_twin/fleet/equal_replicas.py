@@ -35,6 +35,7 @@ def simulate_fleet(scenario: Scenario) -> tuple[ClusterRun, dict[str, Any]]:
         raise AdapterTwinError("fleet: missing; add replicas and router")
     require(not scenario.observer, "observer: the measurement was of one engine; leave it out")
     calibration = load_calibration(scenario.calibration, engine.model)
+    calibration.warn_if_prior()
     router = make_named(fleet.router, ROUTERS, Router, "fleet.router")
     policy = make_policy(scenario.policy, "engine.policy")
     count = len(workload.adapters)

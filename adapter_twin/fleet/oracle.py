@@ -37,7 +37,7 @@ from adapter_twin.plan.candidates import HOUR_S
 from adapter_twin.plan.criterion import MARGIN, TIE, Criterion
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import slot_rank
-from adapter_twin.plan.steady_state import warmed_up
+from adapter_twin.plan.steady_state import planned_on
 from adapter_twin.service.metrics import STARVATION_THRESHOLD
 from adapter_twin.workload.lengths import Floats
 from adapter_twin.workload.scenario import EngineConfig
@@ -132,7 +132,7 @@ class Oracle:
         )
         self.demand, self.replicate_above = demand, replicate_above
         self.itl_spread, self.active_spread = itl_spread, active_spread
-        self.calibration = calibration or warmed_up(
+        self.calibration = calibration or planned_on(
             load_calibration(demand.calibration, demand.model)
         )
         self.criterion = Criterion(margin=margin)

@@ -9,6 +9,7 @@ from adapter_twin.fleet.hold import GPU_FIGURES, Held
 from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.placement import Placement
 from adapter_twin.fleet.strategies import place_and_hold, shortest_wait
+from adapter_twin.laws import load_calibration
 from adapter_twin.plan.commands import vllm_args
 from adapter_twin.plan.criterion import MARGIN, Criterion
 from adapter_twin.plan.demand import Demand
@@ -69,6 +70,7 @@ def place(
     >>> answer["gpus"], answer["lower_bound"]
     (2, 2)
     """
+    load_calibration(demand.calibration, demand.model).warn_if_prior()
     oracle = Oracle(demand, margin=margin, replicate_above=replicate_above)
     if gpus is None:
         held = place_and_hold(oracle, jobs=jobs)

@@ -6,7 +6,6 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import field, fields
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,10 +22,9 @@ from adapter_twin.laws.memory import MemoryLaw, adapter_shares
 from adapter_twin.laws.roofline import RooflineLaw
 from adapter_twin.laws.scheduling import SchedulingLaw
 from adapter_twin.laws.step_time import StepTimeLaw
-from adapter_twin.workload.calibration_files import calibration_path
 from adapter_twin.workload.engine_versions import EngineVersion, engine_version
 from adapter_twin.workload.lengths import Floats
-from adapter_twin.workload.models import read_object, same_model
+from adapter_twin.workload.models import read_object
 from adapter_twin.workload.scenario import Adapter, EngineConfig, ServeFlags, Workload
 from adapter_twin.workload.strict import dataclass, read
 
@@ -104,8 +102,13 @@ class Calibration:
     @property
     def origin(self) -> str:
         """Where it comes from, if it is a prior; empty for one that was measured."""
-        others = self.provenance.get("source", {}).get("prior", [])
-        told = f"a prior: no step of {self.model} was measured, it follows {', '.join(others)}"
+        source = self.provenance.get("source", {})
+        others = ", ".join(source.get("prior", []))
+        where = f"{self.gpu} with vLLM {self.memory.version}"
+        told = (
+            f"a prior: {self.model} was not measured on {where}; speeds are from "
+            f"{source.get('speeds')}, what else is measured from {others}"
+        )
         return told if others else ""
 
     @property
@@ -196,10 +199,13 @@ class Calibration:
         copies_s, reads_s = self.load_times_s(engine, named)
         return self.memory.startup_s(engine) + float(copies_s.sum() + reads_s.sum())
 
-    def warn_outside_range(self, engine: EngineConfig, workload: Workload) -> None:
-        """Warn of what lies outside the range of the measurements."""
+    def warn_if_prior(self) -> None:
+        """Warn that nothing of this was measured: before any other word of an answer."""
         if self.origin:
             warnings.warn(f"{self.name} is {self.origin}", stacklevel=3)
+
+    def warn_outside_range(self, engine: EngineConfig, workload: Workload) -> None:
+        """Warn of what lies outside the range of the measurements."""
         if engine.async_scheduling not in (None, self.schedules_ahead):
             warnings.warn(
                 "engine.async_scheduling: the order of requests counts, but the steps of "
@@ -250,35 +256,3 @@ class Calibration:
             raise AdapterTwinError(
                 f"calibration: {path} is no calibration ({error}); run adapter-twin calibrate"
             ) from None
-
-
-@cache
-def version_of(name: str, model: str) -> EngineVersion:
-    """Return the engine version of a calibration; parameters are those of `load_calibration`."""
-    return load_calibration(name, model).version
-
-
-def load_calibration(name: str, model: str) -> Calibration:
-    """Load a calibration for a model.
-
-    Parameters
-    ----------
-    name : str
-        A name, the path of a ``.json`` file, or ``auto``: the first one of the model.
-    model : str
-
-    Raises
-    ------
-    AdapterTwinError
-        There is none, or it is one of another model.
-
-    Examples
-    --------
-    >>> load_calibration("auto", "llama-3.1-8b-instruct").name
-    'llama-3.1-8b-instruct@h100-64gb-vllm0.8.5'
-    """
-    calibration = Calibration.from_json(calibration_path(name, model))
-    of = calibration.model
-    same = same_model(of, model)
-    require(same, f"calibration: {calibration.name} is of {of}, not of {model}; use auto")
-    return calibration

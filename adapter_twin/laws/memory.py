@@ -255,7 +255,7 @@ class MemoryLaw(Estimator):
     step_tokens_ : int
         Largest ``max_num_batched_tokens`` of the starts: longer steps were not measured.
     capture_s_, capture_s_per_slot_ : float
-        CUDA-graph capture at start-up.
+        CUDA-graph capture at start-up; before any start what the engine's version tells.
     max_relative_error_ : float
         Of the KV tokens, over the starts fitted.
     """
@@ -275,13 +275,15 @@ class MemoryLaw(Estimator):
     def __init__(self, shape: ModelShape, version: str, total_gib: float) -> None:
         self.shape, self.version, self.total_gib = shape, version, total_gib
         # what is known before any start
-        kept = engine_version(version).memory
+        about = engine_version(version)
+        kept = about.memory
         self.max_model_len_ = shape.max_model_len
         self.step_tokens_ = ServeFlags().max_num_batched_tokens
         self.slots_ = "segments"
         self.reserve_gib_ = kept.reserve_gib + kept.lora_reserve_gib
         self.reserve_gib_interval_ = (self.reserve_gib_, self.reserve_gib_)
-        self.capture_s_ = self.capture_s_per_slot_ = self.max_relative_error_ = 0.0
+        self.capture_s_ = about.capture_s or 0.0
+        self.capture_s_per_slot_ = self.max_relative_error_ = 0.0
 
     def fit(self, starts: pd.DataFrame) -> MemoryLaw:
         """Fit to measured server starts (table ``memory``: one row per start)."""
@@ -308,7 +310,8 @@ class MemoryLaw(Estimator):
         half = 1.96 * float(left_gib.std(ddof=1)) / np.sqrt(len(left_gib))
         self.reserve_gib_interval_ = (self.reserve_gib_ - half, self.reserve_gib_ + half)
         captured = starts.dropna(subset=["graph_capture_s"])
-        if len(captured):  # a CPU captures no graphs
+        self.capture_s_ = 0.0  # a CPU captures no graphs
+        if len(captured):
             slope, intercept = np.polyfit(captured.adapter_slots, captured.graph_capture_s, 1)
             self.capture_s_, self.capture_s_per_slot_ = float(intercept), float(slope)
         predicted = np.array([self.kv_cache_tokens(engine) for engine in engines])

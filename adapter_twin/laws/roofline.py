@@ -7,12 +7,15 @@ slot costs the time to launch it, a block of an active adapter more, and the ada
 are read. Below `SWITCHES_TILING` tokens ``shrink`` splits its sum into more parts.
 
 The law's constants are a few, in units of their own, and apart from the model's shape: those of the
-GPU (`GPU_CONSTANTS`) and those of the engine's version (`ENGINE_CONSTANTS`).
+GPU (`GPU_CONSTANTS`), those of the engine's version (`ENGINE_CONSTANTS`), and those of its adapter
+kernels (`ADAPTER_CONSTANTS`), which only versions have whose steps with adapters were measured.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
@@ -26,8 +29,9 @@ from adapter_twin.laws.step_time import (
     Number,
     StepObservations,
     StepTimeLaw,
+    batch_features,
 )
-from adapter_twin.workload.engine_versions import engine_version
+from adapter_twin.workload.engine_versions import WITH_ADAPTERS, engine_version
 from adapter_twin.workload.gpus import gpu_steps
 from adapter_twin.workload.models import ModelShape
 
@@ -43,6 +47,8 @@ ENGINE_CONSTANTS = {
     "sequence_ms": "each running request: the sampler, so it differs by model",
     "arrival_ms": "each request that arrives",
     "eager_layer_ms": "each layer outside of CUDA graphs, besides",
+}
+ADAPTER_CONSTANTS = {
     "lora_layer_ms": "each layer with adapter kernels",
     "eager_lora_layer_ms": "the same outside of CUDA graphs",
     "few_adapter_ms": "each adapter in a batch and layer, up to `SWITCHES_TILING` tokens",
@@ -81,7 +87,7 @@ MODULES, TILE_TOKENS, TILE_RANK, TILE_OUTPUTS = 7, 32, 16, 128
 SPLIT_FEW, SPLIT_MANY = 64, 8
 """``shrink`` splits its sum into this many parts, up to `SWITCHES_TILING` tokens and past them."""
 
-CONSTANTS = (*GPU_CONSTANTS, *ENGINE_CONSTANTS)
+CONSTANTS = (*GPU_CONSTANTS, *ENGINE_CONSTANTS, *ADAPTER_CONSTANTS)
 
 OWN = "sequence_ms"
 """This constant each model has for itself."""
@@ -95,11 +101,18 @@ ROUNDS, OUTLIER = 3, 3.0
 DRAWS = 40
 """This number of sets of constants is kept: the law's uncertainty."""
 
-MEASURED_GPU, MEASURED = "h100-64gb", "0.8.5"
-"""Constants of this GPU and of this version of vLLM have been measured."""
+MEASURED_GPU = "h100-64gb"
+"""Constants of this GPU were measured in steps with adapters."""
 
 UNKNOWN = 0.7
 """The logarithm of a constant that was not measured spreads by this much around another's."""
+
+CAUTION = 0.9
+"""A plan on laws that nobody measured holds for this share of what they may be."""
+
+TYPICAL_SLOTS, TYPICAL_RANK, TYPICAL_CONTEXT = 32, 16, 400
+TYPICAL_TOKENS = np.array([8.0, 32.0, 128.0])
+"""Laws are put in the order of their steps with such batches, all of them decodes."""
 
 Prior = Mapping[str, tuple[float, float]]
 
@@ -146,9 +159,10 @@ class RooflineLaw(StepTimeLaw):
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Rebuild a fitted law; raise `AdapterTwinError` unless it is one."""
         law = super().from_dict(values)
+        needed = CONSTANTS if law.knows_adapters else (*GPU_CONSTANTS, *ENGINE_CONSTANTS)
         for kind in (law.constants_, law.draws_):
             where = "constants_" if kind is law.constants_ else "draws_"
-            for name in CONSTANTS:
+            for name in needed:
                 require(name in kind, f"{where}.{name}: missing; add this key")
         require(
             min(map(len, law.draws_.values())) > 0, "draws_: must not be empty; calibrate again"
@@ -163,6 +177,11 @@ class RooflineLaw(StepTimeLaw):
     def token_breaks_(self) -> Sequence[float]:  # type: ignore[override]
         """The coefficients change past these batch sizes."""
         return TOKEN_BREAKS
+
+    @property
+    def knows_adapters(self) -> bool:
+        """Whether steps with adapters are known."""
+        return not ADAPTER_CONSTANTS.keys().isdisjoint(self.constants_)
 
     @property
     def arrival_ms(self) -> float:
@@ -195,9 +214,46 @@ class RooflineLaw(StepTimeLaw):
         law.constants_ = {n: value * factors[n] for n, value in self.constants_.items()}
         return law
 
+    def typical_ms(self) -> float:
+        """Return the geometric mean of the steps of typical batches."""
+        tokens, engine = TYPICAL_TOKENS, (TYPICAL_SLOTS * self.knows_adapters, TYPICAL_RANK)
+        context_tokens, adapters = TYPICAL_CONTEXT * tokens, np.minimum(tokens, engine[0])
+        batches = batch_features(tokens, tokens, context_tokens, adapters)
+        coefficients = self.for_engine(*engine)[np.searchsorted(TOKEN_BREAKS, tokens)]
+        return float(np.exp(np.log((coefficients * batches).sum(axis=-1)).mean()))
+
+    def cautious(self) -> RooflineLaw:
+        """Return the draw whose steps are longer than those of a share `CAUTION` of all draws."""
+        laws = [self.drawn(draw) for draw in range(min(map(len, self.draws_.values())))]
+        return sorted(laws, key=RooflineLaw.typical_ms)[math.ceil(CAUTION * len(laws)) - 1]
+
+    def doubts(self) -> dict[str, float]:
+        """Return each constant's share of the uncertainty of typical steps, the largest first."""
+        shares = {}
+        for name, factors in self.draws_.items():
+            off = copy(self)
+            off.constants_ = self.constants_ | {name: self.constants_[name] * 1.01}
+            slope = math.log(off.typical_ms() / self.typical_ms()) / math.log(1.01)
+            shares[name] = (slope * float(np.log(factors).std())) ** 2
+        total = sum(shares.values())
+        return {n: shares[n] / total for n in sorted(shares, key=shares.__getitem__, reverse=True)}
+
     def for_engine(self, max_loras: Number, max_lora_rank: Number) -> Floats:
-        """Return the coefficients in ms for an engine, or for each of several."""
-        c, shape, layers = self.constants_, self.shape, self.shape.layers
+        """Return the coefficients in ms for an engine, or for each of several.
+
+        Raises
+        ------
+        AdapterTwinError
+            The engine has slots, and no step with adapters was measured.
+        """
+        require(
+            self.knows_adapters or not np.any(max_loras),
+            "engine.max_loras: what adapters cost on this version of vLLM was not measured; ask "
+            f"for vLLM {WITH_ADAPTERS}, give 0 slots for the base model alone, or measure yours "
+            "(adapter-twin profile)",
+        )
+        c = dict.fromkeys(ADAPTER_CONSTANTS, 0.0) | self.constants_
+        shape, layers = self.shape, self.shape.layers
         slots, ranks = (np.asarray(x, float)[..., None] for x in (max_loras, max_lora_rank))
         low = np.array((0.0, *TOKEN_BREAKS))
         high = np.array((*TOKEN_BREAKS, MOST_TOKENS))
@@ -331,7 +387,8 @@ def _bootstrap(slopes: Floats, errors: Floats, group: NDArray[np.str_]) -> dict[
 def known_constants(gpu: str, version: str) -> Prior:
     """Return what is known of the constants of a GPU and of an engine's version.
 
-    Of another GPU or version than those measured it is little: these constants, and wide spreads.
+    Of a GPU without measured constants its data sheet tells, of one without that, and of a version
+    that was not measured, these constants with wide spreads.
 
     Parameters
     ----------
@@ -343,13 +400,9 @@ def known_constants(gpu: str, version: str) -> Prior:
     >>> 1500 < value < 2100
     True
     """
-    of_gpu, of_version = gpu_steps(gpu), engine_version(version).steps
-    known = (of_gpu or gpu_steps(MEASURED_GPU)) | (of_version or engine_version(MEASURED).steps)
-    unknown = (*(() if of_gpu else GPU_CONSTANTS), *(() if of_version else ENGINE_CONSTANTS))
-    return {
-        name: (value, UNKNOWN if name in unknown else spread)
-        for name, (value, spread) in known.items()
-    }
+    known = gpu_steps(gpu) | engine_version(version).steps
+    others = gpu_steps(MEASURED_GPU) | engine_version(WITH_ADAPTERS).steps
+    return {name: known.get(name, (others[name][0], UNKNOWN)) for name in CONSTANTS}
 
 
 def adapted_widths(shape: ModelShape) -> tuple[int, int]:

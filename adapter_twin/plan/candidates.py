@@ -18,10 +18,12 @@ from adapter_twin.plan.steady_state import (
     Window,
     WindowTraffic,
     draw_traffic,
+    planned_on,
     serve,
     typical_figures,
     warmed_up,
 )
+from adapter_twin.service.intervals import replication
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,19 +70,26 @@ class Candidates:
         Of a server on which every adapter has been used.
     criterion : Criterion
         When a configuration serves well enough, and which one is best.
+    draws : tuple of Calibration
+        Of a prior: what it allows. The choice is made on cautious laws, the service to expect is
+        told of these.
     """
 
     demand: Demand
     calibration: Calibration
     criterion: Criterion
+    draws: tuple[Calibration, ...] = ()
     _known: dict[tuple[int, float], dict[str, float]] = field(default_factory=dict)
     _drawn: dict[int, WindowTraffic] = field(default_factory=dict)
 
     @classmethod
     def of(cls, demand: Demand, margin: float = MARGIN) -> Self:
         """Load the demand's calibration; raises where there is none."""
-        calibration = warmed_up(load_calibration(demand.calibration, demand.model))
-        return cls(demand, calibration, Criterion(margin=margin, slo=demand.slo))
+        known = load_calibration(demand.calibration, demand.model)
+        numbers = range(REPLICATIONS if known.origin else 0)
+        draws = tuple(warmed_up(replication(known, number)) for number in numbers)
+        criterion = Criterion(margin=margin, slo=demand.slo)
+        return cls(demand, planned_on(known), criterion, draws)
 
     def bounds(self) -> pd.DataFrame:
         """Return what the analytic model says of all candidates.
@@ -155,14 +164,19 @@ class Candidates:
         """Return the best row of `table` that serves further windows too, and all its windows."""
         ranked = self._ranked(table)
         for _, row in ranked.iterrows():
-            engine = self.demand.engine_with(int(row.adapter_slots))
-            windows = [
-                serve(self._traffic(self.demand.seed + number), engine, self.calibration)
-                for number in range(REPLICATIONS)
-            ]
+            slots = int(row.adapter_slots)
+            windows = self._windows(slots, [self.calibration] * REPLICATIONS)
             if self.is_served(typical_figures(windows, self.demand)):
-                return row, windows
+                return row, self._windows(slots, self.draws) or windows
         return None
+
+    def _windows(self, slots: int, laws: Sequence[Calibration]) -> list[Window]:
+        """Simulate one number of slots on a window for each of the laws."""
+        engine = self.demand.engine_with(slots)
+        return [
+            serve(self._traffic(self.demand.seed + number), engine, its)
+            for number, its in enumerate(laws)
+        ]
 
     def _ranked(self, table: pd.DataFrame) -> pd.DataFrame:
         """Return what the criterion ranks; of those similar at the top, the sturdiest first."""

@@ -12,12 +12,12 @@ from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
 from adapter_twin.errors import AdapterTwinError, require
-from adapter_twin.laws.calibration import load_calibration, version_of
+from adapter_twin.laws.find import load_calibration, version_of
 from adapter_twin.plan.criterion import DEFAULT_SLO
 from adapter_twin.plan.grid import Grid, slot_rank
 from adapter_twin.plan.logged import draw_log, read_log
 from adapter_twin.workload.adapter_folders import resolve
-from adapter_twin.workload.calibration_files import complete
+from adapter_twin.workload.calibration_files import complete, take_gpu
 from adapter_twin.workload.files import read_yaml
 from adapter_twin.workload.scenario import (
     Adapters,
@@ -48,7 +48,7 @@ class Demand:
         Requests/s to the base model, without an adapter.
     slo : Slo, optional
     calibration : str
-        Name of a calibration, or ``auto``: the one of the model.
+        A name, the path of a ``.json`` file, or ``auto``: the one of the model.
     seed : int
     engine : ServeFlags
         All flags but slots, host cache and rank, which are chosen.
@@ -168,7 +168,8 @@ def load_demand(path: str | Path) -> Demand:
     `adapter_twin.workload.request_log`; adapters are then told without rates. ``sessions`` and
     ``samples`` are those of a `adapter_twin.workload.scenario.Workload`; with them, or with a rate
     that follows a sine, a log is drawn once and replayed. Without an ``slo``
-    the demand has to meet `adapter_twin.plan.criterion.DEFAULT_SLO`, with ``slo: none`` none.
+    the demand has to meet `adapter_twin.plan.criterion.DEFAULT_SLO`, with ``slo: none`` none. A
+    ``gpu`` in place of a calibration is the one that was measured there, or a prior.
 
     Raises
     ------
@@ -180,6 +181,7 @@ def load_demand(path: str | Path) -> Demand:
     content = read_yaml(file)
     if not isinstance(content, dict):
         return read(Demand, content)
+    take_gpu(content)
     slo = content.get("slo", asdict(DEFAULT_SLO))
     content["slo"] = None if slo == "none" else slo
     engine = content.get("engine")

@@ -6,9 +6,19 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from adapter_twin.laws import load_calibration
+from adapter_twin.laws.roofline import (
+    ADAPTER_CONSTANTS,
+    CAUTION,
+    ENGINE_CONSTANTS,
+    GPU_CONSTANTS,
+    RooflineLaw,
+)
 from adapter_twin.plan.candidates import GROWTH_STEP, MOST_GROWTH
 from adapter_twin.plan.criterion import MARGIN, RESERVE_LOAD, SIMILAR_TTFT, Criterion
+from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.search import Answer, Refusal, around
+from adapter_twin.service.intervals import cautious
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +35,9 @@ BINDING = {
 
 NOTABLE_WAIT_MS = 1000.0
 """A longer mean TTFT is pointed out."""
+
+MEASURED_FIRST = 3
+"""This many measurements are named that would make a prior surer."""
 
 
 def explanation(answer: Answer) -> str:
@@ -45,8 +58,23 @@ def _reasons(answer: Answer) -> Iterator[str]:
             f"requests wait {best.mean_ttft_ms / 1e3:,.1f} s on average, which throughput does not "
             "show; give an slo with ttft_ms to rule that out"
         )
+    yield from _doubts(answer.demand)
     if not best.holds:
         yield "so close to saturation the service may vary more than the intervals say"
+
+
+def _doubts(demand: Demand) -> Iterator[str]:
+    """Say how a plan on a prior allows for what the prior does not know."""
+    known = load_calibration(demand.calibration, demand.model)
+    law, planned = known.step_time, cautious(known).step_time
+    if isinstance(law, RooflineLaw) and isinstance(planned, RooflineLaw) and law is not planned:
+        about = {**GPU_CONSTANTS, **ENGINE_CONSTANTS, **ADAPTER_CONSTANTS}
+        first = [about[name].partition(",")[0] for name in [*law.doubts()][:MEASURED_FIRST]]
+        yield (
+            f"the plan is for steps {planned.typical_ms() / law.typical_ms() - 1:.0%} longer than "
+            f"the prior's, longer than {CAUTION:.0%} of what it allows; what would narrow it most "
+            f"is to measure the time of {', of '.join(first)}"
+        )
 
 
 def _growth(growth: float) -> str:
@@ -127,7 +155,7 @@ def _remedies(refusal: Refusal, missed: bool) -> Iterator[str]:
     count = len(demand.adapters)
     if refusal.served:
         yield f"use about {math.ceil(count / refusal.served)} GPUs"
-    elif demand.slo is None:
+    elif not missed:
         yield "lower the rates or spread an adapter over several GPUs"
     if narrow is not None:
         yield (

@@ -12,7 +12,7 @@ from adapter_twin.plan.candidates import Candidates
 from adapter_twin.plan.criterion import MARGIN, Criterion
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import GRID, check_grids, evaluate, grid_runs
-from adapter_twin.plan.steady_state import typical_figures, warmed_up
+from adapter_twin.plan.steady_state import planned_on, typical_figures
 from adapter_twin.workload.files import parse_rates, records, run_to_workload
 from adapter_twin.workload.scenario import config_hash
 
@@ -87,10 +87,11 @@ def optimum(
     require(highest > 0, "rates: all are zero; give at least one above zero")
     criterion = criterion or Criterion(margin=MARGIN)
     fitted = load_calibration(calibration, workload["model"])
+    fitted.warn_if_prior()
     runs = grid_runs(workload, served_grid, slots_grid, duration_s, fitted.version)
     if runs.empty:
         raise AdapterTwinError("slots_grid: all are above served_grid; lower the slots")
-    table = evaluate(runs, warmed_up(fitted), seed=seed, slo=criterion.slo, jobs=jobs)
+    table = evaluate(runs, planned_on(fitted), seed=seed, slo=criterion.slo, jobs=jobs)
     ranked = criterion.ranked(table)
     if ranked.empty:
         raise AdapterTwinError(_why_none(table, criterion))

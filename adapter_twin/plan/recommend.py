@@ -64,11 +64,12 @@ def recommend(demand: Demand) -> dict[str, Any]:
     >>> print(*recommend(demand)["vllm_args"][:5])
     --enable-lora --max-loras 16 --max-cpu-loras 16
     """
+    calibration = load_calibration(demand.calibration, demand.model)
+    calibration.warn_if_prior()
     found = search(demand)
     if isinstance(found, Refusal):
         raise AdapterTwinError(why_not(found))
     best, engine = found.best, found.engine
-    calibration = load_calibration(demand.calibration, demand.model)
     calibration.warn_outside_range(engine, demand.workload(HOUR_S))
     return {
         "adapter_slots": engine.max_loras,

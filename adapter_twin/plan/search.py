@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adapter_twin.capacity.analytic import analyse
-from adapter_twin.laws.calibration import version_of
+from adapter_twin.laws.find import version_of
 from adapter_twin.plan.candidates import (
     GROWTH_STEP,
     HOUR_S,

@@ -16,6 +16,7 @@ from adapter_twin.laws import Calibration
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import simulate_quietly
 from adapter_twin.plan.logged import ANSWERED_S, stretch
+from adapter_twin.service.intervals import cautious
 from adapter_twin.service.metrics import service, slo_attainment, waits_ms, worst_served
 from adapter_twin.twin.records import Records
 from adapter_twin.twin.simulate import draw_requests
@@ -104,6 +105,11 @@ def warmed_up(calibration: Calibration) -> Calibration:
     front_end, loading = copy(calibration.front_end), copy(calibration.loading)
     front_end.first_use_ms_ = loading.read_ms_ = loading.read_ms_per_rank_ = 0.0
     return replace(calibration, front_end=front_end, loading=loading)
+
+
+def planned_on(calibration: Calibration) -> Calibration:
+    """Return the laws of a warm server that a plan is to hold on; of a prior, cautious ones."""
+    return warmed_up(cautious(calibration))
 
 
 def first_uses_s(demand: Demand, calibration: Calibration) -> float:
@@ -211,7 +217,9 @@ def predict_window(
     value : float, optional
         In the middle of it; left out, their mean.
     """
-    spread = _chance(len(values)) * float(np.log(values).std(ddof=1))
+    # of a window in which nothing was served the logarithm is none, and so is the interval
+    logs = np.log(values) if min(values) > 0 else np.full(len(values), np.nan)
+    spread = _chance(len(values)) * float(logs.std(ddof=1))
     factor = math.exp(math.hypot(spread, math.log1p(error)))
     middle = float(np.mean(values)) if value is None else value
     return {"value": middle, "low": middle / factor, "high": middle * factor}

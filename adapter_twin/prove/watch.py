@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from adapter_twin.errors import AdapterTwinError, require
-from adapter_twin.laws.calibration import Calibration, load_calibration
+from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.laws.emitted_lengths import EarlyStopLaw
 from adapter_twin.measure import metrics_page as vllm
 from adapter_twin.measure.metrics_page import Bounded, MetricsPage, Stretch

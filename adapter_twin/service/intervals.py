@@ -53,6 +53,14 @@ def replication(calibration: Calibration, number: int) -> Calibration:
     return replace(calibration, step_time=drawn)
 
 
+def cautious(calibration: Calibration) -> Calibration:
+    """Return a prior with laws that are slower than most which it allows; others as they are."""
+    law = calibration.step_time
+    if not calibration.origin or not isinstance(law, RooflineLaw):
+        return calibration
+    return replace(calibration, step_time=law.cautious())
+
+
 def spread_of(prediction: Mapping[str, Any], replications: pd.DataFrame) -> dict[str, float]:
     """Return the spread of each figure's logarithm around the prediction, over replications.
 

@@ -92,6 +92,7 @@ def simulate(
         observer=observer,
         policy=policy,
     )
+    calibration.warn_if_prior()
     calibration.warn_outside_range(engine, workload)
     if clock == "simpy":
         run_in_simpy(session)

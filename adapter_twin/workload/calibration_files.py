@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from adapter_twin.errors import AdapterTwinError, require
-from adapter_twin.workload.engine_versions import engine_version
-from adapter_twin.workload.gpus import gpu_memory_gib, gpu_name
+from adapter_twin.workload.engine_versions import WITH_ADAPTERS, engine_version
+from adapter_twin.workload.gpus import gpu_key, gpu_memory_gib, gpu_name
 from adapter_twin.workload.models import read_object, same_model
 from adapter_twin.workload.shipped import SHIPPED
 from adapter_twin.workload.strict import suggestion
@@ -16,18 +16,34 @@ FOLDER = SHIPPED / "calibrations"
 """The calibrations that come with the package lie in this folder."""
 
 
+class Place(NamedTuple):
+    """Where a model of which nothing was measured is to run.
+
+    Attributes
+    ----------
+    gpu : str
+        A name of ``data/gpus``.
+    version : str
+        Of vLLM.
+    """
+
+    gpu: str
+    version: str
+
+
 def list_calibrations() -> list[str]:
     """Return the names of the calibrations that come with the package."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
-def calibration_path(name: str, model: str) -> Path:
-    """Return the file of a calibration.
+def calibration_path(name: str, model: str) -> Path | Place:
+    """Return the file of a calibration, or where a prior is asked for.
 
     Parameters
     ----------
     name : str
-        A name, the path of a ``.json`` file, or ``auto``: the first one of the model.
+        A name; the path of a ``.json`` file; ``auto``, the first one of the model; or
+        ``auto@GPU`` or ``auto@GPU-vllmVERSION``, the one that was measured there, or a prior.
     model : str
 
     Raises
@@ -37,12 +53,45 @@ def calibration_path(name: str, model: str) -> Path:
     """
     names = list_calibrations()
     known = ", ".join(names)
+    auto, _, where = name.partition("@")
+    own = [name for name in names if same_model(name.split("@")[0], model)]
     if name == "auto":
-        name = next((known for known in names if same_model(known.split("@")[0], model)), "")
-        require(bool(name), f"model: {model!r} has no calibration; there are {known}")
+        require(
+            bool(own),
+            f"model: {model!r} has no calibration; there are {known}; for a prior say on which gpu "
+            "(gpu: l40s, or auto@l40s); adapter-twin memory tells what fits on it",
+        )
+        name = own[0]
+    elif auto == "auto":
+        gpu, _, version = where.partition("-vllm")
+        measured = f"@{gpu_key(gpu)}-vllm{version}"
+        name = next((name for name in own if measured in name), "")
+        if not name:
+            return Place(gpu_key(gpu), version or WITH_ADAPTERS)
     is_file = name.endswith(".json")
     require(is_file or name in names, f"calibration: {name!r} is unknown; use auto or {known}")
     return Path(name) if is_file else FOLDER / f"{name}.json"
+
+
+def take_gpu(content: dict[str, Any]) -> None:
+    """Replace the key ``gpu`` of a file by the calibration that it stands for.
+
+    Parameters
+    ----------
+    content : dict
+        Of the file.
+
+    Examples
+    --------
+    >>> content = {"gpu": "l40s"}
+    >>> take_gpu(content)
+    >>> content
+    {'calibration': 'auto@l40s'}
+    """
+    if "gpu" in content:
+        told = content.get("calibration", "auto")
+        require(told == "auto", "gpu: a calibration is of one GPU; leave one of the two out")
+        content["calibration"] = f"auto@{content.pop('gpu')}"
 
 
 def flags_left_out(calibration: str, model: str) -> dict[str, Any]:
@@ -60,12 +109,15 @@ def flags_left_out(calibration: str, model: str) -> dict[str, Any]:
     >>> flags_left_out("auto", "llama-3.1-8b-instruct")["max_num_batched_tokens"]
     2048
     """
-    path = calibration_path(calibration, model)
-    content = read_object(path, "a calibration")
-    try:
-        gpu, version = str(content["gpu"]), str(content["memory"]["version"])
-    except (KeyError, TypeError):
-        raise AdapterTwinError(f"calibration: {path} is no calibration") from None
+    found = calibration_path(calibration, model)
+    if isinstance(found, Place):
+        gpu, version = found
+    else:
+        content = read_object(found, "a calibration")
+        try:
+            gpu, version = str(content["gpu"]), str(content["memory"]["version"])
+        except (KeyError, TypeError):
+            raise AdapterTwinError(f"calibration: {found} is no calibration") from None
     require(gpu != "cpu", "engine.defaults: vLLM's own are known for GPUs; leave it out on a CPU")
     return engine_version(version).flags_left_out(gpu_name(gpu), gpu_memory_gib(gpu))
 

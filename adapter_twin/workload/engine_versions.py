@@ -26,6 +26,9 @@ from adapter_twin.workload.strict import (
 if TYPE_CHECKING:
     from adapter_twin.workload.scenario import EngineConfig
 
+WITH_ADAPTERS = "0.8.5"
+"""Of this version steps with adapters have been measured on a GPU."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptMemory:
@@ -90,6 +93,9 @@ class EngineVersion:
     checks_usable_blocks : bool
         At the start the longest request must fit into what is left without the KV block that the
         engine keeps to itself.
+    capture_s : float, optional
+        What the capture of its CUDA graphs takes with however many slots, by public reports; left
+        out where it grows with them, which only measured starts tell.
     lacks : tuple of str
         Flags of `adapter_twin.workload.scenario.ServeFlags` that it does not have. Adapter kernels
         are launched for every slot, whether it is active or not, unless it has and is given
@@ -113,6 +119,7 @@ class EngineVersion:
     async_scheduling: bool
     estimates_graphs: bool
     checks_usable_blocks: bool
+    capture_s: NotNegative | None = None
     lacks: Many[Text]
     gpu_memory_utilization: Positive
     defaults: Annotated[Many[BatchDefaults], Field(min_length=1)]

@@ -15,7 +15,8 @@ import yaml
 from adapter_twin.errors import AdapterTwinError, one_line, require
 from adapter_twin.workload.adapter_folders import resolve
 from adapter_twin.workload.benchmark_clients import Benchmark
-from adapter_twin.workload.calibration_files import complete
+from adapter_twin.workload.calibration_files import complete, take_gpu
+from adapter_twin.workload.request_log import read_requests
 from adapter_twin.workload.scenario import (
     Adapter,
     Arrivals,
@@ -59,8 +60,10 @@ def load_scenario(
     one of the short forms ``{count, request_rates, ranks}``, ``{count, total_request_rate,
     zipf_exponent, ranks}`` and ``{traffic_split: {name: share}, total_request_rate, ranks}``; for
     folders and tables of them see `adapter_twin.workload.adapter_folders`. The path of a trace is
-    relative to the file. ``engine.policy`` is the name of a policy, or ``{name, ...}`` with its
-    parameters; for ``engine.defaults`` see `adapter_twin.workload.calibration_files.complete`.
+    relative to the file; beside one, rates and ``lengths`` may be left out. ``engine.policy`` is
+    the name of a policy, or ``{name, ...}`` with its parameters; for ``engine.defaults`` see
+    `adapter_twin.workload.calibration_files.complete`, for ``gpu`` its
+    `adapter_twin.workload.calibration_files.take_gpu`.
 
     Parameters
     ----------
@@ -80,6 +83,7 @@ def load_scenario(
     """
     content = read_yaml(Path(path))
     if isinstance(content, dict):
+        take_gpu(content)
         require("policy" not in content, "policy: unknown key; did you mean engine.policy?")
         engine = content.get("engine", {} if vllm_args else None)
         if isinstance(engine, dict):
@@ -92,6 +96,8 @@ def load_scenario(
                 engine = complete(engine, calibration, str(engine.get("model")))
             content["engine"] = engine
             model, workload = str(engine.get("model")), content.get("workload")
+            if isinstance(workload, dict):
+                _take_from_trace(workload, Path(path).parent)
             if isinstance(workload, dict) and "adapters" in workload:
                 named = lora_modules(vllm_args) if vllm_args else {}
                 told = workload["adapters"]
@@ -105,6 +111,23 @@ def load_scenario(
         return scenario
     arrivals = replace(scenario.workload.arrivals, path=str(Path(path).parent / trace))
     return replace(scenario, workload=replace(scenario.workload, arrivals=arrivals))
+
+
+def _take_from_trace(workload: dict[str, Any], folder: Path) -> None:
+    """Fill in what a workload leaves out beside a trace: its mean lengths, and no rates."""
+    arrivals, adapters = workload.get("arrivals"), workload.get("adapters")
+    if not isinstance(arrivals, dict) or arrivals.get("process") != "trace":
+        return
+    if "lengths" not in workload and isinstance(arrivals.get("path"), str):
+        log = read_requests(folder / arrivals["path"])
+        means = float(log.prompt_tokens.mean()), float(log.output_tokens.mean())
+        names = ("mean_input_tokens", "mean_output_tokens")
+        workload["lengths"] = dict(zip(names, means, strict=True))
+    if isinstance(adapters, dict) and not {"request_rates", "total_request_rate"} & adapters.keys():
+        adapters["request_rates"] = [0]
+    for one in adapters if isinstance(adapters, list) else ():
+        if isinstance(one, dict):
+            one.setdefault("request_rate", 0)
 
 
 def read_yaml(file: Path) -> Any:

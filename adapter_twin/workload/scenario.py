@@ -535,7 +535,7 @@ class Scenario:
     engine : EngineConfig
     workload : Workload
     calibration : str
-        Name of a calibration, or ``auto``: the one of the engine's model.
+        A name, the path of a ``.json`` file, or ``auto``: the one of the engine's model.
     seed : int
     observer : bool
         Include the effect that the reference measurement had on itself.

@@ -325,7 +325,8 @@ def test_a_prior_needs_no_tables_and_says_what_it_is(run: Cli, tmp_path: Path) -
     asked = ("--model", "mistralai/Mistral-7B-v0.3", "--gpu", "h100-64gb", "--engine", "vllm-0.8.5")
     status, out, err = run("calibrate", "--prior", *asked, "--out", "prior.json")
     assert (status, err) == (0, "")
-    assert "a prior: no step of mistralai/Mistral-7B-v0.3 was measured" in " ".join(out.split())
+    told = "a prior: mistralai/Mistral-7B-v0.3 was not measured on h100-64gb with vLLM 0.8.5"
+    assert told in " ".join(out.split())
     assert Calibration.from_json(tmp_path / "prior.json").model == "mistralai/Mistral-7B-v0.3"
     for wrong, told in (
         (("--prior", *asked[2:]), "model: a prior needs it; give --model"),

@@ -51,7 +51,8 @@ def test_a_key_that_is_off_shows_its_default(run: Cli) -> None:
     run("init")
     text = Path("workload.yaml").read_text()
     Path("on.yaml").write_text(all_on(text))
-    keys = {f.name for f in fields(Demand)} - {"trace"} | {"request_log", "sessions", "samples"}
+    keys = {f.name for f in fields(Demand)} - {"trace"}
+    keys |= {"gpu", "request_log", "sessions", "samples"}
     assert set(yaml.safe_load(all_on(text))) == keys
     assert load_demand("on.yaml") == load_demand("workload.yaml")
     run("init", "simulate.yaml", "--kind", "simulate")

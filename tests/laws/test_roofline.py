@@ -9,6 +9,7 @@ import pytest
 
 from adapter_twin.laws import list_calibrations, load_calibration
 from adapter_twin.laws.roofline import (
+    ADAPTER_CONSTANTS,
     CONSTANTS,
     ENGINE_CONSTANTS,
     GPU_CONSTANTS,
@@ -144,7 +145,7 @@ def test_a_fit_keeps_what_is_known_for_sure(truth: RooflineLaw) -> None:
     [
         (GPU, VERSION, ()),
         ("another", VERSION, GPU_CONSTANTS),
-        (GPU, "0.32.0", ENGINE_CONSTANTS),
+        (GPU, "0.32.0", {**ENGINE_CONSTANTS, **ADAPTER_CONSTANTS}),
         ("another", "0.32.0", CONSTANTS),
     ],
 )

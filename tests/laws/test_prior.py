@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 
 from adapter_twin import load_calibration, simulate
-from adapter_twin.calibrate.prior import prior_calibration
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import Calibration
+from adapter_twin.laws.prior import prior_calibration
 from adapter_twin.workload.models import model_config
 from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, deal_adapters
 
@@ -28,7 +28,10 @@ def test_a_measured_model_is_told_almost_as_it_was_measured() -> None:
         duration_s=300.0,
         lengths=Lengths(mean_input_tokens=223, mean_output_tokens=197),
     )
-    with pytest.warns(UserWarning, match="is a prior: no step of llama.* was measured, it follows"):
+    with pytest.warns(
+        UserWarning,
+        match="is a prior: llama.* was not measured on h100-64gb with vLLM 0.8.5; .* from qwen",
+    ):
         run = simulate(workload, engine, prior)
     itl_ms = [
         1e3 * np.average(one.gaps.gap_s, weights=one.gaps.count)
@@ -68,11 +71,21 @@ def test_it_is_a_calibration_like_others(tmp_path: Path) -> None:
     assert pd.Series(again.step_time.draws_["step_ms"]).std() > 0.05
 
 
+def test_the_time_to_capture_graphs_is_that_of_the_version() -> None:
+    """That of 0.8.5 grows with the slots, that of later versions does not (vLLM #23777)."""
+    engine = EngineConfig(model=MISTRAL, max_loras=352, max_lora_rank=8)
+    assert prior_calibration(MISTRAL, *PLACE).memory.startup_s(engine) > 1000
+    assert prior_calibration(MISTRAL, "h100-64gb", "0.19.0").memory.startup_s(engine) < 20
+
+
 @pytest.mark.parametrize(
     ("model", "place", "message"),
     [
-        (MISTRAL, ("l40s", "0.8.5"), r"gpu: no model was measured on l40s with vLLM 0\.8\.5; "),
-        (MISTRAL, ("h100-64gb", "0.32.0"), r"gpu: no model was measured on h100-64gb with vLLM"),
+        (MISTRAL, ("mi300x", "0.8.5"), r"gpu: steps of AMD Instinct MI300X were not measured"),
+        (MISTRAL, ("rtx-5090", "0.8.5"), r"gpu: 'rtx-5090' has no bf16_tflops"),
+        (MISTRAL, ("h100-64gb", "0.32.0"), r"engine: what a step of vLLM 0\.32\.0 takes was not"),
+        (MISTRAL, ("h100-64gb", "0.9.1"), r"engine: what a step of vLLM 0\.9\.1 takes was not"),
+        (MISTRAL, ("h200x", "0.8.5"), r"gpu: 'h200x' is unknown; did you mean 'h200'\?"),
         ("mistralai/Mixtral-8x7B-v0.1", PLACE, "model: steps of experts or of quantised weights"),
         ("none/of-these", PLACE, "model: 'none/of-these'"),
     ],

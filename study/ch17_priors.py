@@ -1,0 +1,240 @@
+"""Tables of the chapter on GPUs, models and engines that were not measured.
+
+``python -m study.ch17_priors`` prints the constants of steps of `LATER`, as ``data/engines`` has
+them, fitted through the twin to the one run of it that has been published with each request's
+times, which is without adapters.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from adapter_twin.errors import AdapterTwinError
+from adapter_twin.laws import Calibration
+from adapter_twin.laws.front_end import FrontEndLaw
+from adapter_twin.laws.prior import SPEEDS, prior_calibration
+from adapter_twin.laws.roofline import ENGINE_CONSTANTS, UNKNOWN
+from adapter_twin.laws.step_time import Floats, batch_features
+from adapter_twin.plan.criterion import DEFAULT_SLO, MARGIN, Criterion
+from adapter_twin.plan.grid import GRID, simulate_quietly
+from adapter_twin.plan.optimum import CONFIGURATION, optimum
+from adapter_twin.tables import datasets
+from adapter_twin.workload.engine_versions import WITH_ADAPTERS, engine_version
+from adapter_twin.workload.gpus import gpu_steps, steps_from
+from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload
+from adapter_twin.workload.shipped import facts
+from adapter_twin.workload.trace import BASE_MODEL, Trace
+from study.ch01_to_06 import MEAN_INPUT_TOKENS, MEAN_OUTPUT_TOKENS
+
+GPU, LATER, MODEL = "rtx-pro-6000", "0.19.0", "llama-3.1-8b-instruct"
+REPORT = datasets.REPOSITORY / "data" / "public" / f"vllm-{LATER}_{GPU}_llama-3.1-8b.parquet"
+
+FITTED = ("step_ms", "sequence_ms")
+"""The run tells these; what it does not tell is taken from `WITH_ADAPTERS`, as a guess."""
+
+ERROR, OBSERVATIONS = 0.04, 20.0
+"""The relative error of a request's times; all of them together count for this many."""
+
+LEAST_SPREAD = 0.15
+"""A constant that one run tells is not taken to be surer than those of `WITH_ADAPTERS`."""
+
+SLOTS, RANK = 32, 16
+"""Steps with adapters are told of an engine with these."""
+
+SERVICE = ("total_throughput", "mean_ttft_ms")
+
+ENGINE = EngineConfig(model=MODEL, max_loras=0, max_num_seqs=128, max_num_batched_tokens=2048)
+"""That of the run."""
+
+
+def replay(requests: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
+    """Serve the run's requests in the twin, timed where the engine was: without a front end.
+
+    Parameters
+    ----------
+    requests : DataFrame
+        ``arrival_s, prompt_tokens, output_tokens``.
+    calibration : Calibration
+
+    Returns
+    -------
+    DataFrame
+        ``first_token_s, end_s``, a row per request.
+    """
+    trace = Trace(
+        arrival_s=requests["arrival_s"].to_numpy(float),
+        adapter=np.full(len(requests), BASE_MODEL, np.int32),
+        prompt_tokens=requests["prompt_tokens"].to_numpy(np.int32),
+        output_tokens=requests["output_tokens"].to_numpy(np.int32),
+    )
+    lengths = Lengths(
+        mean_input_tokens=float(requests["prompt_tokens"].mean()),
+        mean_output_tokens=float(requests["output_tokens"].mean()),
+    )
+    workload = Workload(adapters=(), duration_s=3600.0, lengths=lengths)
+    laws = replace(calibration, front_end=FrontEndLaw())
+    run = simulate_quietly(workload, ENGINE, laws, 0, trace)
+    return run.records.to_frame()[["first_token_s", "end_s"]]
+
+
+def fit_later(requests: pd.DataFrame) -> dict[str, tuple[float, float]]:
+    """Fit the engine's constants of `LATER` to the run.
+
+    Parameters
+    ----------
+    requests : DataFrame
+        Of the run.
+
+    Returns
+    -------
+    dict
+        By name of `ENGINE_CONSTANTS`, the value and the spread of its logarithm.
+    """
+    from scipy.optimize import least_squares
+
+    known = {name: engine_version(WITH_ADAPTERS).steps[name] for name in ENGINE_CONSTANTS}
+    start = np.array([known[name][0] for name in FITTED])
+    weight = math.sqrt(OBSERVATIONS / len(requests)) / ERROR
+
+    def laws(logarithms: Floats) -> Calibration:
+        told = {name: (value, UNKNOWN) for name, (value, _) in known.items()}
+        told |= {
+            name: (value, UNKNOWN)
+            for name, value in zip(FITTED, start * np.exp(logarithms), strict=True)
+        }
+        return prior_calibration(MODEL, GPU, LATER, gpu_steps(GPU) | told)
+
+    def errors(logarithms: Floats) -> Floats:
+        made = replay(requests, laws(logarithms))
+        off = np.log(_token_gap_s(requests, made) / _token_gap_s(requests, requests))
+        late = np.log(made["end_s"] / requests["end_s"])
+        return np.concatenate([logarithms / UNKNOWN, weight * off, weight * late])
+
+    found = least_squares(errors, np.zeros(len(FITTED)), diff_step=0.02)
+    spread = np.sqrt(np.diag(np.linalg.inv(found.jac.T @ found.jac)))
+    values = zip(start * np.exp(found.x), np.maximum(spread, LEAST_SPREAD), strict=True)
+    fitted = {
+        name: (float(f"{v:.4g}"), float(f"{s:.2g}"))
+        for name, (v, s) in zip(FITTED, values, strict=True)
+    }
+    return {name: (value, UNKNOWN) for name, (value, _) in known.items()} | fitted
+
+
+def _token_gap_s(requests: pd.DataFrame, times: pd.DataFrame) -> pd.Series[float]:
+    """Return the mean time between a request's tokens."""
+    return (times["end_s"] - times["first_token_s"]) / (requests["output_tokens"] - 1)
+
+
+def beside_report(requests: pd.DataFrame, laws: Mapping[str, Calibration]) -> pd.DataFrame:
+    """Compare figures of the run with those of some laws.
+
+    Returns
+    -------
+    DataFrame
+        ``figure, measured``; a column of errors in percent for each of `laws`.
+    """
+
+    def figures(times: pd.DataFrame) -> dict[str, float]:
+        return {
+            "output throughput": requests["output_tokens"].sum() / times["end_s"].max(),
+            "mean TPOT": 1e3 * _token_gap_s(requests, times).mean(),
+            "median TTFT": 1e3 * (times["first_token_s"] - requests["arrival_s"]).median(),
+        }
+
+    measured = figures(requests)
+    table = pd.DataFrame({"figure": [*measured], "measured": [*measured.values()]})
+    for name, calibration in laws.items():
+        made = figures(replay(requests, calibration))
+        table[name] = [100 * (made[figure] / measured[figure] - 1) for figure in measured]
+    return table
+
+
+def steps_by_gpu(batches: Sequence[int], context_tokens: int = 400) -> pd.DataFrame:
+    """Return the time of a decoding step on each GPU of which something is known.
+
+    Parameters
+    ----------
+    batches : sequence of int
+        Requests in the batch.
+    context_tokens : int
+        Of each of them.
+
+    Returns
+    -------
+    DataFrame
+        ``gpu``, ``speeds from``, ``requests``, ``version``, ``slots`` and ``step_ms``.
+    """
+    rows = []
+    for gpu in facts("gpus"):
+        try:
+            laws = {
+                (WITH_ADAPTERS, 0): prior_calibration(MODEL, gpu, WITH_ADAPTERS),
+                (WITH_ADAPTERS, SLOTS): prior_calibration(MODEL, gpu, WITH_ADAPTERS),
+                (LATER, 0): prior_calibration(MODEL, gpu, LATER),
+            }
+        except AdapterTwinError:  # neither measured nor on a data sheet
+            continue
+        for (version, slots), calibration in laws.items():
+            law = calibration.step_time
+            for requests in batches:
+                tokens = np.array(float(requests))
+                batch = batch_features(
+                    tokens, tokens, context_tokens * tokens, np.minimum(tokens, slots)
+                )
+                regime = int(np.searchsorted(law.token_breaks_, requests))
+                step_ms = float(law.for_engine(slots, RANK)[regime] @ batch)
+                rows.append((gpu, SPEEDS[steps_from(gpu)], requests, version, slots, step_ms))
+    columns = ["gpu", "speeds from", "requests", "version", "slots", "step_ms"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def best_by_gpu(rate: float, grid: Sequence[int] = GRID) -> pd.DataFrame:
+    """Return what `adapter_twin.plan.optimum.optimum` answers on every GPU.
+
+    Parameters
+    ----------
+    rate : float
+        Requests/s of each adapter.
+    grid : sequence of int
+        Adapters and slots to choose from.
+
+    Returns
+    -------
+    DataFrame
+        ``gpu, served_adapters, adapter_slots, total_throughput, mean_ttft_ms``; where the GPU
+        serves none, no figures.
+    """
+    workload = {
+        "model": MODEL,
+        "rates_per_adapter": f"{rate}",
+        "ranks": f"{RANK}",
+        "mean_input_tokens": MEAN_INPUT_TOKENS,
+        "mean_requested_output_tokens": MEAN_OUTPUT_TOKENS,
+    }
+    criterion = Criterion(margin=MARGIN, slo=DEFAULT_SLO)
+    rows = []
+    for gpu in facts("gpus"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the chapter is about them
+            try:
+                found = optimum(
+                    *(workload, f"auto@{gpu}"),
+                    served_grid=grid,
+                    slots_grid=grid,
+                    criterion=criterion,
+                )
+            except AdapterTwinError:
+                found = {}
+        rows.append({"gpu": gpu, **{name: found.get(name) for name in (*CONFIGURATION, *SERVICE)}})
+    return pd.DataFrame(rows)
+
+
+if __name__ == "__main__":
+    for name, (value, spread) in fit_later(pd.read_parquet(REPORT)).items():
+        print(f'"{name}": [{value:.4g}, {spread:.2g}]')
