@@ -25,7 +25,8 @@ def show_recommendation(answer: Answer, demand: Demand) -> None:
     told = figures({name: one["value"] for name, one in answer["expected"].items()}, *WAITS)
     who = f"{len(demand.adapters):,} adapters"
     slots, slo = answer["adapter_slots"], _slo(demand.slo)
-    print_text(f"{slots} slots serve the {who} on one GPU {slo}: {told}.\n")
+    sure = "" if demand.slo is None else f", {figures(answer, 'slo_met_probability')}"
+    print_text(f"{slots} slots serve the {who} on one GPU {slo}: {told}{sure}.\n")
     model = _served(demand.model)
     print_command("vllm", "serve", model, *answer["vllm_args"])
     launch = ("python", "-m", "sglang.launch_server", "--model-path", model)

@@ -33,7 +33,8 @@ UNITS = {
     **dict.fromkeys(("request_throughput", "request_rate"), "requests/s"),
     **dict.fromkeys(("throughput", "_tokens_per_s"), "tokens/s"),
     **dict.fromkeys(("max_model_len", "_tokens"), "tokens"),
-    **dict.fromkeys(("utilisation", "headroom", "attainment", "share", "hit_rate"), "%"),
+    **dict.fromkeys(("utilisation", "headroom", "attainment"), "%"),
+    **dict.fromkeys(("probability", "share", "hit_rate"), "%"),
     **{f"_{unit.lower()}": unit for unit in ("bytes", "GiB", "MiB", "ms", "s")},
 }
 """Units by how names end. Endings with an underscore are units; shares are shown in percent."""

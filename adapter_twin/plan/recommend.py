@@ -13,7 +13,7 @@ from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.explanation import explanation, why_not
 from adapter_twin.plan.logged import described
 from adapter_twin.plan.search import Answer, Refusal, around, search
-from adapter_twin.plan.steady_state import expect, first_uses_s, worst_adapter
+from adapter_twin.plan.steady_state import expect, first_uses_s, slo_met_probability, worst_adapter
 from adapter_twin.workload.scenario import config_hash
 
 NEIGHBOURS = 2
@@ -43,9 +43,9 @@ def recommend(demand: Demand) -> dict[str, Any]:
         ``adapter_slots, max_cpu_loras, max_lora_rank, kv_cache_tokens``; ``startup_s``, the graph
         capture, and ``first_uses_s``, what the first uses of all adapters take; ``traffic`` in
         words, and its ``offered_tokens_per_s``; ``expected``, see
-        `adapter_twin.plan.steady_state.expect`; ``worst_served`` adapter; ``utilisation``, of the
-        analytic capacity; ``headroom``, by how much all rates can grow, relatively; ``binds`` now
-        and ``binds_next``, when they grow;
+        `adapter_twin.plan.steady_state.expect`; ``slo_met_probability``; ``worst_served`` adapter;
+        ``utilisation``, of the analytic capacity; ``headroom``, by how much all rates can grow,
+        relatively; ``binds`` now and ``binds_next``, when they grow;
         ``reason`` in words; ``vllm_args`` and ``sglang_args``; ``what_if``, rows of `WHAT_IF` for
         other slots and loads; ``criterion`` and provenance.
 
@@ -81,6 +81,7 @@ def recommend(demand: Demand) -> dict[str, Any]:
         "traffic": described(demand.trace),
         "offered_tokens_per_s": demand.workload(HOUR_S).offered_tokens_per_s,
         "expected": expect(found.windows, demand),
+        "slo_met_probability": slo_met_probability(found.windows, demand),
         "worst_served": worst_adapter(demand, found.windows),
         "utilisation": float(best.utilisation),
         "headroom": found.growth - 1,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 
 from adapter_twin.laws import Calibration
 from adapter_twin.plan.demand import Demand
@@ -52,6 +52,9 @@ TWIN_ERROR = {
 2.91 times the median, of the errors on measured runs that the fit had not seen, for the worse of
 two models (``data/expected/bars_left_out.csv``). A mean TTFT is given the error of the percentile.
 Errors have heavier tails, so fewer runs are within (``data/expected/coverage_left_out.csv``)."""
+
+ERROR_QUANTILES = 20
+"""The twin's error is represented by this number of its quantiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +201,25 @@ def expect(windows: Sequence[Window], demand: Demand) -> dict[str, dict[str, flo
     return expected
 
 
+def slo_met_probability(windows: Sequence[Window], demand: Demand) -> float | None:
+    """Return the probability that one more window meets the demand's SLO; none without one.
+
+    It is the share of windows that do, over the chance in arrivals and lengths, and over the twin's
+    error (`TWIN_ERROR`, as if normal): limits are as much tighter or wider.
+
+    Parameters
+    ----------
+    windows : sequence of Window
+    demand : Demand
+    """
+    slo = demand.slo
+    if slo is None:
+        return None
+    scales = ndtri((np.arange(ERROR_QUANTILES) + 0.5) / ERROR_QUANTILES) / ndtri(0.975)
+    attained = np.array([_attained(windows, slo, scale) for scale in scales])
+    return float((attained >= slo.percentile / 100).mean())
+
+
 def typical(values: Sequence[float] | Floats, demand: Demand) -> float:
     """Return what is told of a figure: its mean over drawn windows, but of a log that of itself."""
     return float(np.mean(values) if demand.trace is None else values[0])
@@ -230,7 +252,7 @@ def _chance(windows: int) -> float:
     return float(stdtrit(windows - 1, 0.975)) * math.sqrt(1 + 1 / windows)
 
 
-def _attained(windows: Sequence[Window], slo: Slo, scale: int) -> Floats:
+def _attained(windows: Sequence[Window], slo: Slo, scale: float) -> Floats:
     """Return the attainment in each window with limits moved by `scale` times the twin's error."""
 
     def moved(limit_ms: float | None, figure: str) -> float | None:

@@ -28,6 +28,7 @@ from adapter_twin.plan.steady_state import (
     WARM_UP_S,
     draw_traffic,
     serve,
+    slo_met_probability,
     warmed_up,
 )
 from adapter_twin.twin.simulate import draw_requests, simulate
@@ -165,6 +166,29 @@ def test_an_interval_is_students_over_windows_and_the_twins_error(
         assert [told["low"], told["high"]] == pytest.approx(
             [values.mean() / factor, values.mean() * factor]
         )
+
+
+def test_how_likely_an_slo_is_met_follows_its_limits(
+    served: tuple[Demand, dict[str, Any]],
+) -> None:
+    asked, answer = served
+    calibration = warmed_up(load_calibration("auto", LLAMA))
+    engine = asked.engine_with(answer["adapter_slots"])
+    windows = [
+        serve(draw_traffic(asked, calibration, seed=seed), engine, calibration)
+        for seed in range(REPLICATIONS)
+    ]
+    assert answer["slo_met_probability"] == slo_met_probability(windows, asked)
+    p99_ms = float(np.mean([window.figures["p99_ttft_ms"] for window in windows]))
+    by_limit = [
+        slo_met_probability(windows, replace(asked, slo=Slo(ttft_ms=share * p99_ms, percentile=99)))
+        for share in (0.5, 0.9, 1, 1.1, 2)
+    ]
+    assert by_limit == sorted(by_limit)
+    assert by_limit[0] == 0
+    assert 0.3 < by_limit[2] < 0.7
+    assert by_limit[-1] == 1
+    assert slo_met_probability(windows, replace(asked, slo=None)) is None
 
 
 def test_the_load_that_headroom_allows_is_served(served: tuple[Demand, dict[str, Any]]) -> None:
