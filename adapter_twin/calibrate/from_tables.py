@@ -1,6 +1,7 @@
 """Calibrations from a folder of measured tables: the published ones, or those of a campaign."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -9,10 +10,11 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from adapter_twin.calibrate import campaign_fit, published_fit
-from adapter_twin.errors import require
+from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws.calibration import Calibration
 from adapter_twin.tables import datasets
 from adapter_twin.tables.importer import COMMIT, REPOSITORY_URL
+from adapter_twin.workload.gpus import gpu_key
 from adapter_twin.workload.models import ModelShape, model_shape, read_object
 from adapter_twin.workload.strict import Text, keys, read
 
@@ -105,9 +107,11 @@ def read_machine(folder: Path) -> dict[str, Any]:
 
 
 def device_name(machine: dict[str, Any]) -> str:
-    """Return the device as calibrations name it: ``cpu``, or a GPU with its memory."""
+    """Return the device as calibrations name it: ``cpu``, a name of ``data/gpus``, or its own."""
     if not machine["gpus"]:
         return "cpu"
+    with suppress(AdapterTwinError):
+        return gpu_key(str(machine["device"]))
     name = re.sub(r"^nvidia\s+", "", str(machine["device"]).lower())
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 

@@ -31,6 +31,14 @@ def calibrate(
     prior: Annotated[
         bool, Option("--prior", help="Without tables: from the model's files, GPU and engine.")
     ] = False,
+    start: Annotated[
+        Path | None,
+        Option(
+            "--from",
+            metavar="PRIOR.json",
+            help="Keep this prior, and move its step times to the campaign's batches.",
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         Option(help="Model to calibrate: of several in the tables, or a name or folder."),
@@ -44,11 +52,14 @@ def calibrate(
 ) -> None:
     """Fit the laws of one model to measured tables, or say what is known without any."""
     from adapter_twin.calibrate.from_tables import calibrate_tables
+    from adapter_twin.calibrate.update import update
+    from adapter_twin.laws import Calibration
     from adapter_twin.laws.prior import prior_calibration
 
     report.check_target(out, ".json")
     if prior:
         require(tables is None, "TABLES: a prior is made without; leave them or --prior out")
+        require(start is None, "from: a prior is updated by tables; give them, or leave it out")
         require(jobs == -1, "jobs: a prior simulates nothing; leave it out")
         asked = {"model": model, "gpu": gpu, "engine": engine_version}
         for key, told in asked.items():
@@ -61,6 +72,14 @@ def calibrate(
     require(tables is not None, "TABLES: give the folder of measured tables, or --prior")
     assert tables is not None
     require(tables.is_dir(), f"{tables}: no such folder; give the folder of the measured tables")
+    if start is not None:
+        for key, told in {"model": model, "gpu": gpu, "engine": engine_version}.items():
+            require(told is None, f"{key}: the prior tells; leave --{key} out")
+        with report.working("updating"):
+            moved = update(Calibration.from_json(start), tables)
+        datasets.write_text(out, moved.to_json())
+        print(f"{out}: {moved.name}, {moved.origin}")
+        return
     with report.working("calibrating"):
         fitted = calibrate_tables(tables, model, gpu=gpu, engine_version=engine_version, jobs=jobs)
     datasets.write_text(out, fitted.to_json())

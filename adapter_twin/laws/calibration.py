@@ -109,6 +109,8 @@ class Calibration:
             f"a prior: {self.model} was not measured on {where}; speeds are from "
             f"{source.get('speeds')}, what else is measured from {others}"
         )
+        if "batches" in source:
+            told += f"; updated by {source['batches']} batches measured there"
         return told if others else ""
 
     @property
