@@ -63,11 +63,13 @@ def calibration_path(name: str, model: str) -> Path | Place:
         )
         name = own[0]
     elif auto == "auto":
-        gpu, _, version = where.partition("-vllm")
-        measured = f"@{gpu_key(gpu)}-vllm{version}"
-        name = next((name for name in own if measured in name), "")
+        gpu, named, version = where.partition("-vllm")
+        require(bool(version) or not named, f"gpu: {where!r} names no version; leave -vllm out")
+        gpu = gpu_key(gpu)
+        there = [name for name in own if name.partition("@")[2].startswith(f"{gpu}-vllm")]
+        name = next((name for name in there if version in ("", name.rpartition("-vllm")[2])), "")
         if not name:
-            return Place(gpu_key(gpu), version or WITH_ADAPTERS)
+            return Place(gpu, version or WITH_ADAPTERS)
     is_file = name.endswith(".json")
     require(is_file or name in names, f"calibration: {name!r} is unknown; use auto or {known}")
     return Path(name) if is_file else FOLDER / f"{name}.json"
@@ -88,10 +90,12 @@ def take_gpu(content: dict[str, Any]) -> None:
     >>> content
     {'calibration': 'auto@l40s'}
     """
-    if "gpu" in content:
+    gpu = content.pop("gpu", None)
+    if gpu is not None:
+        require(isinstance(gpu, str), f"gpu: expected a name as l40s, got {gpu!r}")
         told = content.get("calibration", "auto")
         require(told == "auto", "gpu: a calibration is of one GPU; leave one of the two out")
-        content["calibration"] = f"auto@{content.pop('gpu')}"
+        content["calibration"] = f"auto@{gpu}"
 
 
 def flags_left_out(calibration: str, model: str) -> dict[str, Any]:
