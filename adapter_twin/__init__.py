@@ -10,7 +10,6 @@ capacity, plan, learn, fleet, measure, prove, cli; each imports only from those 
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors; who imports gets them from `__getattr__`
@@ -37,7 +36,7 @@ if TYPE_CHECKING:  # for type checkers and editors; who imports gets them from `
         zipf_adapters,
     )
 
-__version__ = version("adapter-twin")
+    __version__: str
 
 _HOMES = {
     "Adapter": "workload.scenario",
@@ -69,6 +68,10 @@ __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # takes longer than all else here
+
+        return version("adapter-twin")
     if name not in _HOMES:
         raise AttributeError(f"module 'adapter_twin' has no attribute {name!r}")
     return getattr(import_module(f"adapter_twin.{_HOMES[name]}"), name)

@@ -1,20 +1,29 @@
-"""Requests to a server on this machine: bounded in time and size, and past any proxy."""
+"""Requests to a server: bounded in time and size, and on this machine past any proxy."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from adapter_twin.errors import AdapterTwinError, one_line, require
 
 if TYPE_CHECKING:
     import aiohttp
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
 MOST_BYTES = 2**18
 """An answer is read up to this size; a page of the metrics that are asked for has some 2,000."""
 
 
-def ask(url: str, within_s: float, body: dict[str, str] | None = None) -> tuple[int, str]:
+def ask(
+    url: str,
+    within_s: float,
+    body: dict[str, str] | None = None,
+    *,
+    most_bytes: int = MOST_BYTES,
+) -> tuple[int, str]:
     """Get a page, or post a body to it; return the status and what the server answers.
 
     Parameters
@@ -23,6 +32,8 @@ def ask(url: str, within_s: float, body: dict[str, str] | None = None) -> tuple[
     within_s : float
         For the whole answer, however slowly it drips.
     body : dict, optional
+    most_bytes : int
+        Of the answer.
 
     Raises
     ------
@@ -34,11 +45,12 @@ def ask(url: str, within_s: float, body: dict[str, str] | None = None) -> tuple[
     async def call() -> tuple[int, str]:
         method = "GET" if body is None else "POST"
         timeout = aiohttp.ClientTimeout(total=within_s)
+        elsewhere = urlsplit(url).hostname not in LOOPBACK
         async with (
-            aiohttp.ClientSession(timeout=timeout) as session,
+            aiohttp.ClientSession(timeout=timeout, trust_env=elsewhere) as session,
             session.request(method, url, json=body, allow_redirects=False) as answer,
         ):
-            return answer.status, await read_text(answer)
+            return answer.status, await read_text(answer, most_bytes)
 
     try:
         return asyncio.run(call())
@@ -48,10 +60,10 @@ def ask(url: str, within_s: float, body: dict[str, str] | None = None) -> tuple[
         raise AdapterTwinError(f"{url}: {one_line(error)}") from None
 
 
-async def read_text(response: aiohttp.ClientResponse) -> str:
-    """Read an answer to its end; raise `AdapterTwinError` if it is longer than `MOST_BYTES`."""
+async def read_text(response: aiohttp.ClientResponse, most_bytes: int = MOST_BYTES) -> str:
+    """Read an answer to its end; raise `AdapterTwinError` if it is longer."""
     content = bytearray()
     async for received in response.content.iter_any():
         content += received
-        require(len(content) <= MOST_BYTES, f"an answer of more than {MOST_BYTES} bytes")
+        require(len(content) <= most_bytes, f"an answer of more than {most_bytes} bytes")
     return content.decode(errors="replace")

@@ -5,17 +5,17 @@ Names are those of vLLM 0.8.5 to 0.32; where a metric was renamed, the newer nam
 
 from __future__ import annotations
 
-import http.client
 import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Self
 from urllib.parse import urlsplit
-from urllib.request import ProxyHandler, build_opener
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from adapter_twin.errors import AdapterTwinError, one_line, require
+from adapter_twin.measure.ask import ask
 from adapter_twin.service.metrics import PERCENTILES
 
 CACHE, LORA = "vllm:cache_config_info", "vllm:lora_requests_info"
@@ -37,11 +37,9 @@ Bounded = tuple[float, float, float]
 MOST_PAGE_BYTES = 2**26
 """A page is read up to this size: every combination of adapters adds a line to it."""
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
 
 def fetch(url: str, timeout_s: float = 5.0) -> str:
-    """Get a page; a server on this machine is asked without a proxy.
+    """Get a page.
 
     Raises
     ------
@@ -51,13 +49,11 @@ def fetch(url: str, timeout_s: float = 5.0) -> str:
     try:
         parts = urlsplit(url)
         require(bool(parts.scheme in ("http", "https") and parts.hostname), "expected http://HOST")
-        proxies = [ProxyHandler({})] if parts.hostname in LOOPBACK else []
-        with build_opener(*proxies).open(url, timeout=timeout_s) as response:
-            page = response.read(MOST_PAGE_BYTES + 1)
-            require(len(page) <= MOST_PAGE_BYTES, f"more than {MOST_PAGE_BYTES} bytes")
-            return str(page.decode())
-    except (OSError, http.client.HTTPException, ValueError) as error:
+        status, page = ask(url, timeout_s, most_bytes=MOST_PAGE_BYTES)
+        require(status == HTTPStatus.OK, f"status {status}")
+    except (AdapterTwinError, ValueError) as error:
         raise AdapterTwinError(f"{url}: no metrics ({one_line(error)}); is vLLM there?") from None
+    return page
 
 
 @dataclass(slots=True)

@@ -430,10 +430,10 @@ def test_a_server_that_does_not_answer_is_refused_in_time(
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         port = silent.getsockname()[1]
-        with pytest.raises(AdapterTwinError, match=r"no metrics .*refused"):
+        with pytest.raises(AdapterTwinError, match=r"no metrics .*Connect"):
             fetch(f"http://127.0.0.1:{port}/metrics")
         silent.listen()
-        with pytest.raises(AdapterTwinError, match=r"no metrics .*timed out"):
+        with pytest.raises(AdapterTwinError, match=r"no metrics .*no answer within 0\.2 s"):
             fetch(f"http://127.0.0.1:{port}/metrics", timeout_s=0.2)
     with served("", status=503) as url, pytest.raises(AdapterTwinError, match="503"):
         fetch(f"{url}/metrics")
