@@ -5,6 +5,7 @@ from typing import Any
 import pandas as pd
 
 from adapter_twin import __version__
+from adapter_twin.errors import require
 from adapter_twin.fleet.hold import GPU_FIGURES, Held
 from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.placement import Placement
@@ -19,6 +20,9 @@ from adapter_twin.workload.scenario import config_hash
 
 SERVICE = (*GPU_FIGURES, "slo_attainment")
 """The answer tells these figures of each GPU."""
+
+MOST_ADAPTERS = 20_000
+"""As many are placed in minutes and a gigabyte; ten times as many would take hours."""
 
 
 def place(
@@ -70,6 +74,12 @@ def place(
     >>> answer["gpus"], answer["lower_bound"]
     (2, 2)
     """
+    count = len(demand.adapters)
+    require(
+        count <= MOST_ADAPTERS,
+        f"adapters: {count:,} are more than can be placed in minutes; place up to "
+        f"{MOST_ADAPTERS:,} at a time, a fair share of the traffic each",
+    )
     load_calibration(demand.calibration, demand.model).warn_if_prior()
     oracle = Oracle(demand, margin=margin, replicate_above=replicate_above)
     if gpus is None:

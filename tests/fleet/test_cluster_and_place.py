@@ -294,6 +294,17 @@ def test_place_writes_manifests_and_picture(
         ({"base_model_request_rate": 1.0}, "base_model_request_rate"),
         ({"slo": {"ttft_ms": 1}}, "slo"),
         ({"gpu": 3}, "gpu"),
+        (
+            {
+                "adapters": {
+                    "count": 20_001,
+                    "total_request_rate": 9,
+                    "zipf_exponent": 1,
+                    "ranks": [8],
+                }
+            },
+            "adapters: 20,001 are more than can be placed in minutes; place up to 20,000",
+        ),
     ],
 )
 def test_what_cannot_be_placed_is_one_line_and_status_2(
