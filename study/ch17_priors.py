@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+from scipy.special import ndtri
 
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import Calibration
@@ -24,13 +25,20 @@ from adapter_twin.laws.step_time import Floats, batch_features
 from adapter_twin.plan.criterion import DEFAULT_SLO, MARGIN, Criterion
 from adapter_twin.plan.grid import GRID, simulate_quietly
 from adapter_twin.plan.optimum import CONFIGURATION, optimum
+from adapter_twin.service.intervals import LEAST_SPREAD
 from adapter_twin.tables import datasets
 from adapter_twin.workload.engine_versions import WITH_ADAPTERS, engine_version
 from adapter_twin.workload.gpus import gpu_steps, steps_from
 from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload
 from adapter_twin.workload.shipped import facts
 from adapter_twin.workload.trace import BASE_MODEL, Trace
+from study import measured_grids
 from study.ch01_to_06 import MEAN_INPUT_TOKENS, MEAN_OUTPUT_TOKENS
+from study.left_out import region_errors
+from study.results import read_expected
+
+SHARES = (0.8, 0.9)
+"""Intervals of priors are to hold this share of the runs."""
 
 GPU, LATER, MODEL = "rtx-pro-6000", "0.19.0", "llama-3.1-8b-instruct"
 REPORT = datasets.REPOSITORY / "data" / "public" / f"vllm-{LATER}_{GPU}_llama-3.1-8b.parquet"
@@ -41,7 +49,7 @@ FITTED = ("step_ms", "sequence_ms")
 ERROR, OBSERVATIONS = 0.04, 20.0
 """The relative error of a request's times; all of them together count for this many."""
 
-LEAST_SPREAD = 0.15
+LEAST_DOUBT = 0.15
 """A constant that one run tells is not taken to be surer than those of `WITH_ADAPTERS`."""
 
 SLOTS, RANK = 32, 16
@@ -51,6 +59,57 @@ SERVICE = ("total_throughput", "mean_ttft_ms")
 
 ENGINE = EngineConfig(model=MODEL, max_loras=0, max_num_seqs=128, max_num_batched_tokens=2048)
 """That of the run."""
+
+
+def model_errors() -> pd.DataFrame:
+    """Return the errors of priors of models left out, as `study.left_out.region_errors`."""
+    errors = region_errors(datasets.load("runs"), read_expected("left_out_models"))
+    return errors[errors["measure"].isin(["mape", "median_error"])]
+
+
+def coverage() -> pd.DataFrame:
+    """Return the share of runs of models left out that lie in the intervals of their priors.
+
+    Returns
+    -------
+    DataFrame
+        ``figure``, ``asked`` and ``covered`` in percent, ``n_runs``.
+    """
+    told = read_expected("left_out_models").set_index("run_id")
+    measured = datasets.load("runs").set_index("run_id").loc[told.index]
+    rows = []
+    for figure in LEAST_SPREAD:
+        off = np.abs(np.log(told[figure] / measured[figure])) / told[f"{figure}_spread"]
+        for share in SHARES:
+            inside = off[off.notna()] <= ndtri((1 + share) / 2)
+            rows.append((figure, 100 * share, 100 * inside.mean(), len(inside)))
+    return pd.DataFrame(rows, columns=["figure", "asked", "covered", "n_runs"])
+
+
+def served_by_priors() -> pd.DataFrame:
+    """Return the best numbers of adapters of the measured grids, as priors of models left out say.
+
+    Returns
+    -------
+    DataFrame
+        A row per workload: ``measured`` N; ``prior`` and ``cautious``, in steps of the grid above
+        the measured one.
+    """
+    grids = measured_grids.measured_grids(datasets.load("runs"))
+    told = read_expected("left_out_models_grids")
+    best = {"measured": measured_grids.measured_optima(grids)}
+    for name, cautious in (("prior", False), ("cautious", True)):
+        best[name] = measured_grids.search_picks(told[told["cautious"] == cautious], MARGIN)
+    levels = np.sort(grids["served_adapters"].unique())
+    served = {
+        name: picks.set_index(measured_grids.WORKLOAD)["served_adapters"]
+        for name, picks in best.items()
+    }
+    table = pd.DataFrame(served)
+    place = {name: np.searchsorted(levels, table[name].to_numpy()) for name in table}
+    for name in ("prior", "cautious"):
+        table[name] = place[name] - place["measured"]
+    return table.reset_index()
 
 
 def replay(requests: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
@@ -118,7 +177,7 @@ def fit_later(requests: pd.DataFrame) -> dict[str, tuple[float, float]]:
 
     found = least_squares(errors, np.zeros(len(FITTED)), diff_step=0.02)
     spread = np.sqrt(np.diag(np.linalg.inv(found.jac.T @ found.jac)))
-    values = zip(start * np.exp(found.x), np.maximum(spread, LEAST_SPREAD), strict=True)
+    values = zip(start * np.exp(found.x), np.maximum(spread, LEAST_DOUBT), strict=True)
     fitted = {
         name: (float(f"{v:.4g}"), float(f"{s:.2g}"))
         for name, (v, s) in zip(FITTED, values, strict=True)

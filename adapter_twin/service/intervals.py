@@ -4,7 +4,8 @@ A measured figure differs from the twin's by chance, by what the fitted laws lea
 no law holds. The first two are simulated: a few replications of the run, each with other requests
 and with one of the draws of the step-time law. Their spread is the run's own unit. How many of
 these units the twin is off was counted on workloads that its laws had not seen: these multiples, by
-the regime that is predicted, are a calibration's ``off_by``.
+the regime that is predicted, are a calibration's ``off_by``. A prior has none: what it does not
+know is in its draws, and its intervals are those of a normal distribution.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import ndtri
 
 from adapter_twin.errors import require
 from adapter_twin.laws import Calibration
@@ -106,6 +108,8 @@ def interval(
         Nothing is known of its errors.
     """
     off_by = calibration.off_by.get(regime_of(prediction), {})
+    if calibration.origin:  # what a prior does not know is in its draws
+        off_by = dict.fromkeys(LEAST_SPREAD, float(ndtri((1 + COVERED) / 2))) | off_by
     ends = {}
     for figure, spread in spread_of(prediction, replications).items():
         require(

@@ -1,6 +1,8 @@
 """Priors: what is known of a model before any of its steps is measured."""
 
 import json
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,11 @@ from adapter_twin import load_calibration, simulate
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import Calibration
 from adapter_twin.laws.prior import prior_calibration
+from adapter_twin.laws.roofline import DRAWS
+from adapter_twin.service.predict import predict
 from adapter_twin.workload.models import model_config
 from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, deal_adapters
+from study.ch01_to_06 import configurations
 
 LLAMA, QWEN, MISTRAL = "llama-3.1-8b-instruct", "qwen-2.5-7b-instruct", "mistralai/Mistral-7B-v0.3"
 PLACE = ("h100-64gb", "0.8.5")
@@ -76,6 +81,20 @@ def test_the_time_to_capture_graphs_is_that_of_the_version() -> None:
     engine = EngineConfig(model=MISTRAL, max_loras=352, max_lora_rank=8)
     assert prior_calibration(MISTRAL, *PLACE).memory.startup_s(engine) > 1000
     assert prior_calibration(MISTRAL, "h100-64gb", "0.19.0").memory.startup_s(engine) < 20
+
+
+@pytest.mark.filterwarnings("ignore:.*is a prior", "ignore:.*an extrapolation")
+def test_its_intervals_are_those_of_its_draws() -> None:
+    prior = prior_calibration(MISTRAL, "l40s", "0.8.5")
+    runs = configurations(MISTRAL, [16], [16], rates="0.1", ranks="16", duration_s=300.0)
+    told = predict(runs, prior, jobs=1, intervals=True).iloc[0]
+    width = np.log(told.mean_itl_ms_high / told.mean_itl_ms)
+    spread = np.log([prior.step_time.drawn(i).typical_ms() for i in range(DRAWS)]).std()
+    assert 0.5 * spread < width / 1.645 < 3 * spread
+    surer = copy(prior.step_time)
+    surer.draws_ = {name: [1.0] * DRAWS for name in surer.draws_}
+    least = predict(runs, replace(prior, step_time=surer), jobs=1, intervals=True).iloc[0]
+    assert np.log(least.mean_itl_ms_high / least.mean_itl_ms) < width
 
 
 @pytest.mark.parametrize(

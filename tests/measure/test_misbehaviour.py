@@ -591,6 +591,7 @@ cli.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "after_s", "behaviour"),
     [

@@ -9,8 +9,6 @@ from adapter_twin.laws.prior import prior_calibration
 from adapter_twin.tables import datasets
 from study import ch17_priors
 from study.ch17_priors import GPU, LATER, MODEL, WITH_ADAPTERS
-from study.left_out import region_errors
-from study.results import read_expected
 
 
 def test_constants_of_the_later_engine_are_those_of_its_run() -> None:
@@ -34,13 +32,23 @@ def test_a_prior_told_the_published_run_before_anything_was_fitted_to_it() -> No
 
 
 def test_a_model_left_out_is_told_to_its_bars() -> None:
-    errors = region_errors(datasets.load("runs"), read_expected("left_out_regions"))
-    errors = errors[errors["left_out"] == "model"].set_index(["model", "figure", "measure"])[
-        "value"
-    ]
+    errors = ch17_priors.model_errors().set_index(["model", "figure", "measure"])["value"]
     assert errors[MODEL, "total_throughput", "mape"] <= 3
     assert errors[MODEL, "mean_itl_ms", "mape"] <= 9
     assert errors[MODEL, "median_ttft_ms", "median_error"] <= 8
+
+
+def test_intervals_of_priors_cover_about_what_they_say() -> None:
+    covered = ch17_priors.coverage().set_index(["figure", "asked"])["covered"]
+    assert (covered.xs(90.0, level="asked") >= covered.xs(80.0, level="asked")).all()
+    assert covered["mean_itl_ms", 80.0] >= 70
+
+
+def test_cautious_plans_serve_no_more_than_the_measured_ones() -> None:
+    served = ch17_priors.served_by_priors()
+    assert len(served) == 12
+    assert (served["cautious"] <= served["prior"]).all()
+    assert (served["cautious"] > 0).sum() <= 1
 
 
 def test_a_faster_memory_makes_shorter_steps() -> None:
