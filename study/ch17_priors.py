@@ -19,8 +19,8 @@ from scipy.special import ndtri
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import Calibration
 from adapter_twin.laws.front_end import FrontEndLaw
-from adapter_twin.laws.prior import SPEEDS, prior_calibration
-from adapter_twin.laws.roofline import ENGINE_CONSTANTS, UNKNOWN
+from adapter_twin.laws.prior import SPEEDS, UNKNOWN, prior_calibration
+from adapter_twin.laws.roofline import ENGINE_CONSTANTS
 from adapter_twin.laws.step_time import Floats, batch_features
 from adapter_twin.plan.criterion import DEFAULT_SLO, MARGIN, Criterion
 from adapter_twin.plan.grid import GRID, simulate_quietly

@@ -25,8 +25,8 @@ from adapter_twin.calibrate.published_fit import TABLES, calibrate, fitted_runs,
 from adapter_twin.calibrate.step_observations import workload_names
 from adapter_twin.calibrate.through_twin import Response
 from adapter_twin.laws import load_calibration
-from adapter_twin.laws.prior import prior_calibration
-from adapter_twin.laws.roofline import Prior, known_constants
+from adapter_twin.laws.prior import known_constants, prior_calibration
+from adapter_twin.laws.roofline import Prior
 from adapter_twin.service.intervals import LEAST_SPREAD, cautious, multiples, regime_of, spread_of
 from adapter_twin.service.predict import predict_run, replicate
 from adapter_twin.service.validate import SHARES, validate_runs

@@ -18,7 +18,8 @@ from adapter_twin.laws.front_end import UNLIMITED, FrontEndLaw, MeasurementLaw
 from adapter_twin.laws.linear_steps import LinearStepLaw
 from adapter_twin.laws.loading import LoadingLaw
 from adapter_twin.laws.memory import MemoryLaw
-from adapter_twin.laws.roofline import RooflineLaw, known_constants
+from adapter_twin.laws.prior import known_constants
+from adapter_twin.laws.roofline import RooflineLaw
 from adapter_twin.laws.scheduling import SchedulingLaw
 from adapter_twin.laws.step_time import StepObservations, StepTimeLaw, batch_features
 from adapter_twin.workload.models import ModelShape

@@ -18,7 +18,8 @@ from adapter_twin.laws.emitted_lengths import EarlyStopLaw, LengthLaw
 from adapter_twin.laws.front_end import FrontEndLaw, MeasurementLaw
 from adapter_twin.laws.loading import LoadingLaw
 from adapter_twin.laws.memory import MemoryLaw
-from adapter_twin.laws.roofline import Prior, RooflineLaw, known_constants
+from adapter_twin.laws.prior import known_constants
+from adapter_twin.laws.roofline import Prior, RooflineLaw
 from adapter_twin.laws.scheduling import SchedulingLaw, of_scheduler_runs
 from adapter_twin.workload.gpus import gpu_memory_gib
 from adapter_twin.workload.lengths import LengthMarginals

@@ -32,6 +32,9 @@ for group in (predict_verbs, plan_verbs, measure_verbs):
     app.add_typer(group.verbs)
 
 
+_shown: set[str] = set()
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; bad input is one line on stderr and status 2.
 
@@ -41,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     arguments = sys.argv[1:] if arguments is None else arguments
     sys.stdout, sys.stderr = (one or StringIO() for one in (sys.stdout, sys.stderr))  # closed: None
     warnings.showwarning = _show_warning
+    _shown.clear()
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("adapter_twin").setLevel(logging.INFO)
     # Asked to end, a command ends as by Ctrl-C: worker processes and servers are taken along.
@@ -94,7 +98,10 @@ def _fail(message: str, status: int, arguments: Sequence[str]) -> int:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print("warning:", one_line(message, LONGEST_LINE), file=sys.stderr)
+    line = one_line(message, LONGEST_LINE)
+    if line not in _shown:
+        _shown.add(line)
+        print("warning:", line, file=sys.stderr)
 
 
 def _print_version(wanted: bool) -> None:

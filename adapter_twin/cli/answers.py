@@ -117,7 +117,7 @@ def _served(model: str) -> str:
 
 def _print_rest(answer: Answer, title: str) -> None:
     """Print all single figures of an answer, and where it comes from."""
-    hidden = ("reason", "seed", "version", "config_hash", "calibration")
+    hidden = ("reason", "seed", "version", "config_hash", "calibration", "prior")
     single = {name: value for name, value in answer.items() if not isinstance(value, dict)}
     print_mapping({name: value for name, value in single.items() if name not in hidden}, title)
     _print_origin(answer)

@@ -75,6 +75,7 @@ def calibrate(
     if start is not None:
         for key, told in {"model": model, "gpu": gpu, "engine": engine_version}.items():
             require(told is None, f"{key}: the prior tells; leave --{key} out")
+        require(jobs == -1, "jobs: an update simulates nothing; leave it out")
         with report.working("updating"):
             moved = update(Calibration.from_json(start), tables)
         datasets.write_text(out, moved.to_json())

@@ -57,5 +57,6 @@ def simulate_fleet(scenario: Scenario) -> tuple[ClusterRun, dict[str, Any]]:
         "seed": scenario.seed,
         "version": __version__,
         "calibration": calibration.name,
+        "prior": calibration.origin or None,
         **({} if policy == VLLM else {"policy": repr(policy)}),
     }

@@ -55,7 +55,8 @@ def place(
         GPU the names of its ``adapters`` and their ``shares``, ``adapter_slots``,
         ``max_lora_rank``, ``kv_cache_tokens``, ``utilisation`` of the analytic capacity, the
         service of a simulated hour, or of the log, and ``vllm_args``; ``traffic`` in words;
-        ``advice``, where throughput hides long waits, or None; ``criterion`` and provenance.
+        ``advice``, where throughput hides long waits, or None; ``criterion`` and provenance. On a
+        ``prior`` all is of cautious laws, see `adapter_twin.plan.steady_state.planned_on`.
     placement : Placement
 
     Raises
@@ -95,6 +96,7 @@ def place(
         "advice": _advice(demand, held.checked),
         "criterion": str(Criterion(margin=margin, slo=demand.slo)),
         "calibration": oracle.calibration.name,
+        "prior": oracle.calibration.origin or None,
         "seed": demand.seed,
         "version": __version__,
         "config_hash": config_hash(demand),

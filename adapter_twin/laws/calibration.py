@@ -102,7 +102,8 @@ class Calibration:
     @property
     def origin(self) -> str:
         """Where it comes from, if it is a prior; empty for one that was measured."""
-        source = self.provenance.get("source", {})
+        source = self.provenance.get("source")
+        source = source if isinstance(source, dict) else {}
         others = ", ".join(source.get("prior", []))
         where = f"{self.gpu} with vLLM {self.memory.version}"
         told = (
@@ -231,14 +232,17 @@ class Calibration:
         for flag, told in _EXTRAPOLATED.items():
             if getattr(engine, flag) != getattr(_LEFT_OUT, flag):
                 warnings.warn(f"engine.{flag}: {told.format(name=self.name)}", stacklevel=3)
+        told = "rests on runs" if self.origin else "was measured"
         slots, rank, lengths = engine.max_loras, engine.max_lora_rank, workload.lengths
         means = lengths.mean_prompt_tokens, lengths.mean_output_tokens
         asked = (slots, len(workload.adapters), rank, *means)
         for column, value in zip(RANGES, asked, strict=True):
             low, high = self.valid_range[column]
+            if self.origin and not slots and column in RANGES[:3]:
+                continue  # the base model alone is what a version without adapters is known by
             if not low / RANGE_MARGIN <= value <= high * RANGE_MARGIN:
                 warnings.warn(
-                    f"{self.name} was measured with {column} from {low:g} to {high:g}; "
+                    f"{self.name} {told} with {column} from {low:g} to {high:g}; "
                     f"{value:g} is an extrapolation",
                     stacklevel=3,
                 )

@@ -31,8 +31,7 @@ from adapter_twin.laws.step_time import (
     StepTimeLaw,
     batch_features,
 )
-from adapter_twin.workload.engine_versions import WITH_ADAPTERS, engine_version
-from adapter_twin.workload.gpus import gpu_steps
+from adapter_twin.workload.engine_versions import WITH_ADAPTERS
 from adapter_twin.workload.models import ModelShape
 
 GPU_CONSTANTS = {
@@ -100,12 +99,6 @@ ROUNDS, OUTLIER = 3, 3.0
 
 DRAWS = 40
 """This number of sets of constants is kept: the law's uncertainty."""
-
-MEASURED_GPU = "h100-64gb"
-"""Constants of this GPU were measured in steps with adapters."""
-
-UNKNOWN = 0.7
-"""The logarithm of a constant that was not measured spreads by this much around another's."""
 
 CAUTION = 0.9
 """A plan on laws that nobody measured holds for this share of what they may be."""
@@ -222,10 +215,20 @@ class RooflineLaw(StepTimeLaw):
         coefficients = self.for_engine(*engine)[np.searchsorted(TOKEN_BREAKS, tokens)]
         return float(np.exp(np.log((coefficients * batches).sum(axis=-1)).mean()))
 
+    def in_order(self) -> list[RooflineLaw]:
+        """Return the draws, those with the shortest steps first."""
+        laws = [self.drawn(draw) for draw in range(min(map(len, self.draws_.values())))]
+        return sorted(laws, key=RooflineLaw.typical_ms)
+
     def cautious(self) -> RooflineLaw:
         """Return the draw whose steps are longer than those of a share `CAUTION` of all draws."""
-        laws = [self.drawn(draw) for draw in range(min(map(len, self.draws_.values())))]
-        return sorted(laws, key=RooflineLaw.typical_ms)[math.ceil(CAUTION * len(laws)) - 1]
+        laws = self.in_order()
+        return laws[math.ceil(CAUTION * len(laws)) - 1]
+
+    def representatives(self, count: int) -> list[RooflineLaw]:
+        """Return draws at even quantiles of all, so that their mean is that of all."""
+        laws = self.in_order()
+        return [laws[(2 * i + 1) * len(laws) // (2 * count)] for i in range(count)]
 
     def doubts(self) -> dict[str, float]:
         """Return each constant's share of the uncertainty of typical steps, the largest first."""
@@ -235,7 +238,7 @@ class RooflineLaw(StepTimeLaw):
             off.constants_ = self.constants_ | {name: self.constants_[name] * 1.01}
             slope = math.log(off.typical_ms() / self.typical_ms()) / math.log(1.01)
             shares[name] = (slope * float(np.log(factors).std())) ** 2
-        total = sum(shares.values())
+        total = sum(shares.values()) or 1.0
         return {n: shares[n] / total for n in sorted(shares, key=shares.__getitem__, reverse=True)}
 
     def for_engine(self, max_loras: Number, max_lora_rank: Number) -> Floats:
@@ -249,8 +252,7 @@ class RooflineLaw(StepTimeLaw):
         require(
             self.knows_adapters or not np.any(max_loras),
             "engine.max_loras: what adapters cost on this version of vLLM was not measured; ask "
-            f"for vLLM {WITH_ADAPTERS}, give 0 slots for the base model alone, or measure yours "
-            "(adapter-twin profile)",
+            f"for vLLM {WITH_ADAPTERS} (gpu: l40s-vllm{WITH_ADAPTERS}), or simulate 0 slots",
         )
         c = dict.fromkeys(ADAPTER_CONSTANTS, 0.0) | self.constants_
         shape, layers = self.shape, self.shape.layers
@@ -382,27 +384,6 @@ def _bootstrap(slopes: Floats, errors: Floats, group: NDArray[np.str_]) -> dict[
         weighted = slopes * weight[:, None]
         factors.append(np.exp(-np.linalg.solve(slopes.T @ weighted, weighted.T @ (errors + noise))))
     return dict(zip(CONSTANTS, np.round(np.transpose(factors), 4).tolist(), strict=True))
-
-
-def known_constants(gpu: str, version: str) -> Prior:
-    """Return what is known of the constants of a GPU and of an engine's version.
-
-    Of a GPU without measured constants its data sheet tells, of one without that, and of a version
-    that was not measured, these constants with wide spreads.
-
-    Parameters
-    ----------
-    gpu, version : str
-
-    Examples
-    --------
-    >>> value, spread = known_constants("h100-64gb", "0.8.5")["bandwidth_gb_s"]
-    >>> 1500 < value < 2100
-    True
-    """
-    known = gpu_steps(gpu) | engine_version(version).steps
-    others = gpu_steps(MEASURED_GPU) | engine_version(WITH_ADAPTERS).steps
-    return {name: known.get(name, (others[name][0], UNKNOWN)) for name in CONSTANTS}
 
 
 def adapted_widths(shape: ModelShape) -> tuple[int, int]:

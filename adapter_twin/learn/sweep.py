@@ -65,6 +65,8 @@ def run_sweep(
     require(jobs == -1 or jobs >= 1, f"jobs: must be -1 (all cores) or at least 1, got {jobs}")
     design = load_design(file)
     calibrations = {model: load_calibration(calibration, model) for model in design.models}
+    for one in calibrations.values():
+        one.warn_if_prior()
     with workers(scheduler):
         workloads = design.workloads()
         for row in records(workloads):  # what is wrong is told before a folder is made

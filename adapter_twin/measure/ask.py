@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -53,7 +54,8 @@ def ask(
             return answer.status, await read_text(answer, most_bytes)
 
     try:
-        return asyncio.run(call())
+        with ThreadPoolExecutor(1) as thread:  # a notebook has a loop of its own
+            return thread.submit(asyncio.run, call()).result()
     except TimeoutError:
         raise AdapterTwinError(f"{url}: no answer within {within_s:g} s") from None
     except (aiohttp.ClientError, OSError) as error:

@@ -81,11 +81,11 @@ def _doubts(
     within = series[series["t_s"] <= window_s]  # afterwards the client receives no more
     if len(within):
         at_s, counted = within.iloc[-1][["t_s", "generated_tokens_total"]]
-        got = int((token_times_s(requests) <= at_s).sum())
+        got = (token_times_s(requests) <= at_s).sum() * max(tokens / max(chunks, 1), 1.0)
         under_way = int(((requests["sent_s"] <= at_s) & ~(requests["end_s"] <= at_s)).sum())
         if abs(counted - got) > MISCOUNTED_SHARE * got + under_way:
             yield (
-                f"the server's metrics count {counted:.0f} output tokens, the client {got} (at "
+                f"the server's metrics count {counted:.0f} output tokens, the client {got:.0f} (at "
                 f"most {MISCOUNTED_SHARE:.0%} apart)"
             )
 

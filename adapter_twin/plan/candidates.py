@@ -23,7 +23,7 @@ from adapter_twin.plan.steady_state import (
     typical_figures,
     warmed_up,
 )
-from adapter_twin.service.intervals import replication
+from adapter_twin.service.intervals import representatives
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,8 +86,7 @@ class Candidates:
     def of(cls, demand: Demand, margin: float = MARGIN) -> Self:
         """Load the demand's calibration; raises where there is none."""
         known = load_calibration(demand.calibration, demand.model)
-        numbers = range(REPLICATIONS if known.origin else 0)
-        draws = tuple(warmed_up(replication(known, number)) for number in numbers)
+        draws = tuple(warmed_up(one) for one in representatives(known, REPLICATIONS))
         criterion = Criterion(margin=margin, slo=demand.slo)
         return cls(demand, planned_on(known), criterion, draws)
 

@@ -6,14 +6,9 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
-from adapter_twin.laws.roofline import (
-    ADAPTER_CONSTANTS,
-    CAUTION,
-    ENGINE_CONSTANTS,
-    GPU_CONSTANTS,
-    RooflineLaw,
-)
+from adapter_twin.laws.roofline import CAUTION, RooflineLaw
 from adapter_twin.plan.candidates import GROWTH_STEP, MOST_GROWTH
 from adapter_twin.plan.criterion import MARGIN, RESERVE_LOAD, SIMILAR_TTFT, Criterion
 from adapter_twin.plan.demand import Demand
@@ -36,8 +31,21 @@ BINDING = {
 NOTABLE_WAIT_MS = 1000.0
 """A longer mean TTFT is pointed out."""
 
+MEASURED_BY = {
+    "small batches without adapters": ("bandwidth_gb_s", "knee", "layer_ms", "step_ms"),
+    "many requests at once": ("sequence_ms", "arrival_ms"),
+    "long contexts": ("kv_bandwidth_gb_s",),
+    "long prompts": ("compute_tflops", "eager_layer_ms", "eager_lora_layer_ms"),
+    "batches of one and of many adapters": (
+        *("few_adapter_ms", "many_adapter_ms", "adapter_reads", "lora_layer_ms", "token_reads"),
+        *("activation_reads", "shrink_block_ns", "expand_block_ns"),
+    ),
+    "few and many slots": ("idle_block_ns",),
+}
+"""These batches tell constants of the step-time law."""
+
 MEASURED_FIRST = 3
-"""This many measurements are named that would make a prior surer."""
+"""This many of them are named that would make a prior surer."""
 
 
 def explanation(answer: Answer) -> str:
@@ -68,12 +76,14 @@ def _doubts(demand: Demand) -> Iterator[str]:
     known = load_calibration(demand.calibration, demand.model)
     law, planned = known.step_time, cautious(known).step_time
     if isinstance(law, RooflineLaw) and isinstance(planned, RooflineLaw) and law is not planned:
-        about = {**GPU_CONSTANTS, **ENGINE_CONSTANTS, **ADAPTER_CONSTANTS}
-        first = [about[name].partition(",")[0] for name in [*law.doubts()][:MEASURED_FIRST]]
+        shares = dict.fromkeys(MEASURED_BY, 0.0)
+        for name, share in law.doubts().items():
+            shares[next(batches for batches, told in MEASURED_BY.items() if name in told)] += share
+        first = sorted(shares, key=shares.__getitem__, reverse=True)[:MEASURED_FIRST]
         yield (
             f"the plan is for steps {planned.typical_ms() / law.typical_ms() - 1:.0%} longer than "
             f"the prior's, longer than {CAUTION:.0%} of what it allows; what would narrow it most "
-            f"is to measure the time of {', of '.join(first)}"
+            f"is to measure {', then '.join(first)}"
         )
 
 
@@ -113,10 +123,17 @@ def why_not(refusal: Refusal) -> str:
     """Say what binds, how many of the adapters can be served, and what would help."""
     demand, table, served = refusal.demand, refusal.table, refusal.served
     if not table.feasible_start.any():
-        return (
-            f"slots: the GPU does not start with {table.adapter_slots.min()} slots of rank "
-            f"{demand.max_lora_rank} or more; allow fewer slots, or leave out adapters of that rank"
-        )
+        fewest = int(table.adapter_slots.min())
+        if demand.slots is not None:
+            return (
+                f"slots: the GPU does not start with {fewest} slots of rank "
+                f"{demand.max_lora_rank} or more; allow fewer"
+            )
+        try:
+            laws = load_calibration(demand.calibration, demand.model)
+            laws.require_start(demand.engine_with(fewest))
+        except AdapterTwinError as error:
+            return str(error)
     how_many = (
         f"about {served} of the {len(demand.adapters)} adapters, evenly chosen, can be served"
         if served

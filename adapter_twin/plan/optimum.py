@@ -59,7 +59,7 @@ def optimum(
         them; ``total_throughput`` in tokens/s, ``mean_ttft_ms`` and ``p99_ttft_ms`` that it
         expects; ``starved``; ``criterion`` in words; ``at_edge``: the grid ends at the chosen
         number of adapters, more might be served; ``alternatives``: the configurations that tie in
-        the grid, then the next best ones.
+        the grid, then the next best ones, on a ``prior`` of cautious laws.
 
     Raises
     ------
@@ -129,6 +129,7 @@ def optimum(
         "criterion": str(criterion),
         "at_edge": best["served_adapters"] == max(served_grid),
         "calibration": fitted.name,
+        "prior": fitted.origin or None,
         "seed": seed,
         "version": __version__,
         "config_hash": config_hash(demand),

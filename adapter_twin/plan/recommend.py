@@ -47,7 +47,9 @@ def recommend(demand: Demand) -> dict[str, Any]:
         ``utilisation``, of the analytic capacity; ``headroom``, by how much all rates can grow,
         relatively; ``binds`` now and ``binds_next``, when they grow;
         ``reason`` in words; ``vllm_args`` and ``sglang_args``; ``what_if``, rows of `WHAT_IF` for
-        other slots and loads; ``criterion`` and provenance.
+        other slots and loads; ``criterion`` and provenance, ``prior`` among it: where the
+        calibration is one. Then ``expected`` is of all that it allows, and all else of laws that
+        are slower than most of that, see `adapter_twin.plan.steady_state.planned_on`.
 
     Raises
     ------
@@ -93,6 +95,7 @@ def recommend(demand: Demand) -> dict[str, Any]:
         "what_if": _what_if(found),
         "criterion": str(found.criterion),
         "calibration": calibration.name,
+        "prior": calibration.origin or None,
         "seed": demand.seed,
         "version": __version__,
         "config_hash": config_hash(demand),

@@ -100,7 +100,10 @@ def read_outcome(folder: str | Path) -> Outcome:
     require(measured, f"{folder}: nothing is measured yet; run `adapter-twin prove` again")
     tables = datasets.read_campaign(folder)
     runs = tables["runs"].rename(columns={"source_path": "workload"})
-    runs = runs[~runs.status.str.startswith("doubtful:")]  # they tell nothing of a configuration
+    # A doubtful run tells nothing of a configuration; its repeat would compare the others unevenly.
+    of_repeat = runs.workload + runs.repeat.astype(str)
+    doubtful = runs.status.str.startswith("doubtful:")
+    runs = runs[~of_repeat.isin(of_repeat[doubtful])]
     require(len(runs) > 0, f"{folder}: no run is to be trusted; see the status of its runs")
     model = next(iter(demands.values())).model
     return Outcome(

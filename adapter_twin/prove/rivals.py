@@ -149,6 +149,7 @@ Chooser = Callable[[Demand], int]
 KEPT = (
     *("adapter_slots", "expected", "worst_served", "utilisation", "headroom", "binds", "reason"),
     *("kv_cache_tokens", "vllm_args", "criterion", "calibration", "version"),
+    "slo_met_probability",
 )
 """A study keeps these keys of a recommendation."""
 

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 from joblib.externals.loky import get_reusable_executor
 
-from adapter_twin.calibrate.from_tables import calibrate_tables
+from adapter_twin.calibrate.from_tables import calibrate_tables, device_name
 from adapter_twin.errors import require
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.learn.slots_tree import learn_slots
@@ -87,6 +87,8 @@ def run_study(file: Path, engine: Literal["cpu", "cuda"], out: Path) -> Summary:
 def check_calibration(calibration: Calibration, machine: Mapping[str, Any]) -> None:
     """Raise `AdapterTwinError` if a calibration was measured with another device or vLLM."""
     measured_on = calibration.provenance["source"].get("machine")
+    if calibration.origin and device_name(dict(machine)) == calibration.gpu:
+        measured_on = machine["device"]  # a prior is of a kind of device
     version = str(machine["vllm"]).split("+")[0]
     told = ("device", measured_on, machine["device"]), ("vllm", calibration.memory.version, version)
     for what, of_calibration, here in told:

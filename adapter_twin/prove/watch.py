@@ -23,6 +23,7 @@ from adapter_twin.plan.steady_state import (
     predict_window,
     warmed_up,
 )
+from adapter_twin.service.intervals import representatives
 from adapter_twin.service.metrics import service_of, shown, statistics, ttft_s
 from adapter_twin.service.validate import KV_TOKENS_BAR
 from adapter_twin.twin.policies import make_policy
@@ -121,12 +122,14 @@ def watch(
     workload, factor = with_load_of(stretch, scenario.workload)
     warm_up_s = WARM_UP_S if stretch.begin and stretch.begin.in_flight else 0.0
     workload = replace(workload, duration_s=warm_up_s + min(stretch.span_s, LONG_WINDOW_S))
-    emitting = replace(laws, early_stop=EarlyStopLaw.never())  # lengths are told as emitted
+    allowed = representatives(laws, WINDOWS) or [laws] * WINDOWS
+    never = EarlyStopLaw.never()  # lengths are told as emitted
+    emitting = [replace(one, early_stop=never) for one in allowed]
     runs = [
         simulate(
             workload,
             engine,
-            warmed_up(emitting) if stretch.begin else emitting,
+            warmed_up(emitting[k]) if stretch.begin else emitting[k],
             seed=scenario.seed + k,
             observer=scenario.observer,
             policy=policy,

@@ -63,6 +63,14 @@ def cautious(calibration: Calibration) -> Calibration:
     return replace(calibration, step_time=law.cautious())
 
 
+def representatives(calibration: Calibration, count: int) -> list[Calibration]:
+    """Return a number of laws that stand for all that a prior allows; none of others."""
+    law = calibration.step_time
+    if not calibration.origin or not isinstance(law, RooflineLaw):
+        return []
+    return [replace(calibration, step_time=one) for one in law.representatives(count)]
+
+
 def spread_of(prediction: Mapping[str, Any], replications: pd.DataFrame) -> dict[str, float]:
     """Return the spread of each figure's logarithm around the prediction, over replications.
 

@@ -165,6 +165,7 @@ def predict_scenario(scenario: Scenario) -> tuple[Simulation, dict[str, Any]]:
         **adapter_loading(run.steps, run.duration_s),
         "kv_cache_tokens": calibration.require_start(engine, slots=policy.reserves_slots),
         "startup_s": calibration.startup_s(engine, workload.adapters),
+        "prior": calibration.origin or None,
         **run.provenance,
     }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adapter_twin.errors import AdapterTwinError, require
-from adapter_twin.workload.engine_versions import WITH_ADAPTERS, engine_version
+from adapter_twin.workload.engine_versions import WITH_ADAPTERS, engine_version, require_runs
 from adapter_twin.workload.gpus import gpu_key, gpu_memory_gib, gpu_name
 from adapter_twin.workload.models import read_object, same_model
 from adapter_twin.workload.shipped import SHIPPED
@@ -65,11 +65,13 @@ def calibration_path(name: str, model: str) -> Path | Place:
     elif auto == "auto":
         gpu, named, version = where.partition("-vllm")
         require(bool(version) or not named, f"gpu: {where!r} names no version; leave -vllm out")
-        gpu = gpu_key(gpu)
+        gpu = gpu if gpu == "cpu" else gpu_key(gpu)
         there = [name for name in own if name.partition("@")[2].startswith(f"{gpu}-vllm")]
         name = next((name for name in there if version in ("", name.rpartition("-vllm")[2])), "")
         if not name:
-            return Place(gpu, version or WITH_ADAPTERS)
+            place = Place(gpu_key(gpu), version or WITH_ADAPTERS)
+            require_runs(*place)
+            return place
     is_file = name.endswith(".json")
     require(is_file or name in names, f"calibration: {name!r} is unknown; use auto or {known}")
     return Path(name) if is_file else FOLDER / f"{name}.json"

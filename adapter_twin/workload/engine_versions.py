@@ -198,3 +198,24 @@ def engine_version(version: str | None = None) -> EngineVersion:
     older = [file for its_release, file in known if its_release <= release]
     require(bool(older), f"engine: nothing is known of vLLM {version}; use one from {names}")
     return read(EngineVersion, older[-1])
+
+
+def require_runs(gpu: str, version: str) -> None:
+    """Raise `AdapterTwinError` if a version of vLLM is too old for a GPU.
+
+    Parameters
+    ----------
+    gpu : str
+        A name of ``data/gpus``.
+    version : str
+
+    Examples
+    --------
+    >>> require_runs("b200", "0.19.0")
+    """
+    first = str(facts("gpus")[gpu].get("first_vllm", "0"))
+    require(
+        _release(version) >= _release(first),
+        f"gpu: vLLM {version} does not run on {gpu}, which takes {first} or newer; of these steps "
+        f"without adapters are known: ask for {gpu}-vllm0.19.0 and 0 slots, or for another GPU",
+    )

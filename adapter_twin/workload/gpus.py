@@ -15,7 +15,7 @@ from adapter_twin.workload.strict import suggestion
 SHARE_OF = {
     "bandwidth_gb_s": ("memory_bandwidth_gb_s",),
     "kv_bandwidth_gb_s": ("memory_bandwidth_gb_s",),
-    "compute_tflops": ("bf16_tflops", "fp16_tflops"),
+    "compute_tflops": ("bf16_tflops",),
     "knee": (),
     "layer_ms": (),
 }

@@ -295,7 +295,7 @@ def _linear_bits(quantisation: Mapping[str, Any] | None) -> float:
 
 def _key(model: str) -> str:
     """Return a name without what people write differently: owner, case, hyphens."""
-    return re.sub(r"[^a-z0-9.]", "", model.rsplit("/", 1)[-1].lower())
+    return re.sub(r"[^a-z0-9.]", "", model.rstrip("/").rsplit("/", 1)[-1].lower())
 
 
 @cache

@@ -15,7 +15,8 @@ from adapter_twin.calibrate.campaign_fit import (
 from adapter_twin.calibrate.from_tables import calibrate_tables, device_name
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import Calibration
-from adapter_twin.laws.roofline import RooflineLaw, known_constants
+from adapter_twin.laws.prior import known_constants
+from adapter_twin.laws.roofline import RooflineLaw
 from adapter_twin.service.metrics import summarize
 from adapter_twin.service.predict import predict
 from adapter_twin.service.validate import validate_runs

@@ -118,7 +118,6 @@ def test_an_update_that_makes_it_worse_is_refused(
     [
         ({"model": "qwen-2.5-7b-instruct"}, {}, "model: the campaign measured qwen"),
         ({}, {"device": "NVIDIA L4"}, "gpu: the campaign ran on NVIDIA L4"),
-        ({}, {"vllm": "0.32.0"}, r"engine: the campaign ran vLLM 0\.32\.0"),
         ({}, {"device": "Xeon", "gpus": []}, "micro_steps: of a CPU, where priors are none"),
         ({"few": True}, {}, f"micro_steps: of {FEWEST - 1} different batches"),
     ],
@@ -135,8 +134,22 @@ def test_batches_of_another_place_or_too_few_are_refused(
         update(prior, campaign(steps.assign(**change), **machine))
 
 
-def test_what_is_no_prior_is_refused(campaign: Callable[..., Path]) -> None:
-    measured = load_calibration("auto", "small")
-    steps = batches(50, 5)
-    with pytest.raises(AdapterTwinError, match="is no prior of a GPU; leave --from out"):
-        update(measured, campaign(steps))
+@pytest.mark.parametrize("model", ["small", "llama-3.1-8b-instruct"])
+def test_what_was_measured_is_not_updated(model: str, campaign: Callable[..., Path]) -> None:
+    with pytest.raises(AdapterTwinError, match="is no prior; make one with calibrate --prior"):
+        update(load_calibration("auto", model), campaign(batches(50, 5)))
+
+
+def test_batches_of_a_newer_vllm_may_move_the_engines_constants_far(
+    prior: Calibration, campaign: Callable[..., Path]
+) -> None:
+    truth = RooflineLaw(prior.step_time.shape)
+    truth.constants_ = prior.step_time.constants_ | {
+        name: prior.step_time.constants_[name] / 3 for name in ("step_ms", "few_adapter_ms")
+    }
+    steps = timed(batches(50, seed=5), truth, noise=0.02).assign(model="Mistral-7B-v0.3")
+    moved = update(prior, campaign(steps, vllm="0.32.0+cu129"))
+    assert moved.memory.version == "0.32.0"
+    assert moved.name == "mistral-7b-v0.3@l40s-vllm0.32.0-prior"
+    assert error(moved.step_time, timed(batches(300, seed=7), truth, noise=0.0)) < 0.04
+    assert moved.step_time.constants_["step_ms"] < 0.75 * prior.step_time.constants_["step_ms"]

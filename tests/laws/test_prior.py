@@ -48,11 +48,42 @@ def test_a_measured_model_is_told_almost_as_it_was_measured() -> None:
 def test_it_follows_the_other_models_only() -> None:
     prior, other = prior_calibration(LLAMA, *PLACE), load_calibration("auto", QWEN)
     assert prior.provenance["source"]["prior"] == [other.name]
-    assert prior.loading.full_slot_ms_ == pytest.approx(other.loading.full_slot_ms_)
     both = prior_calibration(MISTRAL, *PLACE)
-    own = [load_calibration("auto", model).loading.full_slot_ms_ for model in (LLAMA, QWEN)]
-    assert both.loading.full_slot_ms_ == pytest.approx(np.sqrt(np.prod(own)))
     assert len(both.provenance["source"]["prior"]) == 2
+
+
+def test_copies_take_time_by_tensors_and_reads_by_weights() -> None:
+    prior, other = prior_calibration(LLAMA, *PLACE), load_calibration("auto", QWEN)
+    tensors = prior.memory.shape.layers / other.memory.shape.layers
+    assert prior.loading.full_slot_ms_ == pytest.approx(tensors * other.loading.full_slot_ms_)
+    small, large = (
+        prior_calibration(model, *PLACE).loading for model in ("qwen-2.5-0.5b", "llama-3.1-70b")
+    )
+    assert large.full_slot_ms_ == pytest.approx(80 / 24 * small.full_slot_ms_)
+    assert large.read_ms_per_rank_ > 10 * small.read_ms_per_rank_
+
+
+def test_a_model_of_the_same_shape_is_the_models_own() -> None:
+    base, measured = prior_calibration("llama-3.1-8b", *PLACE), load_calibration("auto", LLAMA)
+    assert base.provenance["source"]["prior"] == [measured.name]
+    assert base.step_time.constants_["sequence_ms"] == measured.step_time.constants_["sequence_ms"]
+    assert base.loading.full_slot_ms_ == pytest.approx(measured.loading.full_slot_ms_)
+
+
+def test_the_less_was_measured_the_less_sure_it_is() -> None:
+    spreads = [
+        np.log(prior_calibration(MISTRAL, gpu, "0.8.5").step_time.draws_["bandwidth_gb_s"]).std()
+        for gpu in ("h100-64gb", "l40s", "l4")
+    ]
+    assert spreads == sorted(spreads)
+
+
+def test_those_that_stand_for_all_are_as_slow_on_average() -> None:
+    law = prior_calibration(MISTRAL, "rtx-pro-6000", "0.8.5").step_time
+    few = [one.typical_ms() for one in law.representatives(5)]
+    all_ = [one.typical_ms() for one in law.in_order()]
+    assert np.mean(few) == pytest.approx(np.mean(all_), rel=0.02)
+    assert law.cautious().typical_ms() == pytest.approx(np.quantile(all_, 0.9), rel=0.03)
 
 
 def test_a_larger_model_is_slower(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from adapter_twin.laws import list_calibrations, load_calibration
+from adapter_twin.laws.prior import UNKNOWN, known_constants
 from adapter_twin.laws.roofline import (
     ADAPTER_CONSTANTS,
     CONSTANTS,
@@ -17,10 +18,8 @@ from adapter_twin.laws.roofline import (
     MOST_TOKENS,
     SWITCHES_TILING,
     TOKEN_BREAKS,
-    UNKNOWN,
     Prior,
     RooflineLaw,
-    known_constants,
 )
 from adapter_twin.laws.step_time import FEATURES, Floats, StepObservations, batch_features
 from adapter_twin.twin.wiring import step_law

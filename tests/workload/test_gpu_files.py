@@ -32,7 +32,7 @@ def test_each_number_has_a_source(gpu):
     numbers = set(gpu) - {"name", "sources", "steps_from"}
     assert gpu["name"]
     assert "memory_gib" in numbers
-    assert numbers - {"steps"} <= set(PLAUSIBLE)
+    assert numbers - {"steps", "first_vllm"} <= set(PLAUSIBLE)
     assert set(gpu.get("steps", GPU_CONSTANTS)) == set(GPU_CONSTANTS)
     assert set(gpu["sources"]) == numbers
     assert all(gpu["sources"].values())
