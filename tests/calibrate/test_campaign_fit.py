@@ -302,7 +302,8 @@ def test_too_few_light_runs_are_refused_with_a_remedy(tables: dict[str, pd.DataF
 
 def test_a_gpu_is_named_as_calibrations_name_it() -> None:
     machine = {"device": "NVIDIA H100 80GB HBM3", "gpus": [{}]}
-    assert device_name(machine) == "h100-80gb-hbm3"
+    assert device_name(machine) == "h100-80gb-sxm"
+    assert device_name(machine | {"device": "NVIDIA H20 96GB"}) == "h20-96gb"
 
 
 @pytest.mark.parametrize(

@@ -360,7 +360,9 @@ def test_doubtful_runs_tell_nothing_of_a_configuration(done: Path) -> None:
     tables = pd.read_parquet(done / "runs.parquet")
     tables.loc[0, "status"] = "doubtful:the client was late"
     tables.to_parquet(done / "runs.parquet")
-    assert len(read_outcome(done).runs) == len(whole) - 1
+    first = whole.iloc[0]  # its repeat is gone: the others of it have nothing to be paired with
+    same = (whole.workload == first["workload"]) & (whole["repeat"] == first["repeat"])
+    assert len(read_outcome(done).runs) == len(whole) - same.sum() < len(whole) - 1
     tables.assign(status="doubtful:the client was late").to_parquet(done / "runs.parquet")
     with pytest.raises(AdapterTwinError, match="no run is to be trusted"):
         read_outcome(done)
