@@ -9,7 +9,7 @@ from typer import Argument, Option
 
 from adapter_twin.cli import report
 from adapter_twin.cli.options import JOBS, JSON, RESUMED, Verbs
-from adapter_twin.errors import require
+from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.tables import datasets
 
 verbs = Verbs()
@@ -55,6 +55,7 @@ def calibrate(
     from adapter_twin.calibrate.update import update
     from adapter_twin.laws import Calibration
     from adapter_twin.laws.prior import prior_calibration
+    from adapter_twin.workload.calibration_files import Place, calibration_path
 
     report.check_target(out, ".json")
     if prior:
@@ -65,7 +66,10 @@ def calibrate(
         for key, told in asked.items():
             require(told is not None, f"{key}: a prior needs it; give --{key}")
         name, device, version = (str(told) for told in asked.values())
-        known = prior_calibration(name, device, version.removeprefix("vllm-"))
+        place = calibration_path(f"auto@{device}-vllm{version.removeprefix('vllm-')}", name)
+        if not isinstance(place, Place):
+            raise AdapterTwinError(f"model: it was measured there; use calibration {place.stem}")
+        known = prior_calibration(name, *place)
         datasets.write_text(out, known.to_json())
         print(f"{out}: {known.name}, {known.origin}")
         return

@@ -332,6 +332,10 @@ def test_a_prior_needs_no_tables_and_says_what_it_is(run: Cli, tmp_path: Path) -
         (("--prior", *asked[2:]), "model: a prior needs it; give --model"),
         (("--prior", *asked, "--jobs", "2"), "jobs: a prior simulates nothing; leave it out"),
         (("--prior", ".", *asked), "TABLES: a prior is made without"),
+        (
+            ("--prior", "--model", "llama-3.1-8b-instruct", *asked[2:]),
+            "model: it was measured there; use calibration llama-3.1-8b-instruct@h100-64gb",
+        ),
         (asked, "TABLES: give the folder of measured tables, or --prior"),
     ):
         status, _, err = run("calibrate", *wrong, "--out", "none.json")
