@@ -55,6 +55,9 @@ LEAST_DOUBT = 0.15
 SLOTS, RANK = 32, 16
 """Steps with adapters are told of an engine with these."""
 
+BATCH, CONTEXT_TOKENS = 32, 400
+"""The figure shows a batch of n decoding requests, with m tokens each."""
+
 SERVICE = ("total_throughput", "mean_ttft_ms")
 
 ENGINE = EngineConfig(model=MODEL, max_loras=0, max_num_seqs=128, max_num_batched_tokens=2048)
@@ -214,7 +217,7 @@ def beside_report(requests: pd.DataFrame, laws: Mapping[str, Calibration]) -> pd
     return table
 
 
-def steps_by_gpu(batches: Sequence[int], context_tokens: int = 400) -> pd.DataFrame:
+def steps_by_gpu(batches: Sequence[int], context_tokens: int) -> pd.DataFrame:
     """Return the time of a decoding step on each GPU of which something is known.
 
     Parameters

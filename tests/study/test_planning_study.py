@@ -315,7 +315,7 @@ def test_models_are_compared_with_intervals(sweep: pd.DataFrame) -> None:
 
 def test_verdicts_are_compared_by_criterion() -> None:
     criteria = {"rule": Criterion(), "margin": Criterion(margin=0.05)}
-    found = ch08_to_10.compare_verdicts(of_sweep(4), criteria, ("decision tree",))
+    found = ch08_to_10.compare_verdicts(of_sweep(2), criteria, ("decision tree",))
     assert found.verdict.tolist() == ["rule", "margin"]
     assert (found.test_macro_f1 > 0.9).all()
 

@@ -52,7 +52,7 @@ def test_cautious_plans_serve_no_more_than_the_measured_ones() -> None:
 
 
 def test_a_faster_memory_makes_shorter_steps() -> None:
-    steps = ch17_priors.steps_by_gpu([1]).set_index(["gpu", "version", "slots"])["step_ms"]
+    steps = ch17_priors.steps_by_gpu([1], 400).set_index(["gpu", "version", "slots"])["step_ms"]
     assert steps["h200", LATER, 0] < steps["h100-80gb-sxm", LATER, 0] < steps["l40s", LATER, 0]
     with_adapters = steps.xs(ch17_priors.SLOTS, level="slots")
     alone = steps.xs((WITH_ADAPTERS, 0), level=("version", "slots"))
