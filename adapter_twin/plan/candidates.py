@@ -70,15 +70,15 @@ class Candidates:
         Of a server on which every adapter has been used.
     criterion : Criterion
         When a configuration serves well enough, and which one is best.
-    draws : tuple of Calibration
-        Of a prior: what it allows. The choice is made on cautious laws, the service to expect is
-        told of these.
+    known : Calibration
+        As it was loaded. Of a prior the choice is made on cautious laws, and the service to expect
+        is told of all that it allows.
     """
 
     demand: Demand
     calibration: Calibration
     criterion: Criterion
-    draws: tuple[Calibration, ...] = ()
+    known: Calibration
     _known: dict[tuple[int, float], dict[str, float]] = field(default_factory=dict)
     _drawn: dict[int, WindowTraffic] = field(default_factory=dict)
 
@@ -86,9 +86,7 @@ class Candidates:
     def of(cls, demand: Demand, margin: float = MARGIN) -> Self:
         """Load the demand's calibration; raises where there is none."""
         known = load_calibration(demand.calibration, demand.model)
-        draws = tuple(warmed_up(one) for one in representatives(known, REPLICATIONS))
-        criterion = Criterion(margin=margin, slo=demand.slo)
-        return cls(demand, planned_on(known), criterion, draws)
+        return cls(demand, planned_on(known), Criterion(margin=margin, slo=demand.slo), known)
 
     def bounds(self) -> pd.DataFrame:
         """Return what the analytic model says of all candidates.
@@ -166,7 +164,8 @@ class Candidates:
             slots = int(row.adapter_slots)
             windows = self._windows(slots, [self.calibration] * REPLICATIONS)
             if self.is_served(typical_figures(windows, self.demand)):
-                return row, self._windows(slots, self.draws) or windows
+                allowed = [warmed_up(one) for one in representatives(self.known, REPLICATIONS)]
+                return row, self._windows(slots, allowed) or windows
         return None
 
     def _windows(self, slots: int, laws: Sequence[Calibration]) -> list[Window]:

@@ -81,12 +81,11 @@ def compare_benchmarks(
         asked = read_benchmark(content, path)
         if failed := asked.num_prompts - asked.completed:
             warnings.warn(f"{path}: {failed} requests failed; they are left out", stacklevel=2)
-        scenario = load_scenario(config, benchmark=asked)
+        scenario = load_scenario(config, benchmark=asked, calibration=calibration)
         for key in ("fleet", "slo", "observer", "seed"):
             unused = not getattr(scenario, key)
             require(unused, f"{key}: counts for nothing beside a benchmark; leave it out")
-        name = scenario.calibration if calibration == "auto" else calibration
-        laws = load_calibration(name, scenario.engine.model)
+        laws = load_calibration(scenario.calibration, scenario.engine.model)
         predicted = _predict(_requests(content, asked, scenario, laws, seed), scenario, laws, seed)
         for figure, key in FIGURES.items():
             measured = content.get(key)

@@ -214,8 +214,11 @@ def require_runs(gpu: str, version: str) -> None:
     >>> require_runs("b200", "0.19.0")
     """
     first = str(facts("gpus")[gpu].get("first_vllm", "0"))
+    newest = max(
+        (one["version"] for one in facts("engines").values() if "steps" in one), key=_release
+    )
     require(
         _release(version) >= _release(first),
         f"gpu: vLLM {version} does not run on {gpu}, which takes {first} or newer; of these steps "
-        f"without adapters are known: ask for {gpu}-vllm0.19.0 and 0 slots, or for another GPU",
+        f"without adapters are known: ask for {gpu}-vllm{newest} and 0 slots, or for another GPU",
     )

@@ -52,7 +52,10 @@ DEFAULT_BATCHED_TOKENS = 2048
 
 
 def load_scenario(
-    path: str | Path, vllm_args: str | None = None, benchmark: Benchmark | None = None
+    path: str | Path,
+    vllm_args: str | None = None,
+    benchmark: Benchmark | None = None,
+    calibration: str = "auto",
 ) -> Scenario:
     """Read a ``CONFIG.yaml``.
 
@@ -74,6 +77,8 @@ def load_scenario(
         the file's, which then needs only their rates.
     benchmark : Benchmark, optional
         Tells the traffic in place of the file.
+    calibration : str
+        In place of the file's, which then has none.
 
     Raises
     ------
@@ -84,6 +89,11 @@ def load_scenario(
     content = read_yaml(Path(path))
     if isinstance(content, dict):
         take_gpu(content)
+        if calibration != "auto":
+            told = content.setdefault("calibration", calibration)
+            same = told in ("auto", calibration)
+            require(same, f"calibration: the file has {told!r}; leave one of the two out")
+            content["calibration"] = calibration
         require("policy" not in content, "policy: unknown key; did you mean engine.policy?")
         engine = content.get("engine", {} if vllm_args else None)
         if isinstance(engine, dict):

@@ -155,6 +155,21 @@ def test_saved_requests_are_sent_as_they_were(compare: Compare, served: list[Sim
     assert records.output_tokens.tolist() == [20, 10, 30]
 
 
+@pytest.mark.filterwarnings("ignore:.*is a prior")
+def test_the_calibration_that_is_asked_for_takes_the_place_of_the_files(
+    files: Callable[..., tuple[Path, Path]], served: list[Simulation]
+) -> None:
+    path, config = files(RESULT)
+    server = SERVER | {"engine": {**SERVER["engine"], "defaults": "vllm"}}
+    config.write_text(yaml.safe_dump(server))
+    compare_benchmarks(path, config, "auto@h200")
+    assert served[-1].calibration.endswith("@h200-vllm0.8.5-prior")
+    assert served[-1].engine.max_num_batched_tokens == 8192  # vLLM's on that GPU, not the file's
+    config.write_text(yaml.safe_dump(server | {"gpu": "l40s"}))
+    with pytest.raises(AdapterTwinError, match=r"calibration: the file has 'auto@l40s'; leave one"):
+        compare_benchmarks(path, config, "auto@h200")
+
+
 def test_each_line_of_a_file_is_a_benchmark(compare: Compare) -> None:
     table = compare(RESULT, RESULT | {"request_rate": 2.0})
     measured = table.pivot(index="benchmark", columns="figure", values="predicted")
