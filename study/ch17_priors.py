@@ -235,15 +235,11 @@ def steps_by_gpu(batches: Sequence[int], context_tokens: int) -> pd.DataFrame:
     rows = []
     for gpu in facts("gpus"):
         try:
-            laws = {
-                (WITH_ADAPTERS, 0): prior_calibration(MODEL, gpu, WITH_ADAPTERS),
-                (WITH_ADAPTERS, SLOTS): prior_calibration(MODEL, gpu, WITH_ADAPTERS),
-                (LATER, 0): prior_calibration(MODEL, gpu, LATER),
-            }
+            old, later = (prior_calibration(MODEL, gpu, it) for it in (WITH_ADAPTERS, LATER))
         except AdapterTwinError:  # neither measured nor on a data sheet
             continue
-        for (version, slots), calibration in laws.items():
-            law = calibration.step_time
+        for calibration, slots in ((old, 0), (old, SLOTS), (later, 0)):
+            law, version = calibration.step_time, calibration.memory.version
             for requests in batches:
                 tokens = np.array(float(requests))
                 batch = batch_features(

@@ -13,14 +13,14 @@ from adapter_twin.workload.shipped import facts
 from adapter_twin.workload.strict import suggestion
 
 SHARE_OF = {
-    "bandwidth_gb_s": ("memory_bandwidth_gb_s",),
-    "kv_bandwidth_gb_s": ("memory_bandwidth_gb_s",),
-    "compute_tflops": ("bf16_tflops",),
-    "knee": (),
-    "layer_ms": (),
+    "bandwidth_gb_s": "memory_bandwidth_gb_s",
+    "kv_bandwidth_gb_s": "memory_bandwidth_gb_s",
+    "compute_tflops": "bf16_tflops",
+    "knee": "",
+    "layer_ms": "",
 }
-"""Constants of steps, and the numbers of a data sheet, the first that it has, of which each is a
-share; those of none are about the same on all GPUs."""
+"""Constants of steps, and the number of a data sheet of which each is a share; those of none are
+about the same on all GPUs."""
 
 
 def gpu_memory_gib(gpu: str) -> float:
@@ -154,14 +154,14 @@ def share_of_data_sheet(gpu: str, constant: str) -> float:
         There is no such number of it.
     """
     number = _share_of(_known(gpu), constant)
-    wanted = " or ".join(SHARE_OF[constant])
+    wanted = SHARE_OF[constant]
     require(number > 0, f"gpu: {gpu!r} has no {wanted} in data/gpus; add it, with its source")
     return number
 
 
 def _share_of(about: Mapping[str, Any], constant: str) -> float:
-    keys = SHARE_OF[constant]
-    return next((float(about[key]) for key in keys if key in about), 0.0) if keys else 1.0
+    key = SHARE_OF[constant]
+    return float(about.get(key, 0.0)) if key else 1.0
 
 
 def _known(gpu: str) -> dict[str, Any]:
