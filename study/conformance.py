@@ -38,7 +38,7 @@ FEATURES_RECORDED = "0.32.0-features"
 
 NULL_BLOCK = 1  # that vLLM keeps to itself
 ONE_SECOND = StepLaw(np.empty(0), np.eye(1, 8), 0.0, np.zeros(3))
-NO_FRONT_END = FrontEnd(np.inf, 1 << 40, 0.0, np.inf, 0.0, 0.0, 0.0)
+NO_FRONT_END = FrontEnd(np.inf, 1 << 40)
 LOAD_S, READ_S = 2.0**-6, 2.0**-12  # a sum of both, as the twin rounds it, tells how many of each
 
 

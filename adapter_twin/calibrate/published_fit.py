@@ -10,7 +10,13 @@ import numpy as np
 import pandas as pd
 
 from adapter_twin import __version__
-from adapter_twin.calibrate.client_side import fit_first_use, fit_overhead, fit_scrapes, observe
+from adapter_twin.calibrate.client_side import (
+    fit_first_use,
+    fit_overhead,
+    fit_pause_share,
+    fit_scrapes,
+    observe,
+)
 from adapter_twin.calibrate.step_observations import simulate_copies, step_observations
 from adapter_twin.calibrate.through_twin import Response
 from adapter_twin.laws.calibration import RANGES, Calibration
@@ -133,6 +139,7 @@ def _fit_client_side(
         seen = observe(calibration, observed, jobs)
         fit_overhead(calibration, observed[light], list(compress(seen, light)))
         fit_scrapes(calibration, observed, seen, series)
+    fit_pause_share(calibration, observed[light], jobs)
 
 
 def assemble(

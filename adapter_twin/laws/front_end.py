@@ -80,8 +80,11 @@ class MeasurementLaw(Estimator):
         Process that its load generator drew Poisson arrivals by.
     scrape_period_s, in_flight_cap : float, int
         Of its client.
-    scrape_ms_, scrape_ms_per_label_, scrape_ms_per_name_ : float
-        Duration of a read of the metrics: a constant, per label set, per adapter name in them.
+    scrape_ms_, scrape_ms_per_label_, scrape_ms_per_name_, scrape_ms_per_label_running_ : float
+        Duration of a read of the metrics: a constant, per label set, per adapter name in them, and,
+        as measured, per label set and running request.
+    scrape_pause_share_ : float
+        The server pauses for this share of a read; in the rest, the client takes the page in.
     """
 
     arrivals: Literal["poisson", "agullo2025"]
@@ -90,6 +93,8 @@ class MeasurementLaw(Estimator):
     scrape_ms_: NotBelow0
     scrape_ms_per_label_: NotBelow0
     scrape_ms_per_name_: NotBelow0
+    scrape_ms_per_label_running_: NotBelow0
+    scrape_pause_share_: Annotated[float, Field(ge=0, le=1)]
 
     def __init__(
         self,
@@ -101,24 +106,28 @@ class MeasurementLaw(Estimator):
         self.scrape_period_s = scrape_period_s
         self.in_flight_cap = in_flight_cap
         self.scrape_ms_ = self.scrape_ms_per_label_ = self.scrape_ms_per_name_ = 0.0
+        self.scrape_ms_per_label_running_, self.scrape_pause_share_ = 0.0, 1.0
 
-    def fit(self, labels: Floats, names: Floats, scrape_ms: Floats) -> MeasurementLaw:
+    def fit(
+        self, labels: Floats, names: Floats, running: Floats, scrape_ms: Floats
+    ) -> MeasurementLaw:
         """Fit to measured durations of reads, one to a row.
 
         Parameters
         ----------
-        labels, names : float64, shape (reads,)
-            Label sets, and adapter names in them, as simulated.
+        labels, names, running : float64, shape (reads,)
+            Label sets, adapter names in them, and running requests, as simulated.
         scrape_ms : float64, shape (reads,)
         """
         from scipy.optimize import nnls
 
-        design = np.column_stack([np.ones(len(labels)), labels, names])
+        design = np.column_stack([np.ones(len(labels)), labels, names, labels * running])
         weight = 1 / (scrape_ms + 10)
         for _ in range(3):
             values = nnls(design * weight[:, None], scrape_ms * weight)[0]
             error = np.abs(design @ values - scrape_ms) / (scrape_ms + 10)
             robust = np.sqrt(np.minimum(1, 2 * np.median(error) / np.maximum(error, 1e-9)))
             weight = robust / (scrape_ms + 10)
-        self.scrape_ms_, self.scrape_ms_per_label_, self.scrape_ms_per_name_ = values.tolist()
+        self.scrape_ms_, self.scrape_ms_per_label_, self.scrape_ms_per_name_ = values[:3].tolist()
+        self.scrape_ms_per_label_running_ = float(values[3])
         return self

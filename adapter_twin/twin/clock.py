@@ -18,6 +18,9 @@ from adapter_twin.twin.policy import Policy
 from adapter_twin.twin.queues import enqueue
 from adapter_twin.twin.state import Batch, Limits, Requests, State
 
+OUTPUT_SLICE = 128
+"""vLLM's front end takes at most this many tokens of a step at once."""
+
 STEPS = np.dtype(
     [
         ("end_s", np.float64),
@@ -41,6 +44,7 @@ PAUSES = np.dtype(
         ("end_s", np.float64),
         ("labels", np.int64),  # as in CLOCK, at that time
         ("names", np.int64),
+        ("running", np.int64),  # requests that held KV blocks
     ]
 )
 """In a pause the front end (HTTP server, tokenizer, metrics) could not serve anything else."""
@@ -80,11 +84,13 @@ class FrontEnd(NamedTuple):
 
     duration_s: float
     in_flight_cap: int
-    first_use_s: float  # it stops to load what it keeps per adapter (0.8.5: a tokenizer)
-    scrape_period_s: float  # infinite: nobody reads the metrics
-    scrape_s: float
-    scrape_s_per_label: float
-    scrape_s_per_name: float
+    first_use_s: float = 0.0  # it stops to load what it keeps per adapter (0.8.5: a tokenizer)
+    scrape_period_s: float = np.inf  # infinite: nobody reads the metrics
+    scrape_s: float = 0.0
+    scrape_s_per_label: float = 0.0
+    scrape_s_per_name: float = 0.0
+    scrape_s_per_label_running: float = 0.0  # per label set and running request
+    scrape_pause_share: float = 1.0  # of a read; the rest of it is the client's own
 
 
 class Run(NamedTuple):
@@ -144,6 +150,7 @@ def _pause(run: Run, start_s: float, seconds: float) -> None:
     row = run.pauses[clock.pauses]
     row.start_s, row.end_s = start_s, start_s + seconds
     row.labels, row.names = clock.labels, clock.label_names
+    row.running = run.state.count.running
     clock.pauses += 1
     clock.front_end_free_s = row.end_s
 
@@ -151,13 +158,18 @@ def _pause(run: Run, start_s: float, seconds: float) -> None:
 @helper
 def _scrape(run: Run) -> None:
     clock, front_end = run.clock, run.front_end
-    seconds = (
+    per_label_s = (
+        front_end.scrape_s_per_label
+        + front_end.scrape_s_per_label_running * run.state.count.running
+    )
+    read_s = (
         front_end.scrape_s
-        + front_end.scrape_s_per_label * clock.labels
+        + per_label_s * clock.labels
         + front_end.scrape_s_per_name * clock.label_names
     )
-    _pause(run, max(clock.next_scrape_s, clock.front_end_free_s), seconds)
-    clock.next_scrape_s = clock.front_end_free_s + front_end.scrape_period_s
+    start_s = max(clock.next_scrape_s, clock.front_end_free_s)
+    _pause(run, start_s, front_end.scrape_pause_share * read_s)
+    clock.next_scrape_s = start_s + read_s + front_end.scrape_period_s
 
 
 @helper
@@ -228,15 +240,28 @@ def _next_delivery_s(requests: Requests, clock: Any) -> float:
 
 
 @helper
-def _note_label(state: State, clock: Any, seen: NDArray[np.uint64]) -> None:
+def _note_label(run: Run) -> None:
     """Count the label set (running adapters, waiting adapters) if it is a new one.
 
-    `seen` is an open-addressing hash table; 0 marks a free place.
+    The front end takes the tokens of a step in slices, the newest requests last, and notes who
+    waits after each of them: where there are several, those with a first token count once more.
     """
-    label = state.count.label_hash
+    state, clock, seen = run.state, run.clock, run.seen
+    count = state.count
+    label, names = count.label_hash, count.active + count.waiting_adapters
+    if count.decoding > OUTPUT_SLICE:
+        for i in range(count.prefilled):
+            adapter = run.requests.adapter[state.prefilled[i]]
+            is_new = state.waiting_by_adapter[adapter] == 0 and adapter != run.limits.base_model
+            for j in range(i):
+                is_new &= run.requests.adapter[state.prefilled[j]] != adapter
+            if is_new:
+                label ^= state.waiting_label[adapter]
+                names += 1
     if label == clock.last_label:
         return
     clock.last_label = label
+    # `seen` is an open-addressing hash table; 0 marks a free place.
     mask = np.uint64(len(seen) - 1)
     place = label & mask
     while seen[place] != np.uint64(0):
@@ -246,7 +271,7 @@ def _note_label(state: State, clock: Any, seen: NDArray[np.uint64]) -> None:
     if 2 * clock.labels < len(seen):
         seen[place] = label
     clock.labels += 1
-    clock.label_names += state.count.active + state.count.waiting_adapters
+    clock.label_names += names
 
 
 @helper
@@ -294,7 +319,7 @@ def turn(run: Run, policy: Policy) -> float:
     _deliver_arrivals(run, policy)
     _deliver_followers(run, policy, loop, completed)
     if in_step and len(run.seen) > 0:  # what arrived in the step waits when its metrics are written
-        _note_label(state, clock, run.seen)
+        _note_label(run)
     if state.count.waiting + state.count.running == 0:
         return min(_next_delivery_s(run.requests, clock), next_sent_s(loop))
     event_s = clock.now_s + _begin_step(run, policy)

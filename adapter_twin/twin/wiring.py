@@ -131,4 +131,6 @@ def front_end_law(calibration: Calibration, duration_s: float, observer: bool) -
         scrape_s=ms * measured.scrape_ms_,
         scrape_s_per_label=ms * measured.scrape_ms_per_label_,
         scrape_s_per_name=ms * measured.scrape_ms_per_name_,
+        scrape_s_per_label_running=ms * measured.scrape_ms_per_label_running_,
+        scrape_pause_share=measured.scrape_pause_share_,
     )

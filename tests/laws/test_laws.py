@@ -7,13 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from adapter_twin.calibrate.client_side import fit_first_use
+from adapter_twin.calibrate.client_side import fit_first_use, fit_pause_share
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.laws.emitted_lengths import EarlyStopLaw
+from adapter_twin.laws.front_end import MeasurementLaw
 from adapter_twin.laws.linear_steps import LinearStepLaw
 from adapter_twin.laws.loading import LoadingLaw
 from adapter_twin.laws.memory import MemoryLaw
 from adapter_twin.laws.scheduling import SchedulingLaw
+from adapter_twin.service.metrics import summarize
 from adapter_twin.service.perfetto import step_starts_s
 from adapter_twin.twin.simulate import draw_requests, simulate, simulate_run
 from adapter_twin.workload.models import model_shape
@@ -60,6 +62,31 @@ def test_the_pause_of_a_first_use_is_found_in_the_start_of_a_run(shipped: Calibr
     assert found.front_end.first_use_ms_ == pause_ms
     low, high = found.front_end.interval_["first_use_ms_"]
     assert low <= pause_ms <= high
+
+
+def test_reads_of_the_metrics_take_as_long_as_their_pages() -> None:
+    rng = np.random.default_rng(0)
+    labels, running = rng.integers(0, 30_000, 400), rng.integers(0, 500, 400)
+    names = labels * rng.integers(1, 60, 400)
+    read_ms = 5 + 0.01 * labels + 1e-4 * names + 2e-5 * labels * running
+    read_ms[:40] += 4000.0  # the client itself was busy
+    law = MeasurementLaw().fit(labels, names, running, read_ms * rng.lognormal(0, 0.02, 400))
+    fitted = law.scrape_ms_, law.scrape_ms_per_label_, law.scrape_ms_per_name_
+    assert fitted == pytest.approx((5, 0.01, 1e-4), rel=0.1)
+    assert law.scrape_ms_per_label_running_ == pytest.approx(2e-5, rel=0.1)
+
+
+def test_the_share_of_a_read_in_which_the_server_pauses_shows_in_the_gaps_between_tokens(
+    shipped: Calibration,
+) -> None:
+    truth = replace(shipped, measurement=copy(shipped.measurement))
+    truth.measurement.scrape_pause_share_ = 0.85
+    runs = configurations(LLAMA, [16, 32], [16], duration_s=600.0)
+    served = [simulate_run(row, truth) for row in runs.to_dict("records")]
+    p99 = [summarize(run.records, run.gaps, run.duration_s)["p99_itl_ms"] for run in served]
+    found = replace(shipped, measurement=copy(shipped.measurement))
+    fit_pause_share(found, runs.assign(p99_itl_ms=p99), jobs=1)
+    assert found.measurement.scrape_pause_share_ == pytest.approx(0.85)
 
 
 def test_early_stops_are_as_many_and_as_early_as_was_counted() -> None:

@@ -47,7 +47,7 @@ def two_requests(law: StepLaw) -> Session:
         Trace(np.array([0.0, 1.5]), *(np.array(column, np.int32) for column in columns)),
         EngineConfig(model="any", max_loras=1, max_cpu_loras=1, max_lora_rank=8),
         law,
-        FrontEnd(1000.0, 1000, 0.0, np.inf, 0.0, 0.0, 0.0),
+        FrontEnd(1000.0, 1000),
         1000,
         np.zeros(1),
         np.zeros(1),

@@ -73,7 +73,7 @@ class Case:
             trace or self.trace,
             self.config,
             LAW,
-            FrontEnd(self.duration_ticks * TICK_S, self.in_flight_cap, 0.0, np.inf, 0.0, 0.0, 0.0),
+            FrontEnd(self.duration_ticks * TICK_S, self.in_flight_cap),
             (self.kv_blocks + NULL_BLOCK) * self.block_size,
             LOAD_S[: self.adapters],
             READ_S[: self.adapters],

@@ -54,7 +54,7 @@ def lay_out(
         Trace(arrival_s.astype(float), *(column.astype(np.int32) for column in columns)),
         EngineConfig(model="any", max_lora_rank=8, **flags),
         StepLaw(np.empty(0), step_s if policy.merges else step_s[:1], 0.0, np.zeros(3)),
-        FrontEnd(1e6, 10**6, 0.0, np.inf, 0.0, 0.0, 0.0),
+        FrontEnd(1e6, 10**6),
         kv_cache_tokens + flags["block_size"],
         np.broadcast_to(load_s, ADAPTERS),
         np.broadcast_to(read_s, ADAPTERS),

@@ -35,6 +35,7 @@ def lay_out(
     scrape_period_s: float = np.inf,
     scrape_s: float = 0.0,
     scrape_s_per_label: float = 0.0,
+    scrape_pause_share: float = 1.0,
     pinned: Sequence[int] = (),
     **engine: int,
 ) -> Session:
@@ -42,7 +43,15 @@ def lay_out(
     arrival_s, *columns = (np.array(column) for column in zip(*requests, strict=True))
     flags = {"max_loras": 4, "max_cpu_loras": 8, "max_num_seqs": 8, "max_num_batched_tokens": 64}
     flags |= {"block_size": 1, **engine}
-    pauses = first_use_s, scrape_period_s, scrape_s, scrape_s_per_label, 0.0
+    pauses = (
+        first_use_s,
+        scrape_period_s,
+        scrape_s,
+        scrape_s_per_label,
+        0.0,
+        0.0,
+        scrape_pause_share,
+    )
     return new_session(
         Trace(arrival_s.astype(float), *(column.astype(np.int32) for column in columns)),
         EngineConfig(model="any", max_lora_rank=8, **flags),
@@ -257,6 +266,28 @@ def test_every_pair_of_sets_of_running_and_waiting_adapters_is_one_label() -> No
     assert run.clock.label_names == 4
     run = play([(0, 0, 1, 1), (0.5, 1, 1, 1)], scrape_period_s=500)
     assert run.clock.labels == 2  # 1 waits; nothing
+
+
+def test_first_tokens_beside_many_others_wait_in_the_label_sets_once_more() -> None:
+    # 130 requests of adapter 0 decode; one of adapter 1 comes in the third step
+    order = [*((0.0, 0, 1, 6) for _ in range(130)), (2.5, 1, 1, 2)]
+    names = []
+    for first in (0, 2, 3):
+        run = play(order[first:], scrape_period_s=500, max_num_seqs=200, max_num_batched_tokens=200)
+        names.append(int(run.clock.label_names))
+    # 0 runs and was waiting; 0; 0, and 1 waits; 0 1, and 1 was waiting; nothing
+    assert names[0] == 2 + 1 + 2 + 3 + 0
+    # 0, for 128 are taken at once; 0, and 1 waits; 0 1, and 1 was waiting: there are 129; nothing
+    assert names[1] == 1 + 2 + 3 + 0
+    # with one less, 1 no longer counts as waiting
+    assert names[2] == 1 + 2 + 2 + 0
+
+
+def test_the_server_pauses_for_its_share_of_a_read() -> None:
+    run = play([(0, 0, 1, 9)], scrape_period_s=2, scrape_s=1, scrape_pause_share=0.5, duration_s=9)
+    pauses = [tuple(pause)[:2] for pause in run.pauses[: run.clock.pauses]]
+    assert pauses == [(2, 2.5), (5, 5.5), (8, 8.5)]
+    assert [pause.running for pause in run.pauses[: run.clock.pauses]] == [1, 1, 1]
 
 
 def test_a_request_that_can_never_fit_is_refused() -> None:
