@@ -35,6 +35,8 @@ def show_recommendation(answer: Answer, demand: Demand) -> None:
     expected = pd.DataFrame(answer["expected"]).rename_axis("").reset_index()
     print_table(expected, "Expected service, with 95 % intervals")
     print_table(pd.DataFrame(answer["what_if"]), "What if: other slots, and other loads")
+    cold = pd.DataFrame(answer["cold_start_states"])
+    print_table(cold, "After a start under all this load, before any adapter was used")
     if answer["worst_served"] is not None:
         print_mapping(answer["worst_served"], "Worst-served adapter")
     names = ("kv_cache_tokens", "offered_tokens_per_s", "startup_s", "first_uses_s", "utilisation")
@@ -79,6 +81,8 @@ def show_service(answer: Answer, title: str) -> None:
     """Print what `adapter_twin.service.predict.predict_scenario` tells, or a fleet."""
     told = figures(answer, "total_throughput", "offered_tokens_per_s", *WAITS, "worst_adapter")
     print_text(f"{'Starved' if answer['starved'] else 'Served'}: {told}.\n")
+    if "states" in answer:
+        print_table(pd.DataFrame(answer["states"]), f"States, over {answer['draws']} draws")
     _print_rest(answer, title)
 
 
@@ -117,7 +121,7 @@ def _served(model: str) -> str:
 
 def _print_rest(answer: Answer, title: str) -> None:
     """Print all single figures of an answer, and where it comes from."""
-    hidden = ("reason", "seed", "version", "config_hash", "calibration", "prior")
+    hidden = ("reason", "states", "draws", "seed", "version", "config_hash", "calibration", "prior")
     single = {name: value for name, value in answer.items() if not isinstance(value, dict)}
     print_mapping({name: value for name, value in single.items() if name not in hidden}, title)
     _print_origin(answer)

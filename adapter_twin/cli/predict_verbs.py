@@ -152,6 +152,15 @@ def simulate(
             metavar="'vllm serve ...'", help="A real command line in place of engine: its flags."
         ),
     ] = None,
+    draws: Annotated[
+        int | None,
+        Option(
+            min=2,
+            max=1000,
+            help="Simulate also n times with other requests and laws as likely: which states the "
+            "server settles in, and how probable each is.",
+        ),
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Simulate one configuration and summarise the service it gives."""
@@ -159,6 +168,7 @@ def simulate(
     from adapter_twin.fleet.equal_replicas import simulate_fleet
     from adapter_twin.service.perfetto import write_trace
     from adapter_twin.service.predict import predict_scenario
+    from adapter_twin.service.states import draw_states
     from adapter_twin.workload.files import load_scenario
     from adapter_twin.workload.named import parse_named
 
@@ -167,6 +177,10 @@ def simulate(
     scenario = load_scenario(config, vllm_args)
     if policy is not None:
         scenario = replace(scenario, policy=parse_named(policy))
+    if draws is not None:
+        require(
+            scenario.fleet is None, "draws: they are of one engine; leave out --draws, or fleet"
+        )
     if scenario.fleet is not None:
         require(trace is None, "trace: a trace shows one engine; leave out --trace, or fleet")
         fleet_run, content = simulate_fleet(scenario)
@@ -180,6 +194,8 @@ def simulate(
         told = ("config_hash", "seed", "version", "calibration", "policy")
         frame.attrs.update({name: content[name] for name in told if name in content})
         datasets.write_table(frame, records)
+    if draws is not None:
+        content = {**content, "draws": draws, "states": draw_states(scenario, draws)}
     report.tell(content, as_json, show_service, str(config))
 
 

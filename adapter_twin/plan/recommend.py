@@ -8,6 +8,7 @@ from adapter_twin import __version__
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
 from adapter_twin.plan.candidates import HOUR_S
+from adapter_twin.plan.cold_start import cold_start_states
 from adapter_twin.plan.commands import sglang_args, vllm_args
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.explanation import explanation, why_not
@@ -43,9 +44,10 @@ def recommend(demand: Demand) -> dict[str, Any]:
         ``adapter_slots, max_cpu_loras, max_lora_rank, kv_cache_tokens``; ``startup_s``, the graph
         capture, and ``first_uses_s``, what the first uses of all adapters take; ``traffic`` in
         words, and its ``offered_tokens_per_s``; ``expected``, see
-        `adapter_twin.plan.steady_state.expect`; ``slo_met_probability``; ``worst_served`` adapter;
-        ``utilisation``, of the analytic capacity; ``headroom``, by how much all rates can grow,
-        relatively; ``binds`` now and ``binds_next``, when they grow;
+        `adapter_twin.plan.steady_state.expect`; ``slo_met_probability``;
+        ``cold_start_states``, see `adapter_twin.plan.cold_start.cold_start_states`;
+        ``worst_served`` adapter; ``utilisation``, of the analytic capacity; ``headroom``, by how
+        much all rates can grow, relatively; ``binds`` now and ``binds_next``, when they grow;
         ``reason`` in words; ``vllm_args`` and ``sglang_args``; ``what_if``, rows of `WHAT_IF` for
         other slots and loads; ``criterion`` and provenance, ``prior`` among it: where the
         calibration is one. Then ``expected`` is of all that it allows, and all else of laws that
@@ -84,6 +86,7 @@ def recommend(demand: Demand) -> dict[str, Any]:
         "offered_tokens_per_s": demand.workload(HOUR_S).offered_tokens_per_s,
         "expected": expect(found.windows, demand),
         "slo_met_probability": slo_met_probability(found.windows, demand),
+        "cold_start_states": cold_start_states(demand, engine, calibration),
         "worst_served": worst_adapter(demand, found.windows),
         "utilisation": float(best.utilisation),
         "headroom": found.growth - 1,
