@@ -16,8 +16,8 @@ from adapter_twin.calibrate.published_fit import TABLES, fitted_runs
 from adapter_twin.calibrate.step_observations import simulate_copies, step_observations
 from adapter_twin.calibrate.through_twin import Response
 from adapter_twin.laws import list_calibrations, load_calibration
-from adapter_twin.laws.memory import GIB, slots_gib
 from adapter_twin.laws.roofline import OWN, Prior, RooflineLaw, fit_together
+from adapter_twin.laws.slots import GIB, slots_gib
 from adapter_twin.tables import datasets
 from adapter_twin.workload.engine_versions import engine_version
 from adapter_twin.workload.files import records, run_to_engine

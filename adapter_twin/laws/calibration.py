@@ -18,9 +18,10 @@ from adapter_twin.laws.estimator import Estimator, NotBelow0
 from adapter_twin.laws.front_end import FrontEndLaw, MeasurementLaw
 from adapter_twin.laws.linear_steps import LinearStepLaw
 from adapter_twin.laws.loading import LoadingLaw
-from adapter_twin.laws.memory import MemoryLaw, adapter_shares
+from adapter_twin.laws.memory import MemoryLaw
 from adapter_twin.laws.roofline import RooflineLaw
 from adapter_twin.laws.scheduling import SchedulingLaw
+from adapter_twin.laws.slots import adapter_shares
 from adapter_twin.laws.step_time import StepTimeLaw
 from adapter_twin.workload.engine_versions import EngineVersion, engine_version
 from adapter_twin.workload.lengths import Floats

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from adapter_twin.laws.memory import slots_gib
+from adapter_twin.laws.slots import slots_gib
 from adapter_twin.workload.engine_versions import engine_version
 from adapter_twin.workload.files import parse_ranks, parse_rates
 from adapter_twin.workload.models import model_shape

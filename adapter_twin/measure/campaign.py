@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from adapter_twin.errors import AdapterTwinError, require
-from adapter_twin.laws.memory import layer_slots_bytes
-from adapter_twin.measure.engine_flags import GIB, EngineFlags
+from adapter_twin.laws.slots import GIB, layer_slots_bytes
+from adapter_twin.measure.engine_flags import EngineFlags
 from adapter_twin.measure.micro_plan import MicroPlan
 from adapter_twin.measure.model_folder import check_model
 from adapter_twin.measure.pieces import MicroPiece, Piece, ServingPiece

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from adapter_twin.laws import Calibration
-from adapter_twin.laws.memory import GIB
+from adapter_twin.laws.slots import GIB
 from adapter_twin.workload.scenario import Adapter, EngineConfig, ServeFlags
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from adapter_twin import __version__
 from adapter_twin.errors import AdapterTwinError, require
-from adapter_twin.laws.memory import GIB, MIB, MemoryLaw, activations_gib, slot_tensors, slots_gib
+from adapter_twin.laws.memory import MemoryLaw, activations_gib
+from adapter_twin.laws.slots import GIB, MIB, slot_tensors, slots_gib
 from adapter_twin.workload.engine_versions import engine_version
 from adapter_twin.workload.gpus import gpu_memory_gib, gpu_name
 from adapter_twin.workload.models import model_shape

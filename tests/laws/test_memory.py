@@ -8,7 +8,8 @@ import pytest
 
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
-from adapter_twin.laws.memory import GIB, MIB, MemoryLaw, slot_tensors
+from adapter_twin.laws.memory import MemoryLaw
+from adapter_twin.laws.slots import GIB, MIB, slot_tensors
 from adapter_twin.plan.what_fits import what_fits
 from adapter_twin.tables import datasets
 from adapter_twin.workload.engine_versions import engine_version

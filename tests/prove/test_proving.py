@@ -17,7 +17,8 @@ from scipy import stats
 
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
-from adapter_twin.laws.memory import MemoryLaw, layer_slots_bytes
+from adapter_twin.laws.memory import MemoryLaw
+from adapter_twin.laws.slots import layer_slots_bytes
 from adapter_twin.learn import slots_tree
 from adapter_twin.measure import run_campaign as campaign_runner
 from adapter_twin.measure.campaign import load_campaign
