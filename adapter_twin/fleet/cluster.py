@@ -21,9 +21,9 @@ from adapter_twin.laws import Calibration
 from adapter_twin.service.metrics import Service, service
 from adapter_twin.twin.block_pool import pieces
 from adapter_twin.twin.feed import Feed
+from adapter_twin.twin.layout import check_lengths
 from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.records import Gaps, Records, make_gaps, make_records
-from adapter_twin.twin.session import check_lengths
 from adapter_twin.twin.simulate import draw_requests
 from adapter_twin.workload.scenario import Adapter, EngineConfig, Slo, Workload
 from adapter_twin.workload.trace import Trace, generators

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from adapter_twin.errors import require
 from adapter_twin.laws import Calibration
+from adapter_twin.twin.layout import new_requests, state_of_requests
 from adapter_twin.twin.policy import VLLM, Policy
-from adapter_twin.twin.session import Session, new_requests, state_of_requests
+from adapter_twin.twin.session import Session
 from adapter_twin.twin.state import PROGRESS, Links, Requests, State
 from adapter_twin.twin.wiring import begin, with_defaults
 from adapter_twin.workload.scenario import Adapter, EngineConfig

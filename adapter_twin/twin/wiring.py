@@ -10,8 +10,9 @@ import numpy as np
 from adapter_twin.laws import Calibration
 from adapter_twin.laws.front_end import UNLIMITED
 from adapter_twin.twin.clock import FrontEnd, StepLaw
+from adapter_twin.twin.layout import new_session
 from adapter_twin.twin.policy import VLLM, Policy
-from adapter_twin.twin.session import Session, new_session
+from adapter_twin.twin.session import Session
 from adapter_twin.workload.scenario import Adapter, EngineConfig
 from adapter_twin.workload.trace import Trace
 

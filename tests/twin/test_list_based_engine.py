@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_twin.twin.clock import FrontEnd, StepLaw
+from adapter_twin.twin.layout import new_session
 from adapter_twin.twin.records import make_gaps
-from adapter_twin.twin.session import Session, new_session
+from adapter_twin.twin.session import Session
 from adapter_twin.twin.simulate import run_in_simpy
 from adapter_twin.workload.scenario import EngineConfig
 from adapter_twin.workload.trace import BASE_MODEL, Trace

@@ -19,8 +19,9 @@ from adapter_twin.laws import load_calibration
 from adapter_twin.twin import hooks
 from adapter_twin.twin.clock import FrontEnd, StepLaw
 from adapter_twin.twin.hooks import type_of
+from adapter_twin.twin.layout import new_session
 from adapter_twin.twin.policies import CostAware, Drain, Merge, Policy, UnifiedPool
-from adapter_twin.twin.session import Session, new_session
+from adapter_twin.twin.session import Session
 from adapter_twin.twin.simulate import run_in_simpy, simulate
 from adapter_twin.twin.state import State
 from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, zipf_adapters

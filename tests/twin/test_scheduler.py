@@ -12,8 +12,9 @@ import pytest
 
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.twin.clock import FrontEnd, StepLaw
+from adapter_twin.twin.layout import new_session
 from adapter_twin.twin.records import make_gaps, make_records
-from adapter_twin.twin.session import Session, new_session
+from adapter_twin.twin.session import Session
 from adapter_twin.twin.simulate import run_in_simpy
 from adapter_twin.workload.scenario import Arrivals, EngineConfig, Lengths, Workload, deal_adapters
 from adapter_twin.workload.trace import BASE_MODEL, COLUMNS, Trace, generate
