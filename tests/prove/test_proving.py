@@ -1,6 +1,7 @@
 """Studies: what is recommended is run beside its rivals, and judged by what was measured."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -146,9 +147,9 @@ def as_requests(records: Records, slow: float) -> pd.DataFrame:
     )
 
 
-@pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> TwinAsEngine:
-    fake = TwinAsEngine(tmp_path)
+def install_twin(monkeypatch: pytest.MonkeyPatch, folder: Path) -> TwinAsEngine:
+    """Let the twin serve a study whose workloads are in a folder."""
+    fake = TwinAsEngine(folder)
     monkeypatch.setattr(runner, "require_engine", lambda: None)
     monkeypatch.setattr(runner, "is_cpu_build", lambda: True)
     monkeypatch.setattr(runner, "describe_machine", lambda flags: MACHINE)
@@ -162,9 +163,27 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> TwinAsEngine:
 
 
 @pytest.fixture
-def done(engine: TwinAsEngine, tmp_path: Path) -> Path:
-    """Run the study on the twin, and return its folder."""
-    runner.run_study(write(tmp_path), "cpu", tmp_path / "out")
+def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> TwinAsEngine:
+    return install_twin(monkeypatch, tmp_path)
+
+
+Started = list[tuple[int, int]]
+
+
+@pytest.fixture(scope="module")
+def run_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Started]:
+    """Run the study on the twin; return its folder and the servers that were started."""
+    folder = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        fake = install_twin(patch, folder)
+        runner.run_study(write(folder), "cpu", folder / "out")
+    return folder, fake.started
+
+
+@pytest.fixture
+def done(run_once: tuple[Path, Started], tmp_path: Path) -> Path:
+    """Return a copy of the folder of a study that was run, its file beside it."""
+    shutil.copytree(run_once[0], tmp_path, dirs_exist_ok=True)
     return tmp_path / "out"
 
 
@@ -265,7 +284,7 @@ def test_a_plan_keeps_the_methods_that_are_asked(tmp_path: Path) -> None:
 
 
 def test_every_repeat_runs_every_configuration_once_in_random_order(
-    engine: TwinAsEngine, done: Path
+    run_once: tuple[Path, Started], done: Path
 ) -> None:
     runs = pd.read_parquet(done / "runs.parquet")
     planned = json.loads((done / "plan.json").read_text())["workloads"]
@@ -278,7 +297,8 @@ def test_every_repeat_runs_every_configuration_once_in_random_order(
     for _, own in runs.groupby("repeat"):
         assert set(zip(own.source_path, own.adapter_slots, strict=True)) == arms
         assert len(own) == len(arms)
-    halves = engine.started[: len(arms)], engine.started[len(arms) :]
+    started = run_once[1]
+    halves = started[: len(arms)], started[len(arms) :]
     assert sorted(halves[0]) == sorted(halves[1])
     assert halves[0] != halves[1]
     assert set(planned["light"]["picks"]) <= set(METHODS)
@@ -369,12 +389,14 @@ def test_doubtful_runs_tell_nothing_of_a_configuration(done: Path) -> None:
         read_outcome(done)
 
 
-def test_a_study_goes_on_and_keeps_its_plan(engine: TwinAsEngine, done: Path) -> None:
+def test_a_study_goes_on_and_keeps_its_plan(
+    run_once: tuple[Path, Started], engine: TwinAsEngine, done: Path
+) -> None:
     before = (done / "plan.json").read_text()
-    started = len(engine.started)
     file = done.parent / "study.yaml"
     summary = runner.run_study(file, "cpu", done)
-    assert len(engine.started) == started == summary.complete
+    assert not engine.started
+    assert summary.complete == len(run_once[1])
     assert (done / "plan.json").read_text() == before
     with pytest.raises(AdapterTwinError, match="holds another campaign"):
         runner.run_study(write(done.parent, repeats=3), "cpu", done)
