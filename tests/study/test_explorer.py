@@ -58,7 +58,7 @@ def test_the_table_holds_every_setting_on_every_configuration(table: pd.DataFram
 @pytest.mark.parametrize(
     ("workload", "slo", "served"),
     [
-        (setting(LLAMA, "0.1-0.05-0.025", "8-16-32", (223, 200)), None, GRID),
+        (setting(LLAMA, "0.1-0.05-0.025", "8-16-32", (223, 200)), None, (256, 320, 384)),
         (setting(QWEN, "0.4", "32", (223, 200)), FAST, GRID),
         (setting(QWEN, "0.025", "16", (1024, 400)), FAST, (32, 96)),
         (setting(LLAMA, "0.4-0.1-0.025", "8", (64, 50)), None, (96, 128)),

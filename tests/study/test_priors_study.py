@@ -7,6 +7,7 @@ import pytest
 
 from adapter_twin.laws.prior import prior_calibration
 from adapter_twin.tables import datasets
+from adapter_twin.workload.shipped import facts
 from study import ch17_priors
 from study.ch17_priors import GPU, LATER, MODEL, WITH_ADAPTERS
 
@@ -59,7 +60,9 @@ def test_a_faster_memory_makes_shorter_steps() -> None:
     assert (with_adapters.droplevel("version") > alone).all()
 
 
-def test_a_gpu_that_serves_nothing_has_no_figures() -> None:
+def test_a_gpu_that_serves_nothing_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {name: facts("gpus")[name] for name in ("l4", "h200", "mi300x")}
+    monkeypatch.setattr(ch17_priors, "facts", {"gpus": few}.__getitem__)
     best = ch17_priors.best_by_gpu(0.1, (16, 32)).set_index("gpu")
     assert best.loc["l4"].isna().all()
     assert best.loc["h200", "served_adapters"] == 32
