@@ -1,8 +1,9 @@
 """Verbs that measure: calibrate, profile, prove, watch, data, doctor."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from typer import Argument, Option
@@ -11,6 +12,9 @@ from adapter_twin.cli import report
 from adapter_twin.cli.options import JOBS, JSON, RESUMED, Verbs
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.tables import datasets
+
+if TYPE_CHECKING:
+    from adapter_twin.laws import Calibration
 
 verbs = Verbs()
 
@@ -51,44 +55,62 @@ def calibrate(
     jobs: JOBS = -1,
 ) -> None:
     """Fit the laws of one model to measured tables, or say what is known without any."""
-    from adapter_twin.calibrate.from_tables import calibrate_tables
-    from adapter_twin.calibrate.update import update
-    from adapter_twin.laws import Calibration
-    from adapter_twin.laws.prior import prior_calibration
-    from adapter_twin.workload.calibration_files import Place, calibration_path
-
     report.check_target(out, ".json")
+    asked = {"model": model, "gpu": gpu, "engine": engine_version}
     if prior:
         require(tables is None, "TABLES: a prior is made without; leave them or --prior out")
         require(start is None, "from: a prior is updated by tables; give them, or leave it out")
         require(jobs == -1, "jobs: a prior simulates nothing; leave it out")
-        asked = {"model": model, "gpu": gpu, "engine": engine_version}
-        for key, told in asked.items():
-            require(told is not None, f"{key}: a prior needs it; give --{key}")
-        name, device, version = (str(told) for told in asked.values())
-        place = calibration_path(f"auto@{device}-vllm{version.removeprefix('vllm-')}", name)
-        if not isinstance(place, Place):
-            raise AdapterTwinError(f"model: it was measured there; use calibration {place.stem}")
-        known = prior_calibration(name, *place)
-        datasets.write_text(out, known.to_json())
-        print(f"{out}: {known.name}, {known.origin}")
-        return
-    require(tables is not None, "TABLES: give the folder of measured tables, or --prior")
-    assert tables is not None
-    require(tables.is_dir(), f"{tables}: no such folder; give the folder of the measured tables")
-    if start is not None:
-        for key, told in {"model": model, "gpu": gpu, "engine": engine_version}.items():
-            require(told is None, f"{key}: the prior tells; leave --{key} out")
-        require(jobs == -1, "jobs: an update simulates nothing; leave it out")
-        with report.working("updating"):
-            moved = update(Calibration.from_json(start), tables)
-        datasets.write_text(out, moved.to_json())
-        print(f"{out}: {moved.name}, {moved.origin}")
-        return
+        made = _prior(asked)
+    else:
+        require(tables is not None, "TABLES: give the folder of measured tables, or --prior")
+        assert tables is not None
+        require(
+            tables.is_dir(), f"{tables}: no such folder; give the folder of the measured tables"
+        )
+        made = (
+            _fitted(tables, asked, jobs) if start is None else _updated(start, tables, asked, jobs)
+        )
+    datasets.write_text(out, made.to_json())
+    origin = f", {made.origin}" if prior or start is not None else ""
+    print(f"{out}: {made.name}{origin}")
+
+
+def _prior(asked: Mapping[str, str | None]) -> "Calibration":
+    """Return what is known of a model, GPU and engine without any measurement of them."""
+    from adapter_twin.laws.prior import prior_calibration
+    from adapter_twin.workload.calibration_files import Place, calibration_path
+
+    for key, told in asked.items():
+        require(told is not None, f"{key}: a prior needs it; give --{key}")
+    name, device, version = (str(told) for told in asked.values())
+    place = calibration_path(f"auto@{device}-vllm{version.removeprefix('vllm-')}", name)
+    if not isinstance(place, Place):
+        raise AdapterTwinError(f"model: it was measured there; use calibration {place.stem}")
+    return prior_calibration(name, *place)
+
+
+def _updated(
+    start: Path, tables: Path, asked: Mapping[str, str | None], jobs: int
+) -> "Calibration":
+    """Return a prior whose step times are moved to those measured."""
+    from adapter_twin.calibrate.update import update
+    from adapter_twin.laws import Calibration
+
+    for key, told in asked.items():
+        require(told is None, f"{key}: the prior tells; leave --{key} out")
+    require(jobs == -1, "jobs: an update simulates nothing; leave it out")
+    with report.working("updating"):
+        return update(Calibration.from_json(start), tables)
+
+
+def _fitted(tables: Path, asked: Mapping[str, str | None], jobs: int) -> "Calibration":
+    """Return laws fitted to measured tables."""
+    from adapter_twin.calibrate.from_tables import calibrate_tables
+
+    model, gpu, version = asked.values()
     with report.working("calibrating"):
-        fitted = calibrate_tables(tables, model, gpu=gpu, engine_version=engine_version, jobs=jobs)
-    datasets.write_text(out, fitted.to_json())
-    print(f"{out}: {fitted.name}")
+        return calibrate_tables(tables, model, gpu=gpu, engine_version=version, jobs=jobs)
 
 
 @verbs.example("profile experiments/campaigns/smoke.yaml --out smoke")
