@@ -72,7 +72,7 @@ def _describe(demand: Demand) -> NDArray[np.float64]:
         "mean_input_tokens": demand.lengths.mean_input_tokens,
         "mean_requested_output_tokens": demand.lengths.mean_output_tokens,
         "zipf_exponent": max(exponent, 0.0),
-        "arrival_cv": demand.arrivals.cv,
+        "arrival_cv": demand.arrivals.dispersion(float(rates.mean())) ** 0.5,
         "served_adapters": len(demand.adapters),
     }
     return _features(pd.DataFrame([row]))

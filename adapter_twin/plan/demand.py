@@ -43,7 +43,7 @@ class Demand:
     adapters : tuple of Adapter
     lengths : Lengths
     arrivals : Arrivals
-        Poisson or gamma.
+        Poisson, gamma or on_off.
     base_model_request_rate : float
         Requests/s to the base model, without an adapter.
     slo : Slo, optional
@@ -85,9 +85,9 @@ class Demand:
                 "engine.scheduling_policy: priority only; set that, or leave it out",
             )
         require(
-            self.arrivals.process in ("poisson", "gamma"),
-            f"arrivals.process: {self.arrivals.process} cannot be planned with; use poisson or "
-            "gamma, or give a request_log",
+            self.arrivals.process in ("poisson", "gamma", "on_off"),
+            f"arrivals.process: {self.arrivals.process} cannot be planned with; use poisson, gamma "
+            "or on_off, or give a request_log",
         )
         steady = "arrivals: period_s, num_prompts and max_concurrency are for `simulate`; leave out"
         require(self.arrivals.is_steady, steady)

@@ -41,6 +41,9 @@ FEWEST_REQUESTS = 100
 """Slow traffic gets a longer window, so that percentiles and shares mean something: one with enough
 requests, or a long one with the fewest that will do."""
 
+CYCLES = 20
+"""Adapters that are on and off are so this often in a window, or for the time of a long one."""
+
 TWIN_ERROR = {
     "total_throughput": 0.025,
     "mean_ttft_ms": 0.227,
@@ -146,7 +149,9 @@ def draw_traffic(
         return WindowTraffic(workload, demand.slo, seed, trace, warm_up_s / load, ANSWERED_S)
     workload = demand.workload(WARM_UP_S + WINDOW_S, load)
     rate = workload.offered_request_rate
-    window_s = max(WINDOW_S, min(ENOUGH_REQUESTS / rate, LONG_WINDOW_S), FEWEST_REQUESTS / rate)
+    cycle_s = (demand.arrivals.on_s or 0.0) + (demand.arrivals.off_s or 0.0)
+    enough_s = min(max(ENOUGH_REQUESTS / rate, CYCLES * cycle_s), LONG_WINDOW_S)
+    window_s = max(WINDOW_S, enough_s, FEWEST_REQUESTS / rate)
     workload = replace(workload, duration_s=WARM_UP_S + window_s)
     trace = draw_requests(workload, calibration, seed=seed)
     return WindowTraffic(workload=workload, slo=demand.slo, seed=seed, trace=trace)

@@ -262,7 +262,12 @@ def _load(stretch: Stretch, scenario: Scenario, laws: Calibration) -> Iterator[A
     sample = replace(workload, duration_s=SAMPLE_REQUESTS / rate)
     trace = draw_requests(sample, laws, seed=scenario.seed)
     finished = stretch.counted(vllm.FINISHED)
-    planned = [(rate, workload.arrivals.cv * math.sqrt(rate / stretch.span_s))] + [
+    rates = [
+        *(adapter.request_rate for adapter in workload.adapters),
+        workload.base_model_request_rate,
+    ]
+    variance = math.fsum(each * workload.arrivals.dispersion(each) for each in rates)
+    planned = [(rate, math.sqrt(variance / stretch.span_s))] + [
         (float(tokens.mean()), float(tokens.std()) / math.sqrt(finished))
         for tokens in (trace.prompt_tokens, trace.output_tokens)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import random
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +56,10 @@ def draw_arrivals(
 
     window_s = elapsed_s(duration_s) if amplitude else duration_s
     if arrivals.process == "gamma":
-        time_s, source = _gamma_arrivals(rates, window_s, arrivals.cv, rng)
+        time_s, source = _renewals(rates, window_s, _GammaGaps(arrivals.cv), rng)
+    elif arrivals.on_s is not None and arrivals.off_s is not None:
+        gaps = _OnOffGaps(arrivals.on_s, arrivals.off_s)
+        time_s, source = _renewals(rates, window_s, gaps, rng)
     else:
         time_s, source = _poisson_arrivals(rates, window_s, rng)
     if not amplitude:
@@ -84,25 +87,78 @@ def _poisson_arrivals(
     return arrival_s, source
 
 
-def _gamma_arrivals(
-    rates: Floats, duration_s: float, cv: float, rng: np.random.Generator
-) -> tuple[Floats, Ints]:
-    """Superpose one stationary Gamma renewal process per source.
+class _Gaps(Protocol):
+    """Gaps between a source's requests, in s, for the mean rate of each."""
 
-    Stationary: the window opens at a random time between two requests, so the first wait is a
-    uniform part of a length-biased gap (Gamma of shape + 1). Started at a request instead, bursty
-    sources would all burst together at 0.
+    def first_s(self, rates: Floats, rng: np.random.Generator) -> Floats:
+        """Draw the wait for the first request, where the window opens at a random time.
+
+        Were it to open at a request, bursty sources would all burst together at 0.
+        """
+
+    def next_s(self, rates: Floats, rng: np.random.Generator) -> Floats:
+        """Draw the gap to the next request."""
+
+
+class _GammaGaps(NamedTuple):
+    """Gaps of a Gamma distribution; a first wait is a uniform part of a length-biased one."""
+
+    cv: float
+
+    def first_s(self, rates: Floats, rng: np.random.Generator) -> Floats:
+        shape = self.cv**-2  # of length-biased gaps it is one more
+        length_biased = rng.standard_gamma(shape + 1, len(rates)) / (shape * rates)
+        return rng.random(len(rates)) * length_biased
+
+    def next_s(self, rates: Floats, rng: np.random.Generator) -> Floats:
+        shape = self.cv**-2
+        return rng.standard_gamma(shape, len(rates)) / (shape * rates)
+
+
+class _OnOffGaps(NamedTuple):
+    """Gaps of an interrupted Poisson process: one of two exponential distributions, by chance.
+
+    They are the times to absorption of a source that is on and off, and a first wait has the same
+    two means in shares by time (Kuczura, Bell System Technical Journal 52, 1973).
     """
-    shape = cv**-2
+
+    on_s: float
+    off_s: float
+
+    def _shares_and_rates(self, rates: Floats) -> tuple[Floats, Floats, Floats]:
+        """Return the share of the short gaps, and the two distributions' rates."""
+        on_rates = rates * (self.on_s + self.off_s) / self.on_s
+        both = on_rates + 1 / self.on_s + 1 / self.off_s
+        short = (both + np.sqrt(both**2 - 4 * on_rates / self.off_s)) / 2
+        long = on_rates / self.off_s / short
+        return (on_rates - long) / (short - long), short, long
+
+    def first_s(self, rates: Floats, rng: np.random.Generator) -> Floats:
+        share, short, long = self._shares_and_rates(rates)
+        return _one_of(rates * share / short, short, long, rng)
+
+    def next_s(self, rates: Floats, rng: np.random.Generator) -> Floats:
+        return _one_of(*self._shares_and_rates(rates), rng)
+
+
+def _one_of(share: Floats, short: Floats, long: Floats, rng: np.random.Generator) -> Floats:
+    """Draw from one of two exponential distributions, the first one with a probability."""
+    rate = np.where(rng.random(len(share)) < share, short, long)
+    return rng.standard_exponential(len(share)) / rate
+
+
+def _renewals(
+    rates: Floats, duration_s: float, gaps: _Gaps, rng: np.random.Generator
+) -> tuple[Floats, Ints]:
+    """Superpose one stationary renewal process per source."""
     source = np.flatnonzero(rates > 0).astype(np.int32)
-    length_biased = rng.standard_gamma(shape + 1, len(source)) / (shape * rates[source])
-    last_s = rng.random(len(source)) * length_biased
+    last_s = gaps.first_s(rates[source], rng)
     times, sources = [last_s], [source]
     while len(source):
         expected = rates[source] * np.maximum(duration_s - last_s, 0)
         batch = np.ceil(1.1 * expected).astype(np.int64) + 8  # seldom too few; then once more
         gap_source = np.repeat(source, batch)
-        gap_s = rng.standard_gamma(shape, len(gap_source)) / (shape * rates[gap_source])
+        gap_s = gaps.next_s(rates[gap_source], rng)
         ends = np.cumsum(batch)
         elapsed_s = np.cumsum(gap_s)
         before_s = np.concatenate(([0.0], elapsed_s[ends[:-1] - 1]))

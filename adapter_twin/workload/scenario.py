@@ -49,6 +49,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(ge=0, le=1e6)]
 Variation = Annotated[float, Field(ge=1e-3, le=100)]
 Duration = Annotated[float, Field(gt=0, le=366 * 86400)]
+Phase = Annotated[float, Field(ge=1e-3, le=366 * 86400)]
 Adapted = Annotated[Count, Field(le=1_000_000)]
 MeanTokens = Annotated[float, Field(ge=1, le=1e7)]
 LengthDistribution = Literal["sharegpt", "lognormal", "fixed"]
@@ -310,10 +311,14 @@ class Arrivals:
 
     Attributes
     ----------
-    process : {"poisson", "gamma", "trace", "agullo2025"}
-        The last one is Poisson as the reference study's load generator drew it, number by number.
+    process : {"poisson", "gamma", "on_off", "trace", "agullo2025"}
+        On_off: each adapter's requests are Poisson while it is on, and none while it is off. The
+        last one is Poisson as the reference study's load generator drew it, number by number.
     cv : float
         Coefficient of variation of the gaps between an adapter's requests (gamma only).
+    on_s, off_s : float
+        Mean times that an adapter is on, and off, exponentially distributed (on_off only). Rates
+        are means over both.
     path : str, optional
         Trace to replay (trace only): it brings the requests' adapters and lengths as well.
     period_s, amplitude : float
@@ -327,8 +332,10 @@ class Arrivals:
         they are sent and count as arrived, as with ``vllm bench serve --max-concurrency``.
     """
 
-    process: Literal["poisson", "gamma", "trace", "agullo2025"] = "poisson"
+    process: Literal["poisson", "gamma", "on_off", "trace", "agullo2025"] = "poisson"
     cv: Variation = 1.0
+    on_s: Phase | None = None
+    off_s: Phase | None = None
     path: Text | None = None
     period_s: Duration | None = None
     amplitude: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -337,6 +344,10 @@ class Arrivals:
 
     def __post_init__(self) -> None:
         require(self.process == "gamma" or self.cv == 1, "cv: only for process gamma; leave it out")
+        for name in ("on_s", "off_s"):
+            told, needed = getattr(self, name) is not None, self.process == "on_off"
+            require(told or not needed, f"{name}: process on_off needs it; give the mean time in s")
+            require(needed or not told, f"{name}: only for process on_off; leave it out")
         is_trace = self.process == "trace"
         has_path = self.path is not None
         require(has_path or not is_trace, "path: process trace needs the path of a trace")
@@ -356,6 +367,22 @@ class Arrivals:
     def is_steady(self) -> bool:
         """Whether requests come at a constant rate, whatever becomes of those before."""
         return self.num_prompts is None and self.max_concurrency is None and self.amplitude == 0
+
+    def dispersion(self, rate: float) -> float:
+        """Return the index of dispersion of an adapter's requests: variance by mean of a count.
+
+        Over a long time, of a stationary process: 1 of a Poisson one, ``cv``^2 of a renewal one, of
+        an interrupted Poisson one as in Fischer and Meier-Hellstern, Performance Evaluation 18
+        (1993).
+
+        Parameters
+        ----------
+        rate : float
+            Mean requests/s.
+        """
+        if self.on_s is not None and self.off_s is not None:
+            return 1 + 2 * rate * self.off_s**2 / (self.on_s + self.off_s)
+        return self.cv**2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from adapter_twin.plan.logged import (
     stretch,
 )
 from adapter_twin.plan.recommend import recommend
-from adapter_twin.plan.steady_state import draw_traffic, warmed_up
+from adapter_twin.plan.steady_state import CYCLES, WARM_UP_S, draw_traffic, warmed_up
 from adapter_twin.service.metrics import service, service_of
 from adapter_twin.twin.simulate import simulate
 from adapter_twin.workload.request_log import BASE_MODEL
@@ -275,6 +275,22 @@ def test_a_rate_that_follows_a_sine_is_planned_for_with_its_peak(tmp_path: Path)
     assert peaked["total_throughput"]["value"] == pytest.approx(
         even["total_throughput"]["value"], rel=0.05
     )
+
+
+def test_adapters_that_are_on_and_off_are_planned_for_with_their_bursts(tmp_path: Path) -> None:
+    on_off = {"process": "on_off", "on_s": 60, "off_s": 240}
+    even, bursts = (
+        drawn(tmp_path, adapters={"count": 8, "request_rates": [1.5], "ranks": [16]}, **arrivals)
+        for arrivals in ({}, {"arrivals": on_off})
+    )
+    calibration = load_calibration("auto", LLAMA)
+    window = draw_traffic(bursts, calibration, seed=0).workload
+    assert window.duration_s - WARM_UP_S == CYCLES * 300
+    poisson, bursty = (recommend(demand)["expected"] for demand in (even, bursts))
+    for name in ("mean_itl_ms", "p99_itl_ms", "p99_ttft_ms"):
+        assert bursty[name]["value"] > 1.05 * poisson[name]["value"], name
+    throughput = bursty["total_throughput"]
+    assert throughput["low"] < poisson["total_throughput"]["value"] < throughput["high"]
 
 
 @pytest.mark.parametrize("more", [{}, {"sessions": {"turns": 2}}])

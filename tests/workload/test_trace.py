@@ -33,6 +33,7 @@ MARGINALS = LengthMarginals(
 SHAREGPT = Lengths(mean_input_tokens=222.7, mean_output_tokens=197.3)
 ADAPTERS = deal_adapters(8, [4.0, 2.0], [8])
 POISSON = Arrivals()
+ON_OFF = Arrivals(process="on_off", on_s=10, off_s=30)
 
 
 def workload(
@@ -66,7 +67,9 @@ def same(one, other):
     rates=st.lists(st.floats(0, 3), min_size=1, max_size=5),
     base_rate=st.floats(0, 3),
     duration_s=st.floats(0.1, 100),
-    process=st.sampled_from(["poisson", "gamma", "agullo2025"]),
+    arrivals=st.sampled_from(
+        [POISSON, Arrivals(process="gamma"), Arrivals(process="agullo2025"), ON_OFF]
+    ),
     lengths=st.builds(
         Lengths,
         distribution=st.sampled_from(["sharegpt", "lognormal"]),
@@ -77,12 +80,10 @@ def same(one, other):
     seed=st.integers(0, 1000),
 )
 def test_every_trace_is_sorted_inside_its_window_and_has_whole_tokens(
-    rates, base_rate, duration_s, process, lengths, seed
+    rates, base_rate, duration_s, arrivals, lengths, seed
 ):
     adapters = deal_adapters(len(rates), rates, [8])
-    trace = draw(
-        workload(adapters, duration_s, lengths, Arrivals(process=process), base_rate), seed
-    )
+    trace = draw(workload(adapters, duration_s, lengths, arrivals, base_rate), seed)
     assert np.all(np.diff(trace.arrival_s) >= 0)
     assert np.all((trace.arrival_s >= 0) & (trace.arrival_s <= duration_s))
     assert np.all((trace.adapter >= BASE_MODEL) & (trace.adapter < len(rates)))
@@ -94,9 +95,9 @@ def test_every_trace_is_sorted_inside_its_window_and_has_whole_tokens(
     assert dtypes == ["float64", "int32", "int32", "int32"]
 
 
-@pytest.mark.parametrize("process", ["poisson", "gamma"])
-def test_the_same_seed_gives_the_same_trace_and_another_seed_another(process):
-    asked = workload(duration_s=300, arrivals=Arrivals(process=process))
+@pytest.mark.parametrize("arrivals", [POISSON, Arrivals(process="gamma"), ON_OFF])
+def test_the_same_seed_gives_the_same_trace_and_another_seed_another(arrivals):
+    asked = workload(duration_s=300, arrivals=arrivals)
     assert same(draw(asked, 1), draw(asked, 1))
     assert not same(draw(asked, 1), draw(asked, 2))
 
@@ -132,16 +133,15 @@ def test_a_busy_hour_is_drawn_in_well_under_a_second():
 
 @pytest.mark.parametrize(
     "arrivals",
-    [Arrivals(), Arrivals(process="gamma", cv=0.5), Arrivals(process="gamma", cv=3)],
-    ids=["poisson", "regular", "bursty"],
+    [POISSON, Arrivals(process="gamma", cv=0.5), Arrivals(process="gamma", cv=3), ON_OFF],
+    ids=["poisson", "regular", "bursty", "on and off"],
 )
 def test_each_adapter_gets_its_rate(arrivals):
     adapters = deal_adapters(3, [8.0, 2.0, 0.5], [8])
     trace = draw(workload(adapters, 20_000.0, arrivals=arrivals, base_model_request_rate=1.0))
     for index, rate in [(0, 8.0), (1, 2.0), (2, 0.5), (BASE_MODEL, 1.0)]:
         expected = rate * 20_000
-        # the count of a renewal process has variance cv^2 times its mean
-        deviation = arrivals.cv * np.sqrt(expected)
+        deviation = np.sqrt(arrivals.dispersion(rate) * expected)
         assert abs(np.sum(trace.adapter == index) - expected) < 4 * deviation
 
 
@@ -151,6 +151,45 @@ def test_gaps_have_the_coefficient_of_variation_asked_for(cv):
     one = (Adapter(name="a", rank=8, request_rate=5.0),)
     gaps = np.diff(draw(workload(one, 20_000.0, arrivals=arrivals)).arrival_s)
     assert np.std(gaps) / np.mean(gaps) == pytest.approx(cv, rel=0.03)
+
+
+@pytest.mark.parametrize(("on_s", "off_s"), [(10, 30), (30, 10), (0.2, 5), (200, 50)])
+@pytest.mark.parametrize("window_s", [1.0, 20.0, 400.0])
+def test_counts_of_an_on_off_adapter_vary_as_the_formula_says(on_s, off_s, window_s):
+    rate, adapters = 2.0, deal_adapters(200, [2.0], [8])
+    arrivals = Arrivals(process="on_off", on_s=on_s, off_s=off_s)
+    trace = draw(workload(adapters, 2000.0, arrivals=arrivals))
+    windows = np.round(np.linspace(0, 2000, round(2000 / window_s) + 1), 6)
+    counts, *_ = np.histogram2d(trace.adapter, trace.arrival_s, bins=[np.arange(201), windows])
+    # variance by mean of an interrupted Poisson process that the window meets at a random time
+    turns = window_s * (1 / on_s + 1 / off_s)
+    settled = 1 + np.expm1(-turns) / turns
+    expected = 1 + (arrivals.dispersion(rate) - 1) * settled
+    assert counts.var() / counts.mean() == pytest.approx(expected, rel=0.15)
+    assert counts.mean() == pytest.approx(rate * window_s, rel=0.05)
+
+
+def test_on_off_adapters_are_on_for_their_times_and_not_all_together():
+    arrivals = Arrivals(process="on_off", on_s=20, off_s=60)
+    one = draw(
+        workload((Adapter(name="a", rank=8, request_rate=25.0),), 50_000.0, arrivals=arrivals)
+    )
+    gaps = np.diff(one.arrival_s)
+    off = gaps[gaps > 1]  # while on, gaps are 10 ms
+    assert off.mean() == pytest.approx(60, rel=0.15)
+    assert len(off) == pytest.approx(50_000 / 80, rel=0.15)
+    assert gaps[gaps <= 1].mean() == pytest.approx(1 / 100, rel=0.05)
+    many = draw(workload(deal_adapters(4000, [0.1], [8]), 100.0, arrivals=arrivals))
+    counts = np.histogram(many.arrival_s, bins=10, range=(0, 100))[0]
+    assert counts.std() < 0.1 * counts.mean()
+
+
+@pytest.mark.parametrize(("on_s", "off_s"), [(1e6, 1e-3), (1e-3, 1e-3)])
+def test_an_adapter_that_is_hardly_off_or_for_no_time_is_poisson(on_s, off_s):
+    one = (Adapter(name="a", rank=8, request_rate=2.0),)
+    arrivals = Arrivals(process="on_off", on_s=on_s, off_s=off_s)
+    times = draw(workload(one, 5000.0, arrivals=arrivals)).arrival_s
+    assert kstest(np.diff(times), "expon", args=(0, 0.5)).pvalue > 1e-3
 
 
 def test_poisson_gaps_are_exponential_per_adapter():
