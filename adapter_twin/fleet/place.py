@@ -81,6 +81,11 @@ def place(
         f"adapters: {count:,} are more than can be placed in minutes; place up to "
         f"{MOST_ADAPTERS:,} at a time, a fair share of the traffic each",
     )
+    require(
+        not demand.is_closed_loop,
+        "arrivals.max_concurrency: a client's places are not those of one GPU or another; ask "
+        "`recommend` about one GPU with its share of the places",
+    )
     load_calibration(demand.calibration, demand.model).warn_if_prior()
     oracle = Oracle(demand, margin=margin, replicate_above=replicate_above)
     if gpus is None:
@@ -91,7 +96,7 @@ def place(
         "gpus": len(held.placement.replicas),
         "lower_bound": held.bound,
         "repaired": held.repaired,
-        "traffic": described(demand.trace),
+        "traffic": described(demand.trace, demand.arrivals),
         "replicas": _replicas(held),
         "advice": _advice(demand, held.checked),
         "criterion": str(Criterion(margin=margin, slo=demand.slo)),

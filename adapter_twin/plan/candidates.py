@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from adapter_twin.capacity.analytic import analyse
@@ -24,6 +24,7 @@ from adapter_twin.plan.steady_state import (
     warmed_up,
 )
 from adapter_twin.service.intervals import representatives
+from adapter_twin.workload.scenario import Arrivals
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,7 +101,14 @@ class Candidates:
         """
         slots = candidate_slots(self.demand)
         engines = [self.demand.engine_with(size) for size in slots]
-        table = analyse(self.demand.workload(HOUR_S), engines, self.calibration)
+        workload = self.demand.workload(HOUR_S)
+        if self.demand.is_closed_loop:  # memory and capacity do not depend on who waits
+            workload = replace(workload, arrivals=Arrivals())
+        table = analyse(workload, engines, self.calibration)
+        names = {name: f"analytic_{name}" for name in FIGURES}
+        if self.demand.is_closed_loop:  # the rates do not tell how much the client will send
+            table = table.assign(binds="clients", holds=True, promising=table.feasible_start)
+            return table.rename(columns=names).assign(adapter_slots=slots)
         possible = table.feasible_start & (table.utilisation < STARVING_UTILISATION)
         share = table.total_throughput / table.offered_tokens_per_s
         promising = possible & (share >= min(PROMISING_SHARE, share[possible].max()))
@@ -111,11 +119,13 @@ class Candidates:
                 longest_ms = max(longest_ms, slo.ttft_ms or math.inf)
             behind = table.holds & (table.mean_ttft_ms > longest_ms)
             promising &= ~behind | (table.total_throughput > best.total_throughput)
-        names = {name: f"analytic_{name}" for name in FIGURES}
         return table.rename(columns=names).assign(adapter_slots=slots, promising=promising)
 
     def table(self) -> pd.DataFrame:
-        """Return `bounds` with the twin's figures for promising candidates, and ``serves``."""
+        """Return `bounds` with the twin's figures for promising candidates, and ``serves``.
+
+        Of a closed loop the load is what is sent, and so is ``utilisation``.
+        """
         import pandas as pd
 
         bounds = self.bounds()
@@ -124,6 +134,8 @@ class Candidates:
         names = [*FIGURES, *([] if self.demand.slo is None else ["slo_attainment"])]
         served = pd.DataFrame(figures, index=promising, columns=names, dtype=float)
         table = bounds.join(served)
+        if self.demand.is_closed_loop:
+            table["utilisation"] = table.total_throughput / table.capacity_tokens_per_s
         return table.assign(serves=self.criterion.feasible(table))
 
     def figures(self, slots: int, load: float = 1.0) -> dict[str, float]:
@@ -149,13 +161,19 @@ class Candidates:
         row = pd.DataFrame([{"feasible_start": True, **figures}])
         return bool(self.criterion.feasible(row).iloc[0])
 
-    def can_serve(self) -> bool:
-        """Return whether some number of slots serves the demand, without comparing them."""
+    def can_serve(self, load: float = 1.0) -> bool:
+        """Return whether some number of slots serves the demand, without comparing them.
+
+        Parameters
+        ----------
+        load : float
+            Factor on the clients of a closed loop.
+        """
         bounds = self.bounds()
         # many slots, while they leave enough memory, are the likeliest to do
         likely = ["starved", "adapter_slots"]
         rows = bounds[bounds.promising].sort_values(likely, ascending=[True, False])
-        return any(self.is_served(self.figures(int(slots))) for slots in rows.adapter_slots)
+        return any(self.is_served(self.figures(int(slots), load)) for slots in rows.adapter_slots)
 
     def choose(self, table: pd.DataFrame) -> tuple[pd.Series[Any], list[Window]] | None:
         """Return the best row of `table` that serves further windows too, and all its windows."""
@@ -205,7 +223,7 @@ class Candidates:
         """
         rows = []
         for load in loads:
-            if load * utilisation < STARVING_UTILISATION:
+            if self.demand.is_closed_loop or load * utilisation < STARVING_UTILISATION:
                 figures = self.figures(slots, load)
                 rows.append({"load": load, **figures, "serves": self.is_served(figures)})
         return rows
@@ -222,6 +240,8 @@ class Candidates:
             What `at_loads` returned, which narrows it.
         """
         low, high = 1.0, min(max(MOST_UTILISATION / utilisation, GROWTH_STEP), MOST_GROWTH)
+        if self.demand.is_closed_loop:  # no number of clients is more than can be answered
+            high = MOST_GROWTH
         for row in rows:
             if row["load"] > 1 and not row["serves"]:
                 high = min(high, row["load"])

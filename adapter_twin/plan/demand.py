@@ -43,7 +43,8 @@ class Demand:
     adapters : tuple of Adapter
     lengths : Lengths
     arrivals : Arrivals
-        Poisson, gamma or on_off.
+        Poisson, gamma or on_off; with `max_concurrency`, of a client that has so many requests
+        under way at most.
     base_model_request_rate : float
         Requests/s to the base model, without an adapter.
     slo : Slo, optional
@@ -89,8 +90,15 @@ class Demand:
             f"arrivals.process: {self.arrivals.process} cannot be planned with; use poisson, gamma "
             "or on_off, or give a request_log",
         )
-        steady = "arrivals: period_s, num_prompts and max_concurrency are for `simulate`; leave out"
-        require(self.arrivals.is_steady, steady)
+        require(
+            self.arrivals.amplitude == 0,
+            "arrivals.amplitude: a plan draws a log of it; read it with `load_demand`",
+        )
+        require(
+            self.arrivals.num_prompts is None or self.is_closed_loop,
+            "arrivals.num_prompts: all at once, they wait as long as they are many; give "
+            "max_concurrency beside it",
+        )
         if self.slots is not None:
             require(
                 min(self.slots) <= len(self.adapters),
@@ -98,6 +106,11 @@ class Demand:
             )
         require(self.workload(1.0).offered_request_rate > 0, "adapters: none of them has requests")
         slot_rank([adapter.rank for adapter in self.adapters])
+
+    @property
+    def is_closed_loop(self) -> bool:
+        """Whether the client waits for answers before it sends more than it may have under way."""
+        return self.arrivals.max_concurrency is not None
 
     @property
     def max_lora_rank(self) -> int:
@@ -109,13 +122,13 @@ class Demand:
         return slot_rank(ranks, version_of(self.calibration, self.model))
 
     def workload(self, duration_s: float, load: float = 1.0) -> Workload:
-        """Return the traffic of a window, all rates multiplied by `load`."""
+        """Return the traffic of a window, of `load` times the clients: so are all rates."""
         scaled = (replace(a, request_rate=load * a.request_rate) for a in self.adapters)
         return Workload(
             adapters=self.adapters if load == 1 else tuple(scaled),
             duration_s=duration_s,
             lengths=self.lengths,
-            arrivals=self.arrivals,
+            arrivals=self.arrivals.for_clients(load),
             base_model_request_rate=load * self.base_model_request_rate,
         )
 

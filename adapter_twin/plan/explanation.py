@@ -25,6 +25,7 @@ BINDING = {
     "requests": "max_num_seqs",
     "arrival": "arrival",
     "slo": "the SLO",
+    "clients": "the number of clients",
 }
 """The limits of a replica in words, by the analytic model's names."""
 
@@ -55,10 +56,14 @@ def explanation(answer: Answer) -> str:
 
 def _reasons(answer: Answer) -> Iterator[str]:
     best, slo = answer.best, answer.demand.slo
-    yield (
-        f"{BINDING[best.binds]} binds: the load is {best.utilisation:.0%} of the GPU's capacity "
-        f"for this mix, and {_growth(answer.growth)} before {BINDING[answer.binds_next]} binds"
-    )
+    load = f"the load is {best.utilisation:.0%} of the GPU's capacity for this mix"
+    growth, places = _growth(answer.growth), answer.demand.arrivals.max_concurrency
+    until = f"{growth} before {BINDING[answer.binds_next]} binds"
+    if places is None:
+        yield f"{BINDING[best.binds]} binds: {load}, and {until}"
+    else:
+        told = growth if answer.binds_next == "clients" else until
+        yield f"with {places} requests under way at most {load}, and their number {told}"
     for _, other in around(answer.table, best).drop(index=best.name).iterrows():
         yield from _compared(other, answer)
     if best.mean_ttft_ms > NOTABLE_WAIT_MS and (slo is None or slo.ttft_ms is None):
@@ -134,8 +139,11 @@ def why_not(refusal: Refusal) -> str:
             laws.require_start(demand.engine_with(fewest))
         except AdapterTwinError as error:
             return str(error)
+    places = demand.arrivals.max_concurrency
     how_many = (
-        f"about {served} of the {len(demand.adapters)} adapters, evenly chosen, can be served"
+        f"about {served} of the {places} requests may be under way at once"
+        if served and places
+        else f"about {served} of the {len(demand.adapters)} adapters, evenly chosen, can be served"
         if served
         else "not one of its adapters can be served"
     )
@@ -171,7 +179,8 @@ def _remedies(refusal: Refusal, missed: bool) -> Iterator[str]:
     demand, narrow = refusal.demand, refusal.narrow
     count = len(demand.adapters)
     if refusal.served:
-        yield f"use about {math.ceil(count / refusal.served)} GPUs"
+        asked = demand.arrivals.max_concurrency or count
+        yield f"use about {math.ceil(asked / refusal.served)} GPUs"
     elif not missed:
         yield "lower the rates or spread an adapter over several GPUs"
     if narrow is not None:

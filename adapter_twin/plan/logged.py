@@ -87,8 +87,8 @@ def draw_log(demand: Mapping[str, Any], calibration: Calibration) -> tuple[dict[
     duration_s = max(BUSY_S, arrivals.period_s or 0.0)
     workload = read(Workload, {**told, "duration_s": duration_s})
     require(
-        arrivals.num_prompts is None and arrivals.max_concurrency is None,
-        "arrivals: num_prompts and max_concurrency are for `simulate`; leave them out",
+        arrivals.num_prompts is None,
+        "arrivals.num_prompts: with sessions and samples for `simulate` only; leave it out",
     )
     trace = draw_requests(workload, calibration, seed=demand.get("seed", 0))
     require(span_s(trace) > 0, "adapters: they have no two requests in an hour; raise their rates")
@@ -102,7 +102,7 @@ def _measured(adapters: Sequence[Adapter], trace: Trace) -> tuple[dict[str, Any]
     keys = {
         "adapters": [asdict(a) | {"request_rate": r} for a, r in zip(adapters, rates, strict=True)],
         "base_model_request_rate": float((trace.adapter == BASE_MODEL).sum() / span_s(trace)),
-        "arrivals": asdict(Arrivals()),
+        "arrivals": asdict(Arrivals(max_concurrency=trace.max_concurrency)),
         "lengths": _lengths(trace),
     }
     return keys, trace
@@ -198,8 +198,11 @@ def _opens_s(trace: Trace) -> Floats:
     return opens_s
 
 
-def described(trace: Trace | None) -> str:
+def described(trace: Trace | None, arrivals: Arrivals) -> str:
     """Return in words what a plan simulates: a log, or what is drawn where there is none."""
+    if arrivals.max_concurrency is not None:
+        told = described(trace, Arrivals())
+        return f"{told}, at most {arrivals.max_concurrency} requests under way"
     if trace is None:
         return "drawn by the rates"
     whole_s = span_s(trace)

@@ -14,7 +14,13 @@ from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.explanation import explanation, why_not
 from adapter_twin.plan.logged import described
 from adapter_twin.plan.search import Answer, Refusal, around, search
-from adapter_twin.plan.steady_state import expect, first_uses_s, slo_met_probability, worst_adapter
+from adapter_twin.plan.steady_state import (
+    expect,
+    first_uses_s,
+    offered_tokens_per_s,
+    slo_met_probability,
+    worst_adapter,
+)
 from adapter_twin.workload.scenario import config_hash
 
 NEIGHBOURS = 2
@@ -43,7 +49,7 @@ def recommend(demand: Demand) -> dict[str, Any]:
     dict
         ``adapter_slots, max_cpu_loras, max_lora_rank, kv_cache_tokens``; ``startup_s``, the graph
         capture, and ``first_uses_s``, what the first uses of all adapters take; ``traffic`` in
-        words, and its ``offered_tokens_per_s``; ``expected``, see
+        words, and its ``offered_tokens_per_s``, of a closed loop what is sent; ``expected``, see
         `adapter_twin.plan.steady_state.expect`; ``slo_met_probability``;
         ``cold_start_states``, see `adapter_twin.plan.cold_start.cold_start_states`;
         ``worst_served`` adapter; ``utilisation``, of the analytic capacity; ``headroom``, by how
@@ -82,8 +88,8 @@ def recommend(demand: Demand) -> dict[str, Any]:
         "kv_cache_tokens": int(best.kv_cache_tokens),
         "startup_s": calibration.startup_s(engine, demand.adapters),
         "first_uses_s": first_uses_s(demand, calibration),
-        "traffic": described(demand.trace),
-        "offered_tokens_per_s": demand.workload(HOUR_S).offered_tokens_per_s,
+        "traffic": described(demand.trace, demand.arrivals),
+        "offered_tokens_per_s": offered_tokens_per_s(found.windows, demand),
         "expected": expect(found.windows, demand),
         "slo_met_probability": slo_met_probability(found.windows, demand),
         "cold_start_states": cold_start_states(demand, engine, calibration),

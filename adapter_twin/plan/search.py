@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,7 @@ class Refusal:
     table : pandas.DataFrame
         As in `Answer`.
     served : int
-        Adapters, evenly chosen, that could be served.
+        Adapters, evenly chosen, that could be served; of a closed loop, places.
     narrow : Demand, optional
         The demand without its few widest adapters, where that can be served.
     """
@@ -110,7 +111,8 @@ def search(demand: Demand) -> Answer | Refusal:
     if chosen is None and not table.feasible_start.any():
         return Refusal(demand, table)
     if chosen is None:
-        return Refusal(demand, table, largest_subset(demand), _without_wide_adapters(demand))
+        served = most_places(replica) if demand.is_closed_loop else largest_subset(demand)
+        return Refusal(demand, table, served, _without_wide_adapters(demand))
     best, windows = chosen
     slots, utilisation = int(best.adapter_slots), float(best.utilisation)
     loads = replica.at_loads(slots, utilisation, LOADS)
@@ -153,6 +155,14 @@ def largest_subset(demand: Demand) -> int:
     return low
 
 
+def most_places(replica: Candidates) -> int:
+    """Return the largest number of places at the client of a closed loop that can be served."""
+    places = replica.demand.arrivals.max_concurrency or 0
+    return bisect_left(
+        range(1, places + 1), True, key=lambda count: not replica.can_serve(count / places)
+    )
+
+
 def _without_wide_adapters(demand: Demand) -> Demand | None:
     """Return the demand without the few adapters that force the rank, if that can be served."""
     sizes = version_of(demand.calibration, demand.model).max_lora_ranks
@@ -168,6 +178,8 @@ def _without_wide_adapters(demand: Demand) -> Demand | None:
 
 def _binds_next(replica: Candidates, slots: int, utilisation: float, growth: float) -> str:
     """Return what ends the growth of the load; well short of the capacity it is waiting."""
+    if replica.demand.is_closed_loop:
+        return "clients" if growth * GROWTH_STEP > MOST_GROWTH else "slo"
     if growth < min(CAPACITY_REACHED / utilisation, MOST_GROWTH / GROWTH_STEP):
         return "slots" if replica.demand.slo is None else "slo"
     workload = replica.demand.workload(HOUR_S, load=MOST_UTILISATION / utilisation)

@@ -15,7 +15,7 @@ from scipy.special import ndtri, stdtrit
 from adapter_twin.laws import Calibration
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import simulate_quietly
-from adapter_twin.plan.logged import ANSWERED_S, stretch
+from adapter_twin.plan.logged import ANSWERED_S, LONGEST_REPLAY_S, stretch
 from adapter_twin.service.intervals import cautious
 from adapter_twin.service.metrics import service, slo_attainment, waits_ms, worst_served
 from adapter_twin.twin.records import Records
@@ -132,7 +132,8 @@ def draw_traffic(
 ) -> WindowTraffic:
     """Draw the requests of one window, or replay a stretch of the demand's log.
 
-    Of a log, the demand's own seed is the log itself, see `adapter_twin.plan.logged.stretch`.
+    Of a log, the demand's own seed is the log itself, see `adapter_twin.plan.logged.stretch`. Of
+    numbered prompts the window is from the first one to the last answer.
 
     Parameters
     ----------
@@ -140,13 +141,18 @@ def draw_traffic(
     calibration : Calibration
     seed : int
     load : float
-        Factor on all rates: a log runs as much faster.
+        Factor on all rates, and on the places of a closed loop: a log runs as much faster.
     """
     if demand.trace is not None:
         trace, duration_s, warm_up_s = stretch(demand.trace, seed - demand.seed, WARM_UP_S)
-        trace = replace(trace, arrival_s=trace.arrival_s / load)
         workload = demand.workload(duration_s / load + ANSWERED_S, load)
+        places = workload.arrivals.max_concurrency
+        trace = replace(trace, arrival_s=trace.arrival_s / load, max_concurrency=places)
         return WindowTraffic(workload, demand.slo, seed, trace, warm_up_s / load, ANSWERED_S)
+    if demand.arrivals.num_prompts is not None:
+        workload = demand.workload(LONGEST_REPLAY_S, load)
+        trace = draw_requests(workload, calibration, seed=seed)
+        return WindowTraffic(workload, demand.slo, seed, trace, warm_up_s=0.0)
     workload = demand.workload(WARM_UP_S + WINDOW_S, load)
     rate = workload.offered_request_rate
     cycle_s = (demand.arrivals.on_s or 0.0) + (demand.arrivals.off_s or 0.0)
@@ -204,6 +210,13 @@ def expect(windows: Sequence[Window], demand: Demand) -> dict[str, dict[str, flo
             "high": min(high, 1.0),
         }
     return expected
+
+
+def offered_tokens_per_s(windows: Sequence[Window], demand: Demand) -> float:
+    """Return the load: what the rates ask for, but of a closed loop what its client sends."""
+    if not demand.is_closed_loop:
+        return demand.workload(WINDOW_S).offered_tokens_per_s
+    return typical([window.figures["offered_tokens_per_s"] for window in windows], demand)
 
 
 def slo_met_probability(windows: Sequence[Window], demand: Demand) -> float | None:

@@ -102,6 +102,12 @@ class Study:
             require(
                 len(named) == 1, f"workloads: all must name one {field}, not {', '.join(named)}"
             )
+        for name, demand in demands.items():
+            require(
+                not demand.is_closed_loop,
+                f"workloads: {name} has max_concurrency, and a study's client waits for no answer; "
+                "leave it out",
+            )
         model = next(iter(demands.values())).model
         require(
             model in shipped_models() or self.model_folder is not None,

@@ -368,6 +368,15 @@ class Arrivals:
         """Whether requests come at a constant rate, whatever becomes of those before."""
         return self.num_prompts is None and self.max_concurrency is None and self.amplitude == 0
 
+    def for_clients(self, load: float) -> Arrivals:
+        """Return the arrivals from `load` times the clients: places, and prompts if numbered."""
+
+        def times(count: int | None) -> int | None:
+            return None if count is None else max(round(load * count), 1)
+
+        places, prompts = times(self.max_concurrency), times(self.num_prompts)
+        return replace(self, max_concurrency=places, num_prompts=prompts)
+
     def dispersion(self, rate: float) -> float:
         """Return the index of dispersion of an adapter's requests: variance by mean of a count.
 

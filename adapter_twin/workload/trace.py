@@ -237,7 +237,8 @@ def generate(
     adapter_rates = [adapter.request_rate for adapter in workload.adapters]
     rates = np.array([*adapter_rates, workload.base_model_request_rate])
     turns = 1.0 if workload.sessions is None else workload.sessions.mean_turns
-    expected = float(rates.sum()) * workload.duration_s * turns * workload.samples
+    opened = workload.arrivals.num_prompts or float(rates.sum()) * workload.duration_s
+    expected = opened * turns * workload.samples
     require(
         expected <= MOST_REQUESTS,
         f"duration_s: {rates.sum():g} requests/s for {workload.duration_s:g} s are {expected:.2g} "

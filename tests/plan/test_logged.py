@@ -291,11 +291,3 @@ def test_adapters_that_are_on_and_off_are_planned_for_with_their_bursts(tmp_path
         assert bursty[name]["value"] > 1.05 * poisson[name]["value"], name
     throughput = bursty["total_throughput"]
     assert throughput["low"] < poisson["total_throughput"]["value"] < throughput["high"]
-
-
-@pytest.mark.parametrize("more", [{}, {"sessions": {"turns": 2}}])
-def test_a_client_that_waits_for_places_is_not_planned_for(
-    tmp_path: Path, more: dict[str, Any]
-) -> None:
-    with pytest.raises(AdapterTwinError, match=r"max_concurrency.* are for `simulate`"):
-        drawn(tmp_path, arrivals={"max_concurrency": 8}, **more)
