@@ -1,7 +1,7 @@
 """Verbs that plan: memory, init, optimum, recommend, place, sweep, train."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Argument, Context, Option
 
@@ -64,8 +64,12 @@ def init(
 @verbs.example("optimum --model llama-3.1-8b-instruct --rates 0.4-0.1-0.05 --ranks 8-16 --json")
 def optimum(
     model: Annotated[str, Option(help="Model with a calibration.")],
-    rates: Annotated[str, Option(metavar="R-R-...", help="Requests/s, dealt over the adapters.")],
-    ranks: Annotated[str, Option(metavar="R-R-...", help="Ranks, dealt alike.")],
+    ranks: Annotated[str, Option(metavar="R-R-...", help="Ranks, dealt over the adapters.")],
+    rates: Annotated[str | None, Option(metavar="R-R-...", help="Requests/s, dealt alike.")] = None,
+    request_log: Annotated[
+        Path | None,
+        Option(metavar="LOG", help="In place of rates: its busiest adapters are served."),
+    ] = None,
     calibration: CALIBRATION = "auto",
     served_grid: Annotated[
         str | None, Option(metavar="N,N,...", help="Served adapters to choose from.")
@@ -95,9 +99,25 @@ def optimum(
     from adapter_twin.cli.answers import show_optimum
     from adapter_twin.plan import criterion
     from adapter_twin.plan.grid import GRID
-    from adapter_twin.plan.optimum import optimum
+    from adapter_twin.plan.optimum import optimum, optimum_of_log
     from adapter_twin.workload.files import load_slo, parse_grid, parse_rates
 
+    require((rates is None) != (request_log is None), "rates: give either them or a request_log")
+    limits = None if slo == "none" else load_slo(slo) if slo else criterion.DEFAULT_SLO
+    grids = {
+        "served_grid": GRID if served_grid is None else parse_grid("served_grid", served_grid),
+        "slots_grid": GRID if slots_grid is None else parse_grid("slots_grid", slots_grid),
+    }
+    margin = criterion.MARGIN if margin is None else margin
+    rule = criterion.Criterion(margin=margin, slo=limits)
+    about: dict[str, Any] = {"criterion": rule, "seed": seed, "jobs": jobs, **grids}
+    if request_log is not None:
+        means = {"mean_input_tokens": mean_input_tokens, "mean_output_tokens": mean_output_tokens}
+        for name, mean in means.items():
+            require(mean is None, f"{name}: the request_log tells; leave it out")
+        found = optimum_of_log(request_log, model, ranks, calibration, **about)
+        report.tell(found, as_json, show_optimum, model, ranks, limits)
+        return
     parse_rates(rates, "rates")  # an error names the option, not the workload's key
     workload = {
         "model": model,
@@ -106,18 +126,7 @@ def optimum(
         "mean_input_tokens": mean_input_tokens,
         "mean_requested_output_tokens": mean_output_tokens,
     }
-    limits = None if slo == "none" else load_slo(slo) if slo else criterion.DEFAULT_SLO
-    found = optimum(
-        workload,
-        calibration,
-        served_grid=GRID if served_grid is None else parse_grid("served_grid", served_grid),
-        slots_grid=GRID if slots_grid is None else parse_grid("slots_grid", slots_grid),
-        criterion=criterion.Criterion(
-            margin=criterion.MARGIN if margin is None else margin, slo=limits
-        ),
-        seed=seed,
-        jobs=jobs,
-    )
+    found = optimum(workload, calibration, **about)
     report.tell(found, as_json, show_optimum, model, ranks, limits)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from adapter_twin.errors import require
 from adapter_twin.laws import Calibration
 from adapter_twin.twin.simulate import draw_requests
 from adapter_twin.workload.lengths import Floats
-from adapter_twin.workload.request_log import BASE_MODEL, read_requests
+from adapter_twin.workload.request_log import BASE_MODEL, RequestLog, read_requests
 from adapter_twin.workload.scenario import Adapter, Arrivals, Workload, dealt
 from adapter_twin.workload.strict import read
 from adapter_twin.workload.trace import Trace, trace_of
@@ -61,7 +62,34 @@ def read_log(adapters: object, path: Path) -> tuple[dict[str, Any], Trace]:
     AdapterTwinError
         The log cannot be read, or does not fit the adapters.
     """
-    log, told = read_requests(path), _adapters(adapters)
+    return _as_told(read_requests(path), _adapters(adapters), path)
+
+
+def read_busiest(path: Path, ranks: Sequence[int]) -> tuple[dict[str, Any], Trace]:
+    """Return what `read_log` does, of the adapters that a log names, the busiest one first.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+    ranks : sequence of int
+        Dealt round-robin over them.
+    """
+    log = read_requests(path)
+    named = () if log.adapter is None else log.adapter[~np.isin(log.adapter, ("", "-1"))]
+    names, counts = np.unique(named, return_counts=True)
+    require(
+        len(names) > 0,
+        f"{path}: names no adapters, of which the busiest could be served; ask by rates",
+    )
+    dealt_ranks = zip(names[np.argsort(-counts, kind="stable")].tolist(), cycle(ranks))
+    told = [
+        read(Adapter, {"name": str(name), "rank": rank, "request_rate": 0.0}, f"{path}: adapter")
+        for name, rank in dealt_ranks
+    ]
+    return _as_told(log, told, path)
+
+
+def _as_told(log: RequestLog, told: Sequence[Adapter], path: Path) -> tuple[dict[str, Any], Trace]:
     for i, adapter in enumerate(told):
         fits = log.adapter is None or adapter.request_rate == 0
         require(fits, f"adapters[{i}].request_rate: the request_log tells; leave it out")

@@ -21,8 +21,10 @@ from adapter_twin.laws import load_calibration
 from adapter_twin.learn.design import Design, Factorial, SpaceFilling, load_design
 from adapter_twin.learn.sweep import label, read_sweep, run_sweep
 from adapter_twin.plan.criterion import TIE, Criterion
+from adapter_twin.plan.demand import load_demand
 from adapter_twin.plan.grid import evaluate, grid_runs
-from adapter_twin.plan.optimum import optimum
+from adapter_twin.plan.optimum import optimum, optimum_of_log
+from adapter_twin.plan.recommend import recommend
 from adapter_twin.service.metrics import STARVATION_THRESHOLD
 from adapter_twin.service.predict import predict
 from adapter_twin.workload.files import run_to_workload
@@ -362,3 +364,81 @@ def test_a_design_without_runs_left_out_is_complete(design: Path, tmp_path: Path
     assert len(table) == 3 * 2
     assert table["slo_attainment"].between(0, 1).all()
     assert isinstance(load_design(design), Design)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    """A log of a few busy adapters and many idle ones, in bursts."""
+    rng = np.random.default_rng(0)
+    share = 1 / np.arange(1, 13)
+    names = rng.permutation([f"customer-{i}" for i in range(12)])
+    n = 6000
+    table = pd.DataFrame(
+        {
+            "arrival_s": np.sort(np.repeat(np.arange(12) * 50.0, n // 12) + rng.gamma(2, 15, n)),
+            "adapter": rng.choice([*names, ""], n, p=[*(0.9 * share / share.sum()), 0.1]),
+            "prompt_tokens": rng.integers(50, 500, n),
+            "output_tokens": rng.integers(50, 400, n),
+        }
+    )
+    table.to_csv(tmp_path / "log.csv", index=False)
+    return tmp_path / "log.csv"
+
+
+@pytest.mark.filterwarnings("ignore:.*is an extrapolation")
+def test_of_a_log_the_busiest_adapters_are_served_as_recommend_says(log: Path) -> None:
+    rule = Criterion(margin=0.02, slo=Slo(ttft_ms=2000, itl_ms=24, percentile=99))
+    grids = {"served_grid": [2, 4, 8, 16], "slots_grid": [1, 2, 4, 8, 12]}
+    found = optimum_of_log(log, LLAMA, "8-16", criterion=rule, jobs=1, **grids)
+    served = found["served_adapters"]
+    assert 2 <= served < 12
+    assert not found["at_edge"]
+    requests = pd.read_csv(log, keep_default_na=False)
+    busy = requests.adapter[requests.adapter != ""].value_counts().index[:12]
+
+    def recommended(count: int) -> dict[str, Any]:
+        of_them = requests[requests.adapter.isin([*busy[:count], ""])]
+        of_them.to_csv(log.with_name("busiest.csv"), index=False)
+        content = {
+            "model": LLAMA,
+            "adapters": [{"name": busy[i], "rank": [8, 16][i % 2]} for i in range(count)],
+            "request_log": "busiest.csv",
+            "slots": [slots for slots in grids["slots_grid"] if slots <= count],
+            "slo": {"ttft_ms": 2000, "itl_ms": 24, "percentile": 99},
+        }
+        log.with_name("workload.yaml").write_text(yaml.safe_dump(content))
+        return recommend(load_demand(log.with_name("workload.yaml")))
+
+    answer = recommended(served)
+    assert found["adapter_slots"] == answer["adapter_slots"]
+    for name in ("total_throughput", "mean_ttft_ms", "p99_ttft_ms"):
+        assert found[name] == pytest.approx(answer["expected"][name]["value"], rel=1e-3)
+    more = next(size for size in (4, 8, 12) if size > served)
+    with pytest.raises(AdapterTwinError, match=r"^slo: no number of slots meets it"):
+        recommended(more)
+
+
+@pytest.mark.filterwarnings("ignore:.*is an extrapolation")
+def test_all_adapters_of_a_log_are_no_edge_of_the_grid(log: Path) -> None:
+    found = optimum_of_log(log, LLAMA, "8", served_grid=[4, 400], slots_grid=[4, 12], jobs=1)
+    assert (found["served_adapters"], found["at_edge"]) == (12, False)
+    assert found["traffic"].startswith("a log of")
+
+
+@pytest.mark.parametrize(
+    ("change", "grid", "message"),
+    [
+        (lambda log: log.drop(columns="adapter"), [4], r"log.csv: names no adapters"),
+        (lambda log: log.assign(adapter=""), [4], r"log.csv: names no adapters"),
+        (lambda log: log.assign(adapter="-- x"), [4], r"log.csv: adapter.name: "),
+        (lambda log: log.assign(arrival_s=5), [4], "request_log: give requests at two"),
+        (lambda log: log, [100], "slots_grid: all are above"),
+    ],
+)
+def test_a_log_without_busiest_adapters_is_refused(
+    log: Path, change: Any, grid: list[int], message: str
+) -> None:
+    change(pd.read_csv(log, keep_default_na=False)).to_csv(log, index=False)
+    with pytest.raises(AdapterTwinError, match=message) as refused:
+        optimum_of_log(log, LLAMA, "8", slots_grid=grid, jobs=1)
+    assert "\n" not in str(refused.value)
