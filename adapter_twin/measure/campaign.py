@@ -11,7 +11,7 @@ from adapter_twin.laws.slots import GIB, layer_slots_bytes
 from adapter_twin.measure.engine_flags import EngineFlags
 from adapter_twin.measure.micro_plan import MicroPlan
 from adapter_twin.measure.model_folder import check_model
-from adapter_twin.measure.pieces import MicroPiece, Piece, ServingPiece
+from adapter_twin.measure.pieces import MicroPiece, Piece, ServingPiece, as_logged
 from adapter_twin.workload.files import read_yaml
 from adapter_twin.workload.models import ModelShape, model_shape, shipped_models
 from adapter_twin.workload.scenario import EngineConfig, Lengths, LoraRank, Workload, deal_adapters
@@ -61,8 +61,11 @@ class ServingRun:
     Attributes
     ----------
     served_adapters, adapter_slots : int
-    rates : tuple of float
+    rates : tuple of float, optional
         Requests/s, dealt round-robin to the adapters.
+    request_log : str, optional
+        Log whose begin is replayed, with its times, adapters and lengths, in place of `rates`;
+        where it names no adapters, it is dealt over them by their rates.
     ranks : tuple of int
         Ranks, dealt likewise.
     max_lora_rank : int
@@ -74,7 +77,8 @@ class ServingRun:
 
     served_adapters: Count
     adapter_slots: Count
-    rates: Some[NotNegative]
+    rates: Some[NotNegative] | None = None
+    request_log: Text | None = None
     ranks: Some[Count]
     max_lora_rank: LoraRank
     held_out: bool = False
@@ -91,6 +95,8 @@ class ServingRun:
             f"ranks: {max(self.ranks)} exceeds max_lora_rank = {self.max_lora_rank}; raise it or "
             "leave the rank out",
         )
+        told = self.rates is not None or self.request_log is not None
+        require(told, "rates: missing; give requests/s, or a request_log")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,17 +106,21 @@ class Serving:
     Attributes
     ----------
     duration_s : float
-    lengths : Lengths
+    lengths : Lengths, optional
+        Of runs without a log.
     runs : tuple of ServingRun
     """
 
     duration_s: Positive
-    lengths: Lengths
+    lengths: Lengths | None = None
     runs: Some[ServingRun]
 
     def __post_init__(self) -> None:
+        drawn = any(run.request_log is None for run in self.runs)
+        require(self.lengths is not None or not drawn, "lengths: missing; add this key")
+        require(self.lengths is None or drawn, "lengths: the request_log tells; leave it out")
         require(
-            self.lengths.shared_prefix_tokens == 0,
+            self.lengths is None or self.lengths.shared_prefix_tokens == 0,
             "lengths.shared_prefix_tokens: a campaign's prompts share nothing; leave it out",
         )
 
@@ -202,11 +212,8 @@ class Campaign:
                     max_lora_rank=run.max_lora_rank,
                     max_cpu_loras=run.served_adapters,
                 )
-                workload = Workload(
-                    adapters=deal_adapters(run.served_adapters, run.rates, run.ranks),
-                    duration_s=self.serving.duration_s,
-                    lengths=self.serving.lengths,
-                )
+                workload = run_traffic(run, self.serving, self.seed + index)
+                drawn_by = run.rates if run.request_log is None else None
                 for repeat in range(run.repeats):
                     told = {"held_out": run.held_out, "repeat": repeat, "source_path": place}
                     yield ServingPiece(
@@ -214,11 +221,20 @@ class Campaign:
                         piece_id=f"run-{index:03d}-{repeat}",
                         flags=self.sized(flags),
                         workload=workload,
-                        rates=run.rates,
+                        rates=drawn_by or [one.request_rate for one in workload.adapters],
                         ranks=run.ranks,
                         seed=self.seed + index,
                         told={"model": model, **told},
                     )
+
+
+def run_traffic(run: ServingRun, serving: Serving, seed: int) -> Workload:
+    """Return the traffic of a run; of a log with the rates and lengths that its window has."""
+    adapters = deal_adapters(run.served_adapters, run.rates or [0.0], run.ranks)
+    if run.request_log is None:
+        assert serving.lengths is not None
+        return Workload(adapters=adapters, duration_s=serving.duration_s, lengths=serving.lengths)
+    return as_logged(run.request_log, adapters, serving.duration_s, seed)
 
 
 @contextmanager
@@ -248,6 +264,11 @@ def load_campaign(path: str | Path) -> Campaign:
     model = content.get("model")
     if isinstance(model, str) and model not in shipped_models():
         content["model"] = _model_folder(model, file.parent)
+    serving = content.get("serving")
+    runs = serving.get("runs") if isinstance(serving, dict) else None
+    for run in runs if isinstance(runs, list) else ():
+        if isinstance(run, dict) and isinstance(run.get("request_log"), str):
+            run["request_log"] = str((file.parent / run["request_log"]).absolute())
     if isinstance(content.get("adapters"), str):
         folder = file.parent / content["adapters"]
         require(folder.is_dir(), f"adapters: {folder} is no folder; give a folder of PEFT adapters")

@@ -1,7 +1,7 @@
 """The pieces of a campaign, and the order in which they are measured."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
@@ -11,9 +11,11 @@ import numpy as np
 from adapter_twin.errors import require
 from adapter_twin.measure.engine_flags import EngineFlags
 from adapter_twin.measure.micro_plan import MicroPlan
+from adapter_twin.plan.logged import LEAST_CV
 from adapter_twin.tables.datasets import sharegpt_lengths
-from adapter_twin.workload.scenario import Workload
-from adapter_twin.workload.trace import Trace, generate, generators
+from adapter_twin.workload.request_log import BASE_MODEL, read_requests
+from adapter_twin.workload.scenario import Adapter, Arrivals, Lengths, Workload
+from adapter_twin.workload.trace import Trace, generate, generators, trace_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +74,11 @@ class ServingPiece:
     def __post_init__(self) -> None:
         trace, most = self.trace(), self.flags.max_model_len
         require(len(trace) > 0, "rates: not one request falls into the window; raise the rates")
+        source = "rates" if self.workload.arrivals.path is None else "request_log"
         longest = int((trace.prompt_tokens + trace.output_tokens).max())
         require(
             longest <= most,
-            f"rates: a request of {longest} tokens exceeds engine.max_model_len = {most}; "
+            f"{source}: a request of {longest} tokens exceeds engine.max_model_len = {most}; "
             "raise it or lower the lengths",
         )
 
@@ -100,7 +103,7 @@ class ServingPiece:
 
         Means of lengths are the distribution's: a prediction must not need the traffic drawn.
         """
-        flags, lengths = self.flags, self.workload.lengths
+        flags, lengths, log = self.flags, self.workload.lengths, self.workload.arrivals.path
         return {
             "run_id": self.run_id,
             "campaign": self.campaign,
@@ -118,6 +121,7 @@ class ServingPiece:
             "length_cv": lengths.cv,
             "offered_request_rate": self.workload.offered_request_rate,
             "seed": self.seed,
+            **({} if log is None else {"request_log": log}),
             **self.told,
         }
 
@@ -126,6 +130,58 @@ class ServingPiece:
         is_sharegpt = self.workload.lengths.distribution == "sharegpt"
         marginals = sharegpt_lengths() if is_sharegpt else None
         return generate(self.workload, generators(self.seed)[0], marginals)
+
+
+def as_logged(path: str, adapters: Sequence[Adapter], duration_s: float, seed: int) -> Workload:
+    """Return the traffic of a log's begin, with the mean rates and lengths that it has there.
+
+    Parameters
+    ----------
+    path : str
+    adapters : sequence of Adapter
+        Their rates deal out a log that names none.
+    duration_s : float
+        Requests later than this after the log's zero are left out.
+    seed : int
+
+    Raises
+    ------
+    AdapterTwinError
+        The log cannot be read, or holds what the client cannot send as it was.
+    """
+    told = read_requests(path)
+    rated = told.adapter is None or not any(adapter.request_rate for adapter in adapters)
+    require(rated, "rates: the request_log tells; leave them out")
+    trace = trace_of(told, path, adapters, rng=generators(seed)[0])
+    require(not trace.waits, "request_log: the client waits for no answers; leave sessions out")
+    require(
+        trace.contents is None, "request_log: the client's prompts share nothing; leave hashes out"
+    )
+    trace = trace.take(np.arange(np.searchsorted(trace.arrival_s, duration_s)))
+    require(len(trace) > 0, "request_log: not one request falls into the window; raise duration_s")
+    counts = np.bincount(trace.adapter[trace.adapter != BASE_MODEL], minlength=len(adapters))
+    rates = counts / duration_s
+    if told.adapter is None:  # as they deal it again
+        shares = np.array([adapter.request_rate for adapter in adapters])
+        shares = shares if shares.sum() > 0 else np.ones(len(adapters))
+        rates = len(trace) / duration_s * shares / shares.sum()
+    columns = np.stack([trace.prompt_tokens, trace.output_tokens]).astype(float)
+    means = columns.mean(axis=1)
+    return Workload(
+        adapters=tuple(
+            replace(adapter, request_rate=rate)
+            for adapter, rate in zip(adapters, rates.tolist(), strict=True)
+        ),
+        duration_s=duration_s,
+        lengths=Lengths(
+            distribution="lognormal",
+            mean_input_tokens=float(means[0]),
+            mean_output_tokens=float(means[1]),
+            cv=max(float((columns.std(axis=1) / means).mean()), LEAST_CV),
+        ),
+        arrivals=Arrivals(process="trace", path=path),
+        base_model_request_rate=float((trace.adapter == BASE_MODEL).sum() / duration_s),
+    )
 
 
 Piece = MicroPiece | ServingPiece

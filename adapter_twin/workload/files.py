@@ -247,8 +247,8 @@ def run_to_workload(
         max_num_seqs, duration_s, mean_input_tokens, mean_requested_output_tokens``; ``run_id`` for
         messages. There may be other flags of the engine
         (`adapter_twin.workload.scenario.ServeFlags`), in a campaign of one's own
-        ``length_distribution, length_cv``, in a sweep ``zipf_exponent, arrival_cv``. Nothing else
-        is read.
+        ``length_distribution, length_cv`` and the path of a ``request_log`` that is replayed, in a
+        sweep ``zipf_exponent, arrival_cv``. Nothing else is read.
     adapters : tuple of Adapter, optional
         Stand in for those that the row tells.
 
@@ -309,7 +309,10 @@ def _flag(cell: Any) -> Any:
 
 
 def _workload(row: Mapping[str, Any], adapters: tuple[Adapter, ...] | None) -> Workload:
-    arrival_cv = _setting(row, "arrival_cv", 1.0)
+    arrival_cv, log = _setting(row, "arrival_cv", 1.0), row.get("request_log")
+    arrivals = Arrivals() if arrival_cv == 1 else Arrivals(process="gamma", cv=arrival_cv)
+    if isinstance(log, str):
+        arrivals = Arrivals(process="trace", path=log)
     return Workload(
         adapters=_adapters(row) if adapters is None else adapters,
         duration_s=_number(row, "duration_s", DEFAULT_DURATION_S),
@@ -321,7 +324,7 @@ def _workload(row: Mapping[str, Any], adapters: tuple[Adapter, ...] | None) -> W
             distribution=row.get("length_distribution", "sharegpt"),
             cv=_setting(row, "length_cv", 1.0),
         ),
-        arrivals=Arrivals() if arrival_cv == 1 else Arrivals(process="gamma", cv=arrival_cv),
+        arrivals=arrivals,
     )
 
 

@@ -30,9 +30,11 @@ from adapter_twin.measure.serving import ServedRun
 from adapter_twin.service.predict import predict
 from adapter_twin.tables import datasets
 from adapter_twin.tables.campaign_schemas import CAMPAIGN_TABLES
-from adapter_twin.twin.simulate import simulate
+from adapter_twin.twin.simulate import simulate, simulate_run
+from adapter_twin.workload.files import run_to_workload
 from adapter_twin.workload.models import model_config
 from adapter_twin.workload.scenario import EngineConfig, Workload, deal_adapters
+from adapter_twin.workload.trace import generate, generators
 
 CAMPAIGNS = sorted((datasets.REPOSITORY / "experiments" / "campaigns").glob("*.yaml"))
 RUN = {
@@ -41,6 +43,9 @@ RUN = {
     "rates": [2, 1],
     "ranks": [8],
     "max_lora_rank": 8,
+}
+LOGGED = {name: value for name, value in RUN.items() if name != "rates"} | {
+    "request_log": "log.csv"
 }
 CONTENT = {
     "name": "test",
@@ -225,6 +230,9 @@ def test_the_recorded_campaign_has_enough_runs_and_ends_within_the_budget() -> N
         ({"serving.runs.1.ranks": [8, 16]}, "serving.runs[1].ranks: 16 exceeds max_lora_rank"),
         ({"serving.runs.1.max_lora_rank": 12}, "serving.runs[1].max_lora_rank: vLLM takes one of"),
         ({"serving.runs.2.rates": []}, "serving.runs[2].rates: must not be empty"),
+        ({"serving.runs.2.rates": None}, "serving.runs[2].rates: missing"),
+        ({"serving.lengths": None}, "serving.lengths: missing"),
+        ({"serving.runs": [LOGGED]}, "serving.lengths: the request_log tells; leave it out"),
         ({"serving.runs.2.rates": [0.0]}, "serving.runs[2].rates: not one request"),
         ({"serving.runs.2.heldout": True}, "serving.runs[2].heldout: unknown key; did you mean"),
     ],
@@ -258,6 +266,88 @@ def test_a_run_serves_the_requests_that_the_twin_draws_from_its_seed(tmp_path: P
     drawn = simulate(workload, engine, calibration, seed=piece.seed).records
     for column in ("arrival_s", "adapter", "prompt_tokens"):
         np.testing.assert_array_equal(getattr(sent, column), getattr(drawn, column))
+
+
+LOG = {
+    "arrival_s": [0.1, 0.2, 0.9, 1.4, 1.5, 60.0],
+    "adapter": ["adapter-1", "", "adapter-3", "adapter-1", "adapter-0", "adapter-2"],
+    "prompt_tokens": [5, 9, 12, 7, 30, 8],
+    "output_tokens": [2, 3, 1, 5, 4, 6],
+}
+
+
+def write_logged(folder: Path, log: pd.DataFrame, **changes: object) -> Path:
+    """Write a campaign of one run that replays a log, for 2 s."""
+    log.to_csv(folder / "log.csv", index=False)
+    serving = {"duration_s": 2, "runs": [{**LOGGED, **changes}]}
+    return write(folder, {"micro": None, "serving": serving})
+
+
+@pytest.mark.usefixtures("fake_vllm")
+@pytest.mark.filterwarnings("ignore:.*is an extrapolation")
+def test_a_run_replays_a_log_through_the_client_and_so_does_its_prediction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "require_engine", lambda: None)
+    memory = {"kv_cache_tokens": 1600, "block_size": 16}
+    monkeypatch.setattr(runner, "kv_cache", lambda base_url: memory)
+    runner.run_campaign(write_logged(tmp_path, pd.DataFrame(LOG)), tmp_path / "out")
+    sent = pd.read_parquet(tmp_path / "out" / "requests.parquet")
+    assert sent["scheduled_s"].tolist() == LOG["arrival_s"][:5]
+    assert sent["adapter"].tolist() == [1, -1, 3, 1, 0]
+    for column in ("prompt_tokens", "output_tokens"):
+        assert sent[column].tolist() == LOG[column][:5]
+    assert (sent["sent_s"] - sent["scheduled_s"]).abs().max() < 0.5
+    (row,) = pd.read_parquet(tmp_path / "out" / "runs.parquet").to_dict("records")
+    assert row["rates_per_adapter"] == "0.5-1-0-0.5"
+    assert row["offered_request_rate"] == 2.5
+    assert row["mean_input_tokens"] == pytest.approx(63 / 5)
+    told = row | {"model": "llama-3.1-8b-instruct", "max_lora_rank": 16}
+    laws = load_calibration("auto", told["model"])
+    twin = simulate_run(told, laws).records
+    np.testing.assert_array_equal(twin.arrival_s, sent["scheduled_s"])
+    for column in ("adapter", "prompt_tokens", "output_tokens"):
+        np.testing.assert_array_equal(getattr(twin, column), sent[column])
+    (tmp_path / "log.csv").unlink()
+    with pytest.raises(AdapterTwinError, match=r"^[^\n]*log\.csv[^\n]*$"):
+        simulate_run(told, laws)
+
+
+@pytest.mark.filterwarnings("ignore:.*names no adapters")
+def test_a_log_without_adapters_is_dealt_alike_for_client_and_twin(tmp_path: Path) -> None:
+    n = 2000
+    log = pd.DataFrame({"arrival_s": np.linspace(0, 1.9, n), "prompt_tokens": 5})
+    file = write_logged(tmp_path, log.assign(output_tokens=3), rates=[3, 1])
+    (piece,) = load_campaign(file).pieces()
+    sent = piece.trace()
+    row = piece.columns() | {"duration_s": 2, "model": "llama-3.1-8b-instruct"}
+    _, workload = run_to_workload(row | {"max_lora_rank": 16})
+    drawn = generate(workload, generators(piece.seed)[0])
+    np.testing.assert_array_equal(sent.adapter, drawn.adapter)
+    shares = np.bincount(sent.adapter, minlength=4) / n
+    assert shares == pytest.approx([3 / 8, 1 / 8, 3 / 8, 1 / 8], abs=0.05)
+    assert sum(a.request_rate for a in workload.adapters) == pytest.approx(n / 2)
+
+
+@pytest.mark.parametrize(
+    ("log", "changes", "message"),
+    [
+        ({}, {"rates": [1]}, "rates: the request_log tells; leave them out"),
+        ({"arrival_s": 5}, {}, "request_log: not one request falls into the window"),
+        ({"adapter": "9"}, {}, "adapter"),
+        ({"output_tokens": 2000}, {}, "request_log: a request of 2030 tokens exceeds"),
+        ({"session_id": "a", "think_s": 1.0}, {}, "request_log: the client waits for no answers"),
+        ({}, {"request_log": "none.csv"}, "none.csv"),
+        ({}, {"request_log": 5}, "request_log: expected"),
+    ],
+)
+def test_a_log_that_cannot_be_replayed_is_refused_in_one_line(
+    tmp_path: Path, log: dict[str, object], changes: dict[str, object], message: str
+) -> None:
+    table = pd.DataFrame(LOG).assign(**log)
+    with pytest.raises(AdapterTwinError, match=message) as caught:
+        load_campaign(write_logged(tmp_path, table, **changes))
+    assert "\n" not in str(caught.value)
 
 
 def shuffled(campaign: Campaign) -> list[list[str]]:
