@@ -51,6 +51,8 @@ FLAGS = {
 }
 SLO = {"ttft_ms": 2000, "itl_ms": 100, "percentile": 99}
 ARRIVALS = {"process": "gamma", "cv": 2.0}
+ON_OFF = {"process": "on_off", "on_s": 2.0, "off_s": 5.0}
+CLIENTS = {"max_concurrency": 4, "num_prompts": 40}
 CONFIG = {
     "engine": {**ENGINE, **FLAGS, "policy": {"name": "drain", "max_wait_s": 5}},
     "workload": {
@@ -76,7 +78,9 @@ DEMANDS = [
     for adapters, lengths, more in (
         ([ONE], LENGTHS, {"engine": {"max_num_seqs": 64}}),
         (DEALT, LOGNORMAL, {"arrivals": ARRIVALS, "seed": 1, "calibration": "auto"}),
-        (ZIPF, LENGTHS, {}),
+        (ZIPF, LENGTHS, {"arrivals": ON_OFF}),
+        (DEALT, LENGTHS, {"arrivals": CLIENTS}),
+        (DEALT, LENGTHS, {"arrivals": {**ON_OFF, "max_concurrency": 2}}),
         (SPLIT, LENGTHS, {"base_model_request_rate": 0.1}),
     )
 ]
@@ -402,6 +406,10 @@ def _optimum(h: Hostile) -> list[str]:
         "seed": "0",
         "jobs": "1",
     }
+    if h.chance.random() < 0.4:
+        for name in ("rates", "mean_input_tokens", "mean_output_tokens"):
+            del usual[name]
+        usual["request_log"] = _log_file(h)
     return ["optimum", *h.options(**usual)]
 
 
@@ -474,7 +482,12 @@ def _sweep_folder(h: Hostile, made: Path) -> list[str]:
 
 def _campaign(h: Hostile) -> list[str]:
     path = REPOSITORY / "experiments" / "campaigns" / "smoke.yaml"
-    return ["profile", h.yaml("c.yaml", yaml.safe_load(path.read_text())), "--out", "po"]
+    content = yaml.safe_load(path.read_text())
+    if h.chance.random() < 0.4:
+        run = {"served_adapters": 4, "adapter_slots": 2, "ranks": [8], "max_lora_rank": 8}
+        run["request_log"] = _log_file(h)
+        content["serving"] = {"duration_s": 5, "runs": [run]}
+    return ["profile", h.yaml("c.yaml", content), "--out", "po"]
 
 
 def _study(h: Hostile) -> list[str]:
