@@ -107,6 +107,7 @@ bench: $(SETUP)  ## Time twin, models, placement and cluster, and check their ba
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.analytic
 	$(BIN)/python -m benchmarks.recommend
+	$(BIN)/python -m benchmarks.logs
 	$(BIN)/python -m benchmarks.placement
 	$(BIN)/python -m benchmarks.cluster
 

@@ -18,6 +18,9 @@ from adapter_twin.errors import AdapterTwinError, require
 if TYPE_CHECKING:
     import pandas as pd
 
+COLUMNS = ("session_id", "chat_id", "parent_chat_id", "think_s", "delay")
+"""These columns tell of turns."""
+
 BAILIAN_BLOCK_TOKENS = 16
 """A hash of a Qwen-Bailian trace stands for this many tokens of a prompt."""
 

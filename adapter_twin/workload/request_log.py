@@ -247,6 +247,8 @@ def read_requests(path: str | Path) -> RequestLog:
             f"{path}: the column {name} is missing; add it, under that name or as one of "
             f"{', '.join(NAMES[name][1:])}",
         )
+    used = {*columns.values(), "hash_ids", *log_turns.COLUMNS}
+    frame = frame[[column for column in frame.columns if column in used]]  # others take memory
     output = _numbers(frame[columns["output_tokens"]], "output_tokens", path, missing=True)
     answered = output > 0
     frame, output = frame[answered], output[answered]
