@@ -178,7 +178,8 @@ def load_demand(path: str | Path) -> Demand:
 
     Adapters are told as in `adapter_twin.workload.files.load_scenario`. In place of rates and
     `lengths` there may be a ``request_log``, the path of a table relative to the file, see
-    `adapter_twin.workload.request_log`; adapters are then told without rates. ``sessions`` and
+    `adapter_twin.workload.request_log`; adapters are then told without rates, and of ``arrivals``
+    only ``max_concurrency``. ``sessions`` and
     ``samples`` are those of a `adapter_twin.workload.scenario.Workload`; with them, or with a rate
     that follows a sine, a log is drawn once and replayed. Without an ``slo``
     the demand has to meet `adapter_twin.plan.criterion.DEFAULT_SLO`, with ``slo: none`` none. A
@@ -208,10 +209,17 @@ def load_demand(path: str | Path) -> Demand:
         _require_rates(content.get("adapters"))
         return _drawn(content)
     require(isinstance(log, str), f"request_log: expected the path of a table, got {log!r}")
-    for name in ("lengths", "arrivals", "base_model_request_rate"):
+    for name in ("lengths", "base_model_request_rate"):
         require(name not in content, f"{name}: the request_log tells; leave it out")
+    arrivals = read(Arrivals, content.get("arrivals", {}), "arrivals")
+    places = Arrivals(max_concurrency=arrivals.max_concurrency)
+    require(
+        arrivals == places,
+        "arrivals: the request_log tells; leave out all but max_concurrency",
+    )
     keys, trace = read_log(content.get("adapters"), file.parent / log)
-    return replace(read(Demand, content | keys), trace=trace)
+    trace = replace(trace, max_concurrency=places.max_concurrency)
+    return replace(read(Demand, content | keys | {"arrivals": asdict(places)}), trace=trace)
 
 
 def _drawn(content: dict[str, Any]) -> Demand:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
@@ -13,11 +14,13 @@ from adapter_twin.fleet.place import place
 from adapter_twin.laws import load_calibration
 from adapter_twin.plan.candidates import REPLICATIONS
 from adapter_twin.plan.demand import Demand, load_demand
+from adapter_twin.plan.logged import ANSWERED_S, span_s
 from adapter_twin.plan.recommend import recommend
 from adapter_twin.plan.steady_state import WARM_UP_S, draw_traffic, serve, warmed_up
 from adapter_twin.service.metrics import service
 from adapter_twin.twin.simulate import simulate
 from adapter_twin.workload.files import load_scenario
+from adapter_twin.workload.scenario import Arrivals, Workload
 
 LLAMA = "llama-3.1-8b-instruct"
 TRAFFIC: dict[str, Any] = {
@@ -32,7 +35,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is an extrapolation")
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., Demand]:
     def call(arrivals: dict[str, Any], **content: Any) -> Demand:
-        told = {"model": LLAMA, **TRAFFIC, "arrivals": arrivals, **content}
+        traffic = {} if "request_log" in content else TRAFFIC
+        told = {"model": LLAMA, **traffic, "arrivals": arrivals, **content}
         (tmp_path / "workload.yaml").write_text(yaml.safe_dump(told))
         return load_demand(tmp_path / "workload.yaml")
 
@@ -70,6 +74,33 @@ def test_recommend_expects_what_simulate_gives_for_the_same_traffic(
     sent = np.mean([each["offered_tokens_per_s"] for each in figures])
     assert answer["offered_tokens_per_s"] == pytest.approx(sent)
     assert answer["traffic"].endswith(f"at most {arrivals['max_concurrency']} requests under way")
+
+
+def test_a_log_s_client_may_wait_for_places_too(
+    load: Callable[..., Demand], tmp_path: Path
+) -> None:
+    rng, n = np.random.default_rng(0), 2000
+    log = pd.DataFrame({"arrival_s": np.sort(rng.uniform(0, 600, n))})
+    log["prompt_tokens"], log["output_tokens"] = rng.integers(50, 400, (2, n))
+    log.assign(adapter=rng.choice(["a", "b"], n)).to_csv(tmp_path / "log.csv", index=False)
+    told = {"adapters": [{"name": name, "rank": 16} for name in "ab"], "request_log": "log.csv"}
+    demand = load({"max_concurrency": 6}, **told)
+    answer = recommend(demand)
+    workload = Workload(
+        adapters=demand.adapters,
+        duration_s=span_s(demand.trace) + ANSWERED_S,
+        lengths=demand.lengths,
+        arrivals=Arrivals(process="trace", path=str(tmp_path / "log.csv"), max_concurrency=6),
+    )
+    laws = warmed_up(load_calibration("auto", LLAMA))
+    run = simulate(workload, demand.engine_with(answer["adapter_slots"]), laws)
+    replayed = service(run.records, run.gaps, span_s(demand.trace))
+    for name in ("total_throughput", "mean_ttft_ms", "p99_itl_ms"):
+        assert answer["expected"][name]["value"] == pytest.approx(replayed[name], rel=2e-3), name
+    free = recommend(load({}, **told))["expected"]["total_throughput"]["value"]
+    assert answer["expected"]["total_throughput"]["value"] < 0.8 * free
+    with pytest.raises(AdapterTwinError, match=r"^arrivals: the request_log tells; leave out all"):
+        load({"max_concurrency": 6, "process": "gamma", "cv": 2}, **told)
 
 
 def test_rates_are_only_shares_where_all_prompts_are_there_at_the_start(
