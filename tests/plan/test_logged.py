@@ -184,25 +184,40 @@ def test_a_log_that_changes_changes_the_hash(load: Callable[..., Demand]) -> Non
 
 
 def synthetic(seed: int) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """Bursts, a trend or sessions, over adapters of unlike popularity."""
+    """Bursts, a trend, sessions or adapters on and off, over adapters of unlike popularity."""
     rng = np.random.default_rng(seed)
     span, rate, n = rng.uniform(1200, 3600), rng.uniform(0.5, 5), int(rng.integers(4, 24))
-    if seed % 3 == 0:
+    share = rng.dirichlet(np.full(n, 0.5))
+    adapter = None
+    if seed % 4 == 0:
         starts = rng.uniform(0, span, rng.integers(4, 20))
         each = int(rate * span / len(starts))
         arrival_s = np.concatenate([s + rng.exponential(30, each) for s in starts])
-    elif seed % 3 == 1:
+    elif seed % 4 == 1:
         arrival_s = span * np.sqrt(rng.uniform(0, 1, int(rate * span)))
-    else:
+    elif seed % 4 == 2:
         starts = rng.uniform(0, span, int(rate * span / 6))
         turns = [np.cumsum(rng.exponential(20, rng.integers(1, 12))) for _ in starts]
         arrival_s = np.concatenate([s + own for s, own in zip(starts, turns, strict=True)])
-    arrival_s = np.sort(arrival_s[arrival_s < span])
-    share = rng.dirichlet(np.full(n, 0.5))
+    else:
+        parts, on_s, off_s = [], rng.uniform(5, 60), rng.uniform(5, 200)
+        for own in share:
+            off, on = rng.exponential([[off_s], [on_s]], (2, 800))
+            begins = np.cumsum(off) + np.cumsum(on) - on
+            counts = rng.poisson(own * rate * (on_s + off_s) / on_s * on)
+            since = np.repeat(on, counts) * rng.random(counts.sum())
+            parts.append(np.repeat(begins, counts) + since)
+        arrival_s = np.concatenate(parts)
+        adapter = np.repeat(np.arange(n), [len(part) for part in parts])
+    if adapter is None:
+        adapter = rng.choice(n, len(arrival_s), p=share)
+    order = np.argsort(arrival_s)
+    order = order[arrival_s[order] < span]
+    arrival_s, adapter = arrival_s[order], adapter[order]
     log = pd.DataFrame(
         {
             "arrival_s": arrival_s,
-            "adapter": [f"a{i}" for i in rng.choice(n, len(arrival_s), p=share)],
+            "adapter": [f"a{i}" for i in adapter],
             "prompt_tokens": 1 + rng.lognormal(5.2, 0.9, len(arrival_s)).astype(int),
             "output_tokens": 1 + rng.lognormal(4.8, 0.8, len(arrival_s)).astype(int),
         }
