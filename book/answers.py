@@ -14,10 +14,12 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from adapter_twin import cli
 from adapter_twin.tables import datasets
+from adapter_twin.workload.tensor_files import write_tensors
 
 TARGET = Path(__file__).with_suffix(".json")
 
@@ -29,6 +31,8 @@ ENGINE = {"model": MODEL, "max_loras": 8, "max_cpu_loras": 16}
 TRAFFIC = {"adapters": ADAPTERS, "lengths": LENGTHS}
 CONFIG = {"engine": ENGINE, "workload": {**TRAFFIC, "duration_s": 60}}
 DEMAND = {"model": MODEL, **TRAFFIC, "slo": "none"}
+PEFT_ADAPTER = {"path": "adapters/a", "request_rate": 0.1}
+PEFT = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": ["v_proj"]}
 FILES: dict[str, Any] = {
     "simulate.yaml": CONFIG,
     "with_slo.yaml": {**CONFIG, **SLO},
@@ -38,6 +42,8 @@ FILES: dict[str, Any] = {
     "fleet.yaml": {**CONFIG, "fleet": {"replicas": 2}},
     "recommend.yaml": DEMAND,
     "demand_with_slo.yaml": {**DEMAND, **SLO},
+    "one_adapter.yaml": {**DEMAND, "adapters": [PEFT_ADAPTER]},
+    "overload.yaml": {**DEMAND, "adapters": [{**PEFT_ADAPTER, "request_rate": 1000}]},
     "busy.yaml": {**DEMAND, "adapters": {"count": 160, "request_rates": [0.1], "ranks": [64]}},
     "design.yaml": {
         "name": "tiny",
@@ -61,6 +67,11 @@ CALLS = {
     "optimum": [f"--model {MODEL} --rates 0.1 --ranks 8 {GRIDS}"],
     "place": ["demand_with_slo.yaml", "busy.yaml"],
     "memory": ["llama-3.1-8b --gpu 24 --max-model-len 8192", "llama-3.1-8b --gpu 8"],
+    "shrink": [
+        f"adapters --merge-above 0.9 --gpu 24 --model {MODEL} --max-model-len 4096 --out smaller",
+        "adapters/a --workload one_adapter.yaml --jobs 1",
+        "adapters/a --workload overload.yaml --jobs 1",
+    ],
     "traffic": ["log.csv", "named.csv"],
     "sweep": ["design.yaml --out sweep --jobs 1"],
     "validate": ["measured.parquet --jobs 1"],
@@ -92,6 +103,13 @@ def write_files() -> None:
     Path("log.csv").write_text(LOG.format("", ""))
     Path("named.csv").write_text(LOG.format(",adapter", ",a"))
     datasets.write_table(datasets.load("runs").head(4), "measured.parquet")
+    for name in "ab":
+        folder = Path("adapters") / name
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text(json.dumps(PEFT))
+        sides = {"A": np.ones((16, 4096)), "B": np.ones((8, 16))}
+        told = [(f"layers.0.v_proj.lora_{side}.weight", "BF16", one) for side, one in sides.items()]
+        write_tensors(folder / "adapter_model.safetensors", told)
 
 
 def call(*arguments: str) -> Any:

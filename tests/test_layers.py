@@ -24,6 +24,7 @@ LAYERS = (
     ("calibrate",),
     ("capacity",),
     ("plan",),
+    ("shrink",),
     ("learn",),
     ("fleet",),
     ("measure",),

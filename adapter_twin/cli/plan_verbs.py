@@ -1,4 +1,4 @@
-"""Verbs that plan: memory, init, optimum, recommend, place, sweep, train."""
+"""Verbs that plan: memory, shrink, init, optimum, recommend, place, sweep, train."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,6 +39,62 @@ def memory(
     flags.pop("enable_lora", None)
     found = what_fits(model, gpu, flags, version=engine)
     report.tell(found, as_json, show_memory)
+
+
+@verbs.example("shrink adapters --energy 0.99 --merge-above 0.95 --gpu l40s --out smaller")
+def shrink(
+    folders: Annotated[
+        list[Path], Argument(metavar="FOLDERS", help="PEFT LoRA adapters, or folders of some.")
+    ],
+    energy: Annotated[
+        float, Option(metavar="SHARE", help="Keep this share of every module's energy.")
+    ] = 0.99,
+    rank: Annotated[
+        int | None, Option(min=1, help="Take this rank, in place of the one that keeps --energy.")
+    ] = None,
+    merge_above: Annotated[
+        float | None, Option(metavar="COSINE", help="Merge adapters that are at least so alike.")
+    ] = None,
+    out: Annotated[
+        Path | None, Option(metavar="DIR", help="Write the smaller adapters there, a new folder.")
+    ] = None,
+    gpu: Annotated[
+        str | None, Option(metavar="NAME|GIB", help="Tell what is gained of this GPU's memory.")
+    ] = None,
+    model: Annotated[
+        str | None, Option(help="Served on --gpu; left out, the adapters' base model.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, Option(min=1, help="On --gpu; left out, the model's own.")
+    ] = None,
+    workload: Annotated[
+        Path | None,
+        Option(metavar="WORKLOAD.yaml", help="Traffic of these adapters: tell the service, too."),
+    ] = None,
+    jobs: JOBS = -1,
+    as_json: JSON = False,
+) -> None:
+    """Tell what adapters keep at a lower rank or merged, write them, and tell what that gains."""
+    from adapter_twin.cli.answers import show_shrunk
+    from adapter_twin.plan.demand import load_demand
+    from adapter_twin.shrink.shrink import shrink as shrink_adapters
+
+    report.check_target(out)
+    demand = None if workload is None else load_demand(workload)
+    with report.working("decomposing"):
+        answer = shrink_adapters(
+            folders,
+            energy=energy,
+            rank=rank,
+            merge_above=merge_above,
+            out=out,
+            gpu=gpu,
+            model=model,
+            max_model_len=max_model_len,
+            demand=demand,
+            jobs=jobs,
+        )
+    report.tell(answer, as_json, show_shrunk)
 
 
 @verbs.example("init workload.yaml")

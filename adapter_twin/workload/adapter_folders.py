@@ -19,11 +19,10 @@ from adapter_twin.errors import AdapterTwinError, one_line, require
 from adapter_twin.workload.models import ModelShape, model_shape, read_object, same_model
 from adapter_twin.workload.scenario import dealt
 from adapter_twin.workload.strict import Size, Text, keys, read, suggestion
+from adapter_twin.workload.tensor_files import read_header
 
 PEFT_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-LARGEST_HEADER_BYTES = 100_000_000
-"""The safetensors format allows no larger header."""
 
 _REFUSED = (
     *("use_dora", "lora_bias", "modules_to_save", "alora_invocation_tokens", "layer_replication"),
@@ -119,17 +118,14 @@ def _shape(model: str) -> ModelShape | None:
 def _lora_tensors(path: Path) -> dict[str, tuple[int, int]]:
     """Return the largest rank and the width of the input, by module, from a file's header."""
     found: dict[str, tuple[int, int]] = {}
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header: Any = json.loads(file.read(size)) if size <= LARGEST_HEADER_BYTES else None
-        for name, about in dict(header).items():
-            if ".lora_A" in name or ".lora_embedding_A" in name:
-                module = name.partition(".lora_")[0].rpartition(".")[2]
+    for name, about in read_header(path).items():
+        if ".lora_A" in name or ".lora_embedding_A" in name:
+            module = name.partition(".lora_")[0].rpartition(".")[2]
+            try:
                 rank, width = map(int, about["shape"])
-                found[module] = max(found.get(module, (0, 0)), (rank, width))
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError, OverflowError):
-        raise AdapterTwinError(f"{path}: no safetensors file; save it again") from None
+            except (ValueError, LookupError, TypeError, OverflowError):
+                raise AdapterTwinError(f"{path}: no safetensors file; save it again") from None
+            found[module] = max(found.get(module, (0, 0)), (rank, width))
     require(bool(found), f"{path}: holds no LoRA weights; give a LoRA adapter")
     return found
 

@@ -1,0 +1,1 @@
+"""Fewer and smaller adapters before more GPUs: what weights keep at a lower rank, or merged."""
