@@ -71,6 +71,7 @@ CALLS = {
         f"adapters --merge-above 0.9 --gpu 24 --model {MODEL} --max-model-len 4096 --out smaller",
         "adapters/a --workload one_adapter.yaml --jobs 1",
         "adapters/a --workload overload.yaml --jobs 1",
+        "--from tuned --base base",
     ],
     "traffic": ["log.csv", "named.csv"],
     "sweep": ["design.yaml --out sweep --jobs 1"],
@@ -103,6 +104,10 @@ def write_files() -> None:
     Path("log.csv").write_text(LOG.format("", ""))
     Path("named.csv").write_text(LOG.format(",adapter", ",a"))
     datasets.write_table(datasets.load("runs").head(4), "measured.parquet")
+    for name, weights in (("base", np.zeros((8, 8))), ("tuned", np.ones((8, 8)))):
+        Path(name).mkdir()
+        told = [("layers.0.q_proj.weight", "F32", weights), ("norm.weight", "F32", weights[0])]
+        write_tensors(Path(name) / "model.safetensors", told)
     for name in "ab":
         folder = Path("adapters") / name
         folder.mkdir(parents=True)

@@ -114,24 +114,29 @@ def show_shrunk(answer: Answer) -> None:
     """Print what `adapter_twin.shrink.shrink.shrink` returns."""
     steps = pd.DataFrame(answer["steps"])
     first, last = answer["steps"][0], answer["steps"][-1]
-    told = [
-        f"{one['adapters']:,} adapters in slots of rank {one['max_lora_rank']}"
-        for one in (first, last)
-    ]
+    told = [f"{one['adapters']:,} in slots of rank {one['max_lora_rank']}" for one in (first, last)]
     where = f", written to {answer['out']}" if answer["out"] else ""
-    print_text(f"{told[0]}; {last['step']}: {told[1]}{where}.")
+    print_text(f"Adapters as they are: {told[0]}; {last['step']}: {told[1]}{where}.")
     print_text(f"Mind: {answer['proxy']}.\n")
     print_table(pd.DataFrame(answer["adapters"]), "Adapters, and the energy kept")
     print_table(pd.DataFrame(answer["by_rank"]), "Energy kept by rank, over all adapters")
     for cluster in answer["clusters"]:
-        title = f"Merged: {cluster['name']}, rank {cluster['rank']}, and what it keeps of each"
-        print_table(pd.DataFrame(cluster["adapters"]), title)
+        print_table(pd.DataFrame(cluster["adapters"]), f"What {cluster['name']} keeps")
     for name, title in (("memory", "Memory of a GPU"), ("service", "Service on one GPU")):
         if first[name] is not None:
             gained = pd.DataFrame(list(steps[name]))
             print_table(
                 pd.concat([steps[["step", "adapters", "max_lora_rank"]], gained], axis=1), title
             )
+
+
+def show_extracted(answer: Answer) -> None:
+    """Print what `adapter_twin.shrink.extract.extract` returns."""
+    where = f", written to {answer['out']}" if answer["out"] else ""
+    told = figures(answer, "rank", "kept_share", "left_out_share")
+    print_text(f"An adapter of {told}{where}.")
+    print_text(f"Mind: {answer['proxy']}.\n")
+    print_table(pd.DataFrame(answer["modules"]), "Modules, and the energy kept of their change")
 
 
 def _slo(slo: Slo | None) -> str:

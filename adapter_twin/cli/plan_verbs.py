@@ -44,8 +44,16 @@ def memory(
 @verbs.example("shrink adapters --energy 0.99 --merge-above 0.95 --gpu l40s --out smaller")
 def shrink(
     folders: Annotated[
-        list[Path], Argument(metavar="FOLDERS", help="PEFT LoRA adapters, or folders of some.")
-    ],
+        list[Path] | None,
+        Argument(metavar="FOLDERS", help="PEFT LoRA adapters, or folders of some."),
+    ] = None,
+    tuned: Annotated[
+        Path | None,
+        Option("--from", metavar="DIR", help="In their place: a full fine-tuned checkpoint."),
+    ] = None,
+    base: Annotated[
+        Path | None, Option(metavar="DIR", help="The checkpoint that --from was made of.")
+    ] = None,
     energy: Annotated[
         float, Option(metavar="SHARE", help="Keep this share of every module's energy.")
     ] = 0.99,
@@ -75,15 +83,26 @@ def shrink(
     as_json: JSON = False,
 ) -> None:
     """Tell what adapters keep at a lower rank or merged, write them, and tell what that gains."""
-    from adapter_twin.cli.answers import show_shrunk
+    from adapter_twin.cli.answers import show_extracted, show_shrunk
     from adapter_twin.plan.demand import load_demand
+    from adapter_twin.shrink.extract import extract
     from adapter_twin.shrink.shrink import shrink as shrink_adapters
 
     report.check_target(out)
+    if tuned is not None or base is not None:
+        others = (folders, merge_above, gpu, model, max_model_len, workload)
+        require(tuned is not None and base is not None, "--from, --base: give both, or none")
+        alone = all(one in (None, []) for one in others)
+        require(alone, "--from: makes one adapter; ask shrink for the rest when it is written")
+        with report.working("decomposing"):
+            answer = extract(Path(str(tuned)), Path(str(base)), energy=energy, rank=rank, out=out)
+        report.tell(answer, as_json, show_extracted)
+        return
+    require(bool(folders), "FOLDERS: missing; name PEFT adapters, or --from and --base")
     demand = None if workload is None else load_demand(workload)
     with report.working("decomposing"):
         answer = shrink_adapters(
-            folders,
+            folders or (),
             energy=energy,
             rank=rank,
             merge_above=merge_above,

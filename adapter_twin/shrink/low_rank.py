@@ -9,7 +9,7 @@ squared Frobenius norm; the best approximation of a rank keeps its largest ones 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,8 @@ Matrix = NDArray[np.float64]
 class Factors(NamedTuple):
     """Two matrices whose product ``left @ right`` is meant: (outputs, k) and (k, inputs)."""
 
-    left: Matrix
-    right: Matrix
+    left: NDArray[np.floating[Any]]
+    right: NDArray[np.floating[Any]]
 
 
 class Svd(NamedTuple):
@@ -64,6 +64,24 @@ def singular_values(product: Factors) -> Matrix:
     r_right = np.asarray(np.linalg.qr(product.right.T, mode="r"))
     values = np.linalg.svd(r_left @ r_right.T, compute_uv=False)
     return _above_rounding(values, r_left, r_right)
+
+
+def decompose_dense(delta: Matrix, most: int) -> tuple[Matrix, Svd]:
+    """Return all singular values of a dense matrix, and at most `most` of them with vectors.
+
+    Of the smaller side only: eigenvectors of ``delta delta^T``. Squares halve the digits: values
+    below ``1e-8`` of the largest, about, count as zero.
+    """
+    thin = delta if delta.shape[0] <= delta.shape[1] else delta.T
+    squares, vectors = np.linalg.eigh(thin @ thin.T)
+    squares = squares[::-1]
+    values = np.sqrt(squares[squares > squares[0] * len(squares) * np.finfo(float).eps])
+    largest = values[:most]
+    vectors = vectors[:, ::-1][:, : len(largest)]
+    others = vectors.T @ thin / largest[:, None]
+    if thin is delta:
+        return values, Svd(vectors, largest, others)
+    return values, Svd(others.T, largest, vectors.T)
 
 
 def _above_rounding(values: Matrix, r_left: Matrix, r_right: Matrix) -> Matrix:

@@ -164,7 +164,7 @@ def write_adapter(
     rank: int,
     modules: Iterable[tuple[str, Factors, Sides]],
 ) -> None:
-    """Write a PEFT adapter of one rank into a new folder.
+    """Write a PEFT adapter of one rank into an empty folder.
 
     Parameters
     ----------
@@ -175,7 +175,6 @@ def write_adapter(
     modules : iterable of (str, Factors, Sides)
         Module, the factors of its delta, and the element types of B and A.
     """
-    folder.mkdir()
     tensors = (
         (f"{module}.lora_{side}.weight", dtype, values)
         for module, factors, dtypes in modules

@@ -113,11 +113,9 @@ def shrink(
     AdapterTwinError
         An adapter cannot be read or is no plain LoRA, `out` is there, or an option is out of range.
     """
-    require(0 < energy <= 1, f"energy: {energy:g} is no share; give one above 0, at most 1")
-    require(rank is None or rank >= 1, f"rank: {rank} is no rank; give 1 or more")
+    require_options(energy, rank, out)
     cosine = merge_above is None or 0 < merge_above <= 1
     require(cosine, f"merge_above: {merge_above} is no cosine to ask for; give one above 0")
-    require(out is None or not Path(out).exists(), f"{out}: is there; name another folder")
     needs = gpu is not None or (model is None and max_model_len is None)
     require(needs, "model, max_model_len: of no use without a gpu; give one")
     # absolute: processes may have been started in another folder
@@ -159,6 +157,13 @@ def shrink(
         with writing(Path(out).absolute()) as temporary:
             _write(temporary, adapters, spectra, clusters, jobs)
     return found
+
+
+def require_options(energy: float, rank: int | None, out: str | Path | None) -> None:
+    """Raise `AdapterTwinError` at a share, a rank or a folder to write that cannot be."""
+    require(0 < energy <= 1, f"energy: {energy:g} is no share; give one above 0, at most 1")
+    require(rank is None or rank >= 1, f"rank: {rank} is no rank; give 1 or more")
+    require(out is None or not Path(out).exists(), f"{out}: is there; name another folder")
 
 
 def _in_parallel(jobs: int, work: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Any:
@@ -309,6 +314,7 @@ def _write(
         targets = sorted({module.rpartition(".")[2] for module in dtypes})
         narrowed = {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
         modules = ((name, part, dtypes[name]) for name, part in _means(members, cluster.rank))
+        (folder / cluster.name).mkdir()
         config = {**members[0].config, "target_modules": targets, **narrowed}
         write_adapter(folder / cluster.name, config, cluster.rank, modules)
     gone = {i for cluster in clusters for i in cluster.members}
@@ -317,8 +323,8 @@ def _write(
 
 
 def _write_one(folder: Path, adapter: PeftWeights, rank: int) -> None:
+    (folder / adapter.name).mkdir()
     if rank == adapter.rank:
-        (folder / adapter.name).mkdir()
         for file in (PEFT_CONFIG, WEIGHTS):
             shutil.copyfile(adapter.folder / file, folder / adapter.name / file)
         return
