@@ -118,6 +118,8 @@ def shrink(
     require(cosine, f"merge_above: {merge_above} is no cosine to ask for; give one above 0")
     needs = gpu is not None or (model is None and max_model_len is None)
     require(needs, "model, max_model_len: of no use without a gpu; give one")
+    for folder in folders:
+        require(Path(folder).is_dir(), f"{folder}: no such folder; name one of PEFT adapters")
     # absolute: processes may have been started in another folder
     adapters = find_adapters([Path(folder).absolute() for folder in folders])
     served = model or (demand and demand.model)

@@ -54,7 +54,8 @@ def test_an_adapter_is_taken_out_of_a_checkpoint(run: Run, tmp_path: Path) -> No
         ((), "FOLDERS: missing; name PEFT adapters, or --from and --base"),
         (("--from", "a"), "--from, --base: give both, or none"),
         (("a", "--from", "b", "--base", "c"), "--from: makes one adapter; ask shrink for the rest"),
-        (("none",), "none: holds no PEFT adapter; name a folder that does"),
+        (("none",), "error: none: no such folder; name one of PEFT adapters"),
+        ((".",), "holds no PEFT adapter; name a folder that does"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(run: Run, words: tuple[str, ...], message: str) -> None:
