@@ -182,12 +182,12 @@ class Calibration:
             return np.empty(0), np.empty(0)
         ranks = np.array([adapter.rank for adapter in adapters])
         shape, version = self.memory.shape, self.version
-        kinds = {adapter.target_modules: adapter for adapter in adapters}
+        changed = [(adapter.target_modules, adapter.layers) for adapter in adapters]
         shares = {
-            modules: adapter_shares(engine, shape, version, adapter)
-            for modules, adapter in kinds.items()
+            kind: adapter_shares(engine, shape, version, adapter)
+            for kind, adapter in dict(zip(changed, adapters, strict=True)).items()
         }
-        tensors, weights = np.array([shares[adapter.target_modules] for adapter in adapters]).T
+        tensors, weights = np.array([shares[kind] for kind in changed]).T
         copies_s = self.loading.load_s(ranks, engine.max_lora_rank if slots else ranks)
         return copies_s * tensors, self.loading.read_s(ranks * weights)
 

@@ -102,7 +102,7 @@ def layer_widths(
 def adapter_shares(
     engine: EngineConfig, shape: ModelShape, version: EngineVersion, adapter: Adapter
 ) -> tuple[float, float]:
-    """Return what a copy and a read of an adapter take, relative to one of all modules of a layer.
+    """Return what a copy and a read of an adapter take, relative to one of all modules and layers.
 
     A copy takes time by its number of tensors, of the modules that have slots; a read by weights.
 
@@ -120,8 +120,11 @@ def adapter_shares(
     Raises
     ------
     AdapterTwinError
-        One of its target modules is unknown.
+        One of its target modules is unknown, or it has more layers than the model.
     """
+    layers = adapter.layers or shape.layers
+    told = f"{layers} are more than the {shape.layers} of the model; correct it"
+    require(layers <= shape.layers, f"{adapter.name}.layers: {told}")
     own = adapter.target_modules or LINEAR
     for module in set(own).difference(LINEAR):
         choices = suggestion(module, LINEAR)
@@ -131,7 +134,8 @@ def adapter_shares(
     h, q, kv, i = shape.hidden, shape.heads * shape.head_size, shape.kv_width, shape.intermediate
     widths = dict(zip(LINEAR, (h + q, h + kv, h + kv, q + h, h + i, h + i, i + h), strict=True))
     weights = sum(widths[module] for module in own) / sum(widths.values())
-    return len(copied) / len(LINEAR), weights
+    part = layers / shape.layers
+    return part * len(copied) / len(LINEAR), part * weights
 
 
 def slot_tensors(

@@ -122,6 +122,7 @@ def _asked(step: AdapterSet, demand: Demand) -> Demand:
     def asked(name: str) -> Adapter:
         whose = [by_name[member] for member in step.members.get(name, (name,))]
         targets = [one.target_modules for one in whose]
+        layers = {one.layers for one in whose}
         return replace(
             whose[0],
             name=name,
@@ -130,6 +131,7 @@ def _asked(step: AdapterSet, demand: Demand) -> Demand:
             target_modules=None
             if None in targets
             else tuple(sorted({module for one in targets for module in one or ()})),
+            layers=layers.pop() if len(layers) == 1 else None,
             path=None,
         )
 

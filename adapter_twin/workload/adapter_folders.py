@@ -8,6 +8,7 @@ columns of `adapter_twin.workload.scenario.Adapter`. Paths are relative to the f
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing_extensions import TypedDict
 from adapter_twin.errors import AdapterTwinError, one_line, require
 from adapter_twin.workload.models import ModelShape, model_shape, read_object, same_model
 from adapter_twin.workload.scenario import dealt
-from adapter_twin.workload.strict import Size, Text, keys, read, suggestion
+from adapter_twin.workload.strict import Size, Text, Whole, keys, read, suggestion
 from adapter_twin.workload.tensor_files import read_header
 
 PEFT_CONFIG = "adapter_config.json"
@@ -41,6 +42,7 @@ class _Peft(TypedDict, total=False):
     target_modules: list[Text] | str | None
     base_model_name_or_path: str | None
     bias: str | None
+    layers_to_transform: list[Whole] | Whole | None
 
 
 def peft_config(folder: Path) -> dict[str, Any]:
@@ -72,7 +74,10 @@ def peft_rank(config: Mapping[str, Any]) -> int:
 
 
 def read_adapter(folder: Path, model: str) -> dict[str, Any]:
-    """Return ``rank`` and ``target_modules`` of a PEFT adapter; its weights are not loaded.
+    """Return what a PEFT adapter tells; its weights are not loaded.
+
+    These are its ``rank`` and ``target_modules``, and the number of ``layers`` where its weights
+    or its configuration tell.
 
     Parameters
     ----------
@@ -91,8 +96,10 @@ def read_adapter(folder: Path, model: str) -> dict[str, Any]:
     shape, trained_on = _shape(model), _shape(base)
     fits = same_model(base, model) or None in (shape, trained_on) or shape == trained_on
     require(fits, f"{folder}: an adapter of {base}, not of {model}; leave it out")
+    chosen = config.get("layers_to_transform")
+    layers = len(set(chosen)) if isinstance(chosen, list) else None if chosen is None else 1
     if (folder / WEIGHTS).is_file():
-        tensors = _lora_tensors(folder / WEIGHTS)
+        tensors, layers = _lora_tensors(folder / WEIGHTS)
         largest = max(rank for rank, _ in tensors.values())
         told = f"its weights have rank {largest}, above the {rank} of {PEFT_CONFIG}"
         require(largest <= rank, f"{folder}: {told}; save it again")
@@ -105,7 +112,8 @@ def read_adapter(folder: Path, model: str) -> dict[str, Any]:
         raise AdapterTwinError(
             f"{folder}: target_modules is a pattern, {targets!r}; add {WEIGHTS}, which tells them"
         )
-    return {"rank": rank, "target_modules": sorted({name.rpartition(".")[2] for name in targets})}
+    modules = sorted({name.rpartition(".")[2] for name in targets})
+    return {"rank": rank, "target_modules": modules} | ({"layers": layers} if layers else {})
 
 
 def _shape(model: str) -> ModelShape | None:
@@ -115,9 +123,13 @@ def _shape(model: str) -> ModelShape | None:
     return None
 
 
-def _lora_tensors(path: Path) -> dict[str, tuple[int, int]]:
-    """Return the largest rank and the width of the input, by module, from a file's header."""
+def _lora_tensors(path: Path) -> tuple[dict[str, tuple[int, int]], int | None]:
+    """Return the largest rank and the width of the input, by module, from a file's header.
+
+    And the number of layers that have some, None where names tell none.
+    """
     found: dict[str, tuple[int, int]] = {}
+    layers: set[str] = set()
     for name, about in read_header(path).items():
         if ".lora_A" in name or ".lora_embedding_A" in name:
             module = name.partition(".lora_")[0].rpartition(".")[2]
@@ -126,8 +138,9 @@ def _lora_tensors(path: Path) -> dict[str, tuple[int, int]]:
             except (ValueError, LookupError, TypeError, OverflowError):
                 raise AdapterTwinError(f"{path}: no safetensors file; save it again") from None
             found[module] = max(found.get(module, (0, 0)), (rank, width))
+            layers |= set(re.findall(r"\.layers\.(\d+)\.", name))
     require(bool(found), f"{path}: holds no LoRA weights; give a LoRA adapter")
-    return found
+    return found, len(layers) or None
 
 
 def resolve(

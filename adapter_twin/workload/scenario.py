@@ -72,6 +72,9 @@ class Adapter:
         first, and the highest is preempted first. That of the base model is 0.
     target_modules : tuple of str, optional
         Modules that it changes; left out, all of a layer. Fewer are read and copied faster.
+    layers : int, optional
+        Number of the model's layers that it changes; left out, all. Fewer are read and copied
+        faster; a slot of vLLM has room for all, and its kernels pass over all of them.
     path : str, optional
         Its folder, for the printed ``--lora-modules``; a file need not tell what the folder does,
         see `adapter_twin.workload.adapter_folders`.
@@ -83,6 +86,7 @@ class Adapter:
     pinned: bool = False
     priority: Integer = 0
     target_modules: Some[Text] | None = None
+    layers: Count | None = None
     path: Text | None = None
 
 

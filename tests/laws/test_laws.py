@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from adapter_twin.calibrate.client_side import fit_first_use, fit_pause_share
+from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.laws.emitted_lengths import EarlyStopLaw
 from adapter_twin.laws.front_end import MeasurementLaw
@@ -19,7 +20,13 @@ from adapter_twin.service.metrics import summarize
 from adapter_twin.service.perfetto import step_starts_s
 from adapter_twin.twin.simulate import draw_requests, simulate, simulate_run
 from adapter_twin.workload.models import model_shape
-from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, deal_adapters
+from adapter_twin.workload.scenario import (
+    Adapter,
+    EngineConfig,
+    Lengths,
+    Workload,
+    deal_adapters,
+)
 from study.ch01_to_06 import configurations
 
 LLAMA = "llama-3.1-8b-instruct"
@@ -44,6 +51,41 @@ def test_a_copy_depends_on_the_slot_and_a_read_grows_with_the_rank() -> None:
     ranks = np.array([8, 16, 32])
     assert law.load_s(ranks, 32) == pytest.approx([0.010, 0.010, 0.008])
     assert law.read_s(ranks) == pytest.approx([0.024, 0.028, 0.036])
+
+
+def test_an_adapter_of_some_layers_is_copied_and_read_in_that_share(shipped: Calibration) -> None:
+    whole = Adapter(name="a", rank=16, request_rate=1.0)
+    engine = EngineConfig(model=LLAMA, max_loras=4, max_lora_rank=16)
+    depth = shipped.memory.shape.layers
+
+    def times_s(**changes: object) -> list[float]:
+        times = shipped.load_times_s(engine, [replace(whole, **changes), whole])
+        return [float(one[0]) for one in times]
+
+    copy_s, read_s = times_s()
+    assert times_s(layers=depth) == [copy_s, read_s]  # bit for bit
+    assert times_s(layers=depth // 4)[0] == copy_s / 4
+    base_s = shipped.loading.read_s(np.array([0]))[0]
+    assert times_s(layers=depth // 4)[1] == pytest.approx(base_s + (read_s - base_s) / 4)
+    assert times_s(layers=depth // 2, target_modules=("q_proj",))[0] == pytest.approx(copy_s / 14)
+    with pytest.raises(AdapterTwinError, match=r"^a.layers: 33 are more than the 32 of the model"):
+        times_s(layers=depth + 1)
+
+
+def test_adapters_of_all_layers_give_the_records_of_those_that_tell_none(
+    shipped: Calibration,
+) -> None:
+    adapters = deal_adapters(12, [0.4], [8, 16])
+    told = tuple(replace(one, layers=shipped.memory.shape.layers) for one in adapters)
+    few = tuple(replace(one, layers=2) for one in adapters)
+    lengths = Lengths(mean_input_tokens=223, mean_output_tokens=198)
+    engine = EngineConfig(model=LLAMA, max_loras=4, max_cpu_loras=12, max_lora_rank=16)
+    whole, same, faster = (
+        simulate(Workload(adapters=one, duration_s=60, lengths=lengths), engine, shipped)
+        for one in (adapters, told, few)
+    )
+    np.testing.assert_array_equal(whole.records.end_s, same.records.end_s)
+    assert 0 < np.nansum(faster.records.load_wait_s) < np.nansum(whole.records.load_wait_s)
 
 
 def test_the_pause_of_a_first_use_is_found_in_the_start_of_a_run(shipped: Calibration) -> None:

@@ -95,7 +95,17 @@ def test_a_folder_tells_the_largest_rank_and_its_modules(adapter: Write) -> None
 
 def test_the_weights_tell_the_modules_that_were_trained(adapter: Write) -> None:
     folder = adapter("sql", header(dict.fromkeys(QKV, 16)), target_modules="all-linear")
-    assert read_adapter(folder, LLAMA) == {"rank": 16, "target_modules": sorted(QKV)}
+    told = {"rank": 16, "target_modules": sorted(QKV), "layers": 2}
+    assert read_adapter(folder, LLAMA) == told
+
+
+@pytest.mark.parametrize(
+    ("chosen", "layers"), [(None, None), (5, 1), ([0, 1, 2], 3), ([0, 0, 31], 2)]
+)
+def test_a_configuration_tells_the_layers_that_were_trained(
+    adapter: Write, chosen: object, layers: int | None
+) -> None:
+    assert read_adapter(adapter("sql", layers_to_transform=chosen), LLAMA).get("layers") == layers
 
 
 @pytest.mark.parametrize("base", [None, "/models/ours", "unsloth/a-fine-tune", "llama-3.1-8b"])
