@@ -124,7 +124,7 @@ def show_shrunk(answer: Answer) -> None:
         print_table(pd.DataFrame(cluster["adapters"]), f"What {cluster['name']} keeps")
     for name, title in (("memory", "Memory of a GPU"), ("service", "Service on one GPU")):
         if first[name] is not None:
-            gained = pd.DataFrame(list(steps[name]))
+            gained = pd.DataFrame(list(steps[name])).dropna(axis=1, how="all")
             print_table(
                 pd.concat([steps[["step", "adapters", "max_lora_rank"]], gained], axis=1), title
             )

@@ -42,7 +42,7 @@ def gains(
     gpu, model : str, optional
     max_model_len : int, optional
     demand : Demand, optional
-        Traffic of the adapters of the first step.
+        Traffic of the adapters of the first step, see `require_same`.
 
     Returns
     -------
@@ -57,10 +57,8 @@ def gains(
     Raises
     ------
     AdapterTwinError
-        The GPU or the model is not known, or the demand is of other adapters.
+        The GPU or the model is not known.
     """
-    if demand is not None:
-        _require_same(steps[0], demand)
     sizes = engine_version(None)
     slots = None
     told = []
@@ -101,7 +99,8 @@ def _service(demand: Demand) -> dict[str, Any]:
     return {**about, **figures}
 
 
-def _require_same(step: AdapterSet, demand: Demand) -> None:
+def require_same(step: AdapterSet, demand: Demand) -> None:
+    """Raise `AdapterTwinError` where a demand is of other adapters, or of other ranks."""
     ranks = {adapter.name: adapter.rank for adapter in demand.adapters}
     for name in {*ranks} ^ {*step.ranks}:
         where = "the folders" if name in ranks else "the workload"

@@ -127,10 +127,13 @@ def inner_products(modules: Iterable[Mapping[int, Factors]], count: int) -> Matr
         who = list(module)
         left = np.hstack([module[i].left for i in who])
         right = np.vstack([module[i].right for i in who])
-        ends = np.cumsum([0, *(module[i].left.shape[1] for i in who)])[:-1]
-        for i in who:
-            columns = ((module[i].left.T @ left) * (module[i].right @ right.T)).sum(axis=0)
-            found[i, who] += np.add.reduceat(columns, ends)
+        starts = np.cumsum([0, *(module[i].left.shape[1] for i in who)])[:-1]
+        for number, i in enumerate(who):  # with those that follow: the others are the same
+            first = starts[number]
+            lefts, rights = module[i].left.T @ left[:, first:], module[i].right @ right[first:].T
+            pairs = np.add.reduceat((lefts * rights).sum(axis=0), starts[number:] - first)
+            found[i, who[number:]] += pairs
+            found[who[number + 1 :], i] += pairs[1:]
     return found
 
 

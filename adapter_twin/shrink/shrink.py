@@ -23,10 +23,11 @@ from adapter_twin import __version__
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.plan.demand import Demand
 from adapter_twin.shrink import low_rank
-from adapter_twin.shrink.gains import AdapterSet, gains
+from adapter_twin.shrink.gains import AdapterSet, gains, require_same
 from adapter_twin.shrink.low_rank import Factors, Matrix
 from adapter_twin.shrink.peft_weights import PeftWeights, find_adapters, write_adapter
 from adapter_twin.workload.adapter_folders import PEFT_CONFIG, WEIGHTS, read_adapter
+from adapter_twin.workload.gpus import gpu_memory_gib
 from adapter_twin.workload.scenario import LORA_RANKS
 
 ENERGY = 0.99
@@ -125,12 +126,17 @@ def shrink(
     served = model or (demand and demand.model)
     for one in adapters if served else ():
         read_adapter(one.folder, str(served))
+    now = AdapterSet("as they are", {one.name: one.rank for one in adapters})
+    if demand is not None:
+        require_same(now, demand)
+    if gpu is not None:
+        gpu_memory_gib(gpu)  # the long work is not done in vain
     spectra = _in_parallel(jobs, _spectrum, ((one, energy, rank) for one in adapters))
     cosines = _cosines(adapters)
     clusters = [] if merge_above is None else _clusters(adapters, spectra, cosines, merge_above)
     names = [one.name for one in adapters]
     steps = [
-        AdapterSet("as they are", {one.name: one.rank for one in adapters}),
+        now,
         AdapterSet("shrunk", {name: one.rank for name, one in zip(names, spectra, strict=True)}),
     ]
     if merge_above is not None:
@@ -208,7 +214,7 @@ def _clusters(
 
     if len(adapters) == 1:
         return []
-    apart = squareform(1 - (cosines + cosines.T) / 2, checks=False)
+    apart = squareform(1 - cosines, checks=False)
     numbers = fcluster(linkage(apart, "complete"), 1 - above + 1e-9, "distance")
     found = []
     for number in np.unique(numbers):
