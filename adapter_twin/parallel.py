@@ -1,18 +1,21 @@
-"""Long work: how far it is, and which machines do it."""
+"""Long work: how far it is, and which processes or machines do it."""
 
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import joblib
 
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, require
 
 T = TypeVar("T")
 
@@ -20,7 +23,53 @@ CONNECT_S = 10.0
 LINE_EVERY_S = 5.0
 """A log gets a line about long work no more often than that."""
 
+MOST_JOBS = 1024
+WATCH_EVERY_S = 1.0
+"""A worker looks that often whether the process that it works for is still there."""
+
 log = logging.getLogger(__name__)
+
+
+def check_jobs(jobs: int) -> int:
+    """Return a number of processes; raise `AdapterTwinError` where it is none."""
+    fits = jobs == -1 or 1 <= jobs <= MOST_JOBS
+    require(fits, f"jobs: must be -1 (all cores) or from 1 to {MOST_JOBS:,}, got {jobs}")
+    return jobs
+
+
+def share_out(
+    tasks: Iterable[Any],
+    jobs: int,
+    return_as: Literal["list", "generator", "generator_unordered"] = "list",
+) -> Any:
+    """Do tasks in processes that end with this one, or where `workers` says.
+
+    Parameters
+    ----------
+    tasks : iterable
+        Calls, as `joblib.delayed` makes them.
+    jobs : int
+        Processes; -1 is one per core.
+    return_as : str
+        As `joblib.Parallel` takes it.
+    """
+    ends = {"initializer": _end_with, "initargs": (os.getpid(),)}
+    return joblib.Parallel(check_jobs(jobs), return_as=return_as, **ends)(tasks)
+
+
+def _end_with(parent: int) -> None:
+    """Kill this process once its parent is gone, also where that was killed outright.
+
+    A thread watches. Linux's ``PR_SET_PDEATHSIG`` would end a worker with the *thread* that started
+    it, and workers outlive threads.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_EVERY_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
 def track(items: Iterable[T], what: str, total: int, done: int = 0) -> Iterator[T]:

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed
+from joblib import delayed
 
 from adapter_twin.laws.calibration import Calibration
+from adapter_twin.parallel import share_out
 from adapter_twin.service.metrics import summarize
 from adapter_twin.twin.simulate import simulate_run
 from adapter_twin.workload.lengths import Floats
@@ -63,9 +64,12 @@ def fit_first_use(
     law = calibration.front_end
     by_run = dict(tuple(series.groupby("run_id", observed=True)))
     misses = np.array(
-        Parallel(n_jobs=jobs)(
-            delayed(_start_misses)(calibration, row, by_run[row["run_id"]])
-            for row in runs.to_dict("records")
+        share_out(
+            (
+                delayed(_start_misses)(calibration, row, by_run[row["run_id"]])
+                for row in runs.to_dict("records")
+            ),
+            jobs,
         )
     )
     law.first_use_ms_ = float(PAUSES_MS[misses.mean(axis=0).argmin()])
@@ -101,7 +105,7 @@ def observe(calibration: Calibration, runs: pd.DataFrame, jobs: int) -> list[Obs
         Processes.
     """
     rows = runs.to_dict("records")
-    return list(Parallel(n_jobs=jobs)(delayed(_observe)(calibration, row) for row in rows))
+    return list(share_out((delayed(_observe)(calibration, row) for row in rows), jobs))
 
 
 def _observe(calibration: Calibration, row: dict[str, Any]) -> Observed:

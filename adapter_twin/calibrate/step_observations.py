@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed
+from joblib import delayed
 from numpy.typing import NDArray
 
 from adapter_twin.laws.calibration import Calibration
@@ -18,6 +18,7 @@ from adapter_twin.laws.emitted_lengths import LengthLaw
 from adapter_twin.laws.memory import MemoryLaw
 from adapter_twin.laws.scheduling import SchedulingLaw
 from adapter_twin.laws.step_time import StepObservations, batch_features
+from adapter_twin.parallel import share_out
 from adapter_twin.twin.simulate import simulate_run
 from adapter_twin.workload.files import records, run_to_engine, run_to_workload
 from adapter_twin.workload.lengths import Floats, draw_lengths
@@ -94,7 +95,7 @@ def simulate_copies(calibration: Calibration, runs: pd.DataFrame, jobs: int) -> 
         Processes.
     """
     rows = runs[runs.adapter_slots < runs.served_adapters].to_dict("records")
-    copies = Parallel(n_jobs=jobs)(delayed(_copies)(calibration, row) for row in rows)
+    copies = share_out((delayed(_copies)(calibration, row) for row in rows), jobs)
     return dict(zip((row["run_id"] for row in rows), copies, strict=True))
 
 

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed
+from joblib import delayed
 from numpy.typing import NDArray
 
 from adapter_twin.calibrate.step_observations import workload_names
 from adapter_twin.laws.calibration import Calibration
 from adapter_twin.laws.roofline import CONSTANTS, MoreErrors
 from adapter_twin.laws.step_time import Floats
+from adapter_twin.parallel import share_out
 from adapter_twin.service.predict import predict_run
 
 FIGURES = ("mean_itl_ms", "total_throughput", "p99_itl_ms")
@@ -71,7 +72,7 @@ class Response(NamedTuple):
         """
         rows = runs.to_dict("records")
         changed = [calibration, *(_changed(calibration, name) for name in CONSTANTS)]
-        figures = Parallel(n_jobs=jobs)(delayed(_figures)(*pair) for pair in product(changed, rows))
+        figures = share_out((delayed(_figures)(*pair) for pair in product(changed, rows)), jobs)
         table = np.log(figures).reshape(len(changed), len(rows), len(FIGURES)).transpose(2, 1, 0)
         measured = np.log(runs[list(FIGURES)].to_numpy(float)).T
         slopes = (table[:, :, 1:] - table[:, :, :1]) / CHANGE

@@ -7,6 +7,13 @@ from typing import Annotated, Any
 from typer import Argument, Option, Typer
 from typer.core import TyperCommand
 
+
+def _check_jobs(jobs: int) -> int:
+    from adapter_twin.parallel import check_jobs
+
+    return check_jobs(jobs)
+
+
 RUNS = Annotated[Path, Argument(metavar="RUNS", help="Table of runs, .parquet or .csv.")]
 CALIBRATION = Annotated[
     str,
@@ -16,7 +23,7 @@ CALIBRATION = Annotated[
     ),
 ]
 SEED = Annotated[int, Option(min=0, help="Same seed, same result.")]
-JOBS = Annotated[int, Option(help="Processes; -1 is one per core.")]
+JOBS = Annotated[int, Option(callback=_check_jobs, help="Processes; -1 is one per core.")]
 JSON = Annotated[bool, Option("--json", help="Print JSON.")]
 WORKLOAD = Annotated[Path, Argument(metavar="WORKLOAD.yaml", help="Adapters, traffic and SLO.")]
 MARGIN = Annotated[

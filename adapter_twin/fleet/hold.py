@@ -13,6 +13,7 @@ from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.packing import Groups
 from adapter_twin.fleet.placement import Placement, ReplicaPlan, replica_workload
 from adapter_twin.laws import Calibration
+from adapter_twin.parallel import share_out
 from adapter_twin.plan.candidates import HOUR_S
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import simulate_quietly
@@ -165,7 +166,7 @@ def check_placement(
         workload = replica_workload(demand, plan, duration_s + answered_s)
         arguments = plan, workload, requests, calibration, demand.slo, seed, duration_s
         tasks.append(joblib.delayed(_serve)(*arguments))
-    return pd.DataFrame(joblib.Parallel(jobs)(tasks))
+    return pd.DataFrame(share_out(tasks, jobs))
 
 
 def _serve(

@@ -30,6 +30,7 @@ from sklearn.preprocessing import FunctionTransformer, SplineTransformer, Standa
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 from adapter_twin.learn.features import configuration_features, paper_features, traffic_features
+from adapter_twin.parallel import share_out
 from adapter_twin.plan.criterion import Criterion
 from adapter_twin.service.metrics import half_smape, mape
 from adapter_twin.workload.lengths import Floats
@@ -186,7 +187,7 @@ def compare(parts: Split, models: Sequence[str] = tuple(MODELS), *, jobs: int = 
         joblib.delayed(_errors)(parts, target, features, model)
         for target, features, model in product(TARGETS, FEATURES, models)
     )
-    return pd.DataFrame(joblib.Parallel(jobs)(tasks))
+    return pd.DataFrame(share_out(tasks, jobs))
 
 
 def _errors(parts: Split, target: str, features: str, model: str) -> dict[str, Any]:
@@ -265,7 +266,7 @@ def compare_classifiers(
         starve) and ``starved_wrongly``.
     """
     tasks = (joblib.delayed(_verdict_errors)(parts, name) for name in names)
-    return pd.DataFrame(joblib.Parallel(jobs)(tasks))
+    return pd.DataFrame(share_out(tasks, jobs))
 
 
 def _verdict_errors(parts: Split, name: str) -> dict[str, Any]:

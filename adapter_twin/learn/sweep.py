@@ -11,7 +11,7 @@ from adapter_twin import __version__
 from adapter_twin.errors import require
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.learn.design import Design, load_design
-from adapter_twin.parallel import track, workers
+from adapter_twin.parallel import check_jobs, share_out, track, workers
 from adapter_twin.plan.criterion import Criterion
 from adapter_twin.plan.grid import FIGURES, evaluate, grid_runs
 from adapter_twin.tables.datasets import read_frame, read_table, write_table, write_text
@@ -62,7 +62,7 @@ def run_sweep(
     AdapterTwinError
         The design is wrong, `out` holds another sweep, or the scheduler cannot be reached.
     """
-    require(jobs == -1 or jobs >= 1, f"jobs: must be -1 (all cores) or at least 1, got {jobs}")
+    check_jobs(jobs)
     design = load_design(file)
     calibrations = {model: load_calibration(calibration, model) for model in design.models}
     for one in calibrations.values():
@@ -75,7 +75,7 @@ def run_sweep(
         todo = [row for row in records(workloads) if not _part(out, row).is_file()]
         done, total = len(workloads) - len(todo), len(workloads)
         tasks = (joblib.delayed(_predict)(row, design, calibrations[row["model"]]) for row in todo)
-        results = joblib.Parallel(jobs, return_as="generator_unordered")(tasks)
+        results = share_out(tasks, jobs, "generator_unordered")
         for workload_id, model, table in track(results, f"sweep {design.name}", total, done):
             write_table(table, _part(out, {"model": model, "workload_id": workload_id}))
     return len(todo)

@@ -13,6 +13,7 @@ from pydantic import AfterValidator
 from adapter_twin.capacity.analytic import predict_analytic
 from adapter_twin.errors import require
 from adapter_twin.laws import Calibration
+from adapter_twin.parallel import share_out
 from adapter_twin.service.metrics import service_of, slo_attainment
 from adapter_twin.twin.records import Simulation
 from adapter_twin.twin.simulate import draw_requests, simulate
@@ -146,7 +147,7 @@ def evaluate(
     rows = records(runs[simulated])
     same_traffic = [list(group) for _, group in groupby(rows, lambda row: row["served_adapters"])]
     tasks = (joblib.delayed(_serve)(group, calibration, seed, slos) for group in same_traffic)
-    figures = [row for group in joblib.Parallel(n_jobs=jobs)(tasks) for row in group]
+    figures = [row for group in share_out(tasks, jobs) for row in group]
     service = pd.DataFrame(
         figures, index=runs.index[simulated], columns=[*FIGURES, *slos], dtype=float
     )

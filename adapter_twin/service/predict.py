@@ -13,7 +13,7 @@ import pandas as pd
 from adapter_twin import __version__
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws import Calibration, load_calibration
-from adapter_twin.parallel import track, workers
+from adapter_twin.parallel import share_out, track, workers
 from adapter_twin.service.intervals import REPLICATIONS, interval, replication
 from adapter_twin.service.metrics import (
     adapter_loading,
@@ -98,7 +98,6 @@ def predict(
     1   many     True
     """
     require(seed >= 0, f"seed: must be zero or more, got {seed}")
-    require(jobs == -1 or jobs >= 1, f"jobs: must be -1 (all cores) or at least 1, got {jobs}")
     own = "a table of runs is predicted for vLLM's own; leave the column out, or use simulate"
     require("policy" not in runs, f"policy: {own}")
     checked = validate(runs, RUN_CONFIGURATION, "runs")
@@ -108,7 +107,7 @@ def predict(
         joblib.delayed(predict_run)(row, calibrations[row["model"]], seed, observer, intervals)
         for row in configurations.to_dict("records")
     )
-    results = joblib.Parallel(n_jobs=jobs, return_as="generator")(tasks)
+    results = share_out(tasks, jobs, "generator")
     predicted, messages = [], dict[str, None]()
     with workers(None):
         for row, raised in track(results, "predicting runs", len(configurations)):
