@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from adapter_twin.measure.child import Child
 from adapter_twin.measure.engine_flags import EngineFlags, environment, require_engine
 from adapter_twin.measure.micro_plan import MicroPlan, check_plan
 from adapter_twin.measure.model_folder import adapter_rank, check_model
-from adapter_twin.measure.vllm_cli import kill_group, start_child
 from adapter_twin.measure.vllm_server import telling_line
 from adapter_twin.tables.campaign_schemas import CAMPAIGN_TABLES
 
@@ -82,13 +82,13 @@ def run_child(command: Sequence[str], variables: dict[str, str], log: Path) -> s
     """Run a command to its end and return why it failed, if it did.
 
     The command and what it started are gone when this returns, also after an exception. The
-    parameters are those of `adapter_twin.measure.vllm_cli.start_child`.
+    parameters are those of `adapter_twin.measure.child.Child`.
     """
-    child = start_child(command, variables, log)
+    child = Child(command, variables, log)
     try:
         status = child.wait()
     finally:
-        kill_group(child)
+        child.kill_session()
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     return telling_line(log) if status else None

@@ -23,7 +23,7 @@ from adapter_twin.measure.engine_flags import GIB, EngineFlags
 from adapter_twin.measure.micro_plan import WARM_UP_STEPS, MicroPlan, Point, design
 from adapter_twin.measure.model_folder import check_model
 from adapter_twin.measure.recorder import Recorder, model_runner, worker_adapters
-from adapter_twin.measure.vllm_cli import answer_version, end_with_parent
+from adapter_twin.measure.vllm_cli import answer_version
 from adapter_twin.workload.strict import read
 
 
@@ -249,6 +249,5 @@ def run(folder: Path) -> None:
 if __name__ == "__main__":
     # An engine in this process, where its steps can be recorded.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    end_with_parent()
     answer_version()
     run(Path(sys.argv[1]))

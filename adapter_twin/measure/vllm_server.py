@@ -13,9 +13,9 @@ from typing import Self
 
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.measure.ask import ask
+from adapter_twin.measure.child import Child
 from adapter_twin.measure.engine_flags import EngineFlags, environment, require_engine
 from adapter_twin.measure.model_folder import check_adapters, check_model
-from adapter_twin.measure.vllm_cli import kill_group, start_child
 
 HOST = "127.0.0.1"
 READY_WITHIN_S = 900.0
@@ -75,7 +75,7 @@ class Server:
         self.base_url = f"http://{HOST}:{port}"
         self.model_name = model_folder.resolve().name
         self.startup_s = float("nan")
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Child | None = None
 
     def __enter__(self) -> Self:
         check_model(self.model_folder)
@@ -135,14 +135,14 @@ class Server:
         except subprocess.TimeoutExpired:
             pass
         finally:  # also after a second Ctrl-C
-            kill_group(process)
+            process.kill_session()
             self._process = None
 
     def _start(self) -> None:
         begun_s = time.monotonic()
         allowed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "NO_COLOR": "1"}
         variables = environment(self.flags) | allowed
-        self._process = start_child(self._command(), variables, self.log)
+        self._process = Child(self._command(), variables, self.log)
         while not self._healthy():
             failure = self.failure()
             require(failure is None, str(failure))

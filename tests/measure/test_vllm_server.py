@@ -166,7 +166,9 @@ OWNER = """\
 import signal, sys, time
 from pathlib import Path
 from adapter_twin.measure.engine_flags import EngineFlags
+from adapter_twin.measure import vllm_server
 from adapter_twin.measure.vllm_server import Server, free_port
+vllm_server.STOP_WITHIN_S = 0.5
 # Where the tests run in the background, the shell has told them to ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 model = Path(sys.argv[1])
@@ -177,9 +179,12 @@ with Server(model, {}, flags, free_port(), model / "log") as server:
 """
 
 
+@pytest.mark.parametrize("is_stopped", [False, True])
 @pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.usefixtures("fake_vllm")
-def test_the_server_ends_with_its_owner(tmp_path: Path, death: signal.Signals) -> None:
+def test_the_server_ends_with_its_owner(
+    tmp_path: Path, death: signal.Signals, is_stopped: bool
+) -> None:
     model = make_model(tmp_path, child=True)
     command = [sys.executable, "-c", OWNER, str(model)]
     with subprocess.Popen(
@@ -190,6 +195,8 @@ def test_the_server_ends_with_its_owner(tmp_path: Path, death: signal.Signals) -
         child = int((model / "child.pid").read_text())
         assert is_running(leader)
         assert is_running(child)
+        if is_stopped:
+            os.killpg(leader, signal.SIGSTOP)
         owner.send_signal(death)
         owner.wait(60)
     assert ends(leader)
