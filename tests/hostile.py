@@ -596,6 +596,9 @@ USUAL = {
 }
 """A command line of each verb, with every option."""
 
+KEPT = ("--out", "--jobs")
+"""Options that are left out by damage alone: without jobs, processes start on every core."""
+
 ALONE = {"--fetch": "clones a repository", "--scheduler": "waits for an answer"}
 """Options that reach the network, and what they do there, are left alone."""
 
@@ -619,7 +622,7 @@ def _line(h: Hostile, verb: str) -> list[str]:
             options.append([word])
         else:
             (options[-1] if options else arguments).append(word)
-    kept = [option for option in options if h.chance.random() < 0.6 or option[0] == "--out"]
+    kept = [option for option in options if h.chance.random() < 0.6 or option[0] in KEPT]
     line = [*arguments, *chain(*kept)]
     for _ in range(h.chance.choice((0, 1, 1, 2))):
         at, what = h.chance.randrange(len(line) + 1), h.chance.random()

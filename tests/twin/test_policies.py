@@ -388,10 +388,17 @@ def cases(
 @settings(max_examples=300, deadline=None)
 @given(cases(), POLICIES)
 def test_nothing_is_lost_and_no_limit_is_exceeded(case: dict[str, Any], policy: Policy) -> None:
-    run = play(policy=policy, **case)
+    keeps_to_its_limits(play(policy=policy, **case), case)
+
+
+def keeps_to_its_limits(run: Session, case: dict[str, Any]) -> None:
+    """Check a run to the end of the requests of a case."""
     requests, steps, state, count = run.requests, run.steps, run.state, run.state.count
     assert np.isfinite(requests.end_s).all()
     assert (requests.end_s >= requests.first_token_s).all()
+    assert (requests.first_token_s > requests.scheduled_s).all()
+    assert (requests.scheduled_s >= requests.arrival_s).all()
+    assert (np.diff(steps.end_s) > 0).all()
     emitted = steps.decodes.sum() + len(requests.end_s) + requests.stalls.sum()
     assert emitted == requests.output_tokens.sum()
 
@@ -456,6 +463,10 @@ def test_preempted_requests_go_first(case: dict[str, Any], policy: Policy) -> No
 @settings(max_examples=60, deadline=None)
 @given(cases(), POLICIES)
 def test_both_clocks_leave_the_same_records(case: dict[str, Any], policy: Policy) -> None:
+    is_equal_on_both_clocks(policy, case)
+
+
+def is_equal_on_both_clocks(policy: Policy, case: dict[str, Any]) -> None:
     compiled, stepped = lay_out(policy=policy, **case), lay_out(policy=policy, **case)
     compiled.run()
     run_in_simpy(stepped)
