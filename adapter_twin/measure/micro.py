@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -94,19 +94,29 @@ def run_child(command: Sequence[str], variables: dict[str, str], log: Path) -> s
     return telling_line(log) if status else None
 
 
-def _collect(results: Path, flags: EngineFlags, failure: str | None) -> dict[str, pd.DataFrame]:
-    started = results / "start.json"
-    measured = json.loads(started.read_text(encoding="utf-8")) if started.is_file() else {}
-    engine = {"adapter_slots": flags.max_loras, "max_lora_rank": flags.max_lora_rank}
+def start_row(
+    flags: EngineFlags, failure: str | None, measured: Mapping[str, float] | None = None
+) -> pd.DataFrame:
+    """Return the row of the table ``engine_starts`` with what was measured, if anything was."""
     start = {
-        **engine,
+        **_slots_and_rank(flags),
         **dict.fromkeys(("kv_cache_tokens", "block_size", "startup_s", "capture_s")),
         **dict.fromkeys(("weights_gib", "slots_gib")),
         "server_failure": failure,
         **{name: getattr(flags, name) for name in _ASKED_AT_START},
-        **measured,
+        **(measured or {}),
     }
-    tables = {"engine_starts": pd.DataFrame([start])}
+    return pd.DataFrame([start])
+
+
+def _slots_and_rank(flags: EngineFlags) -> dict[str, int]:
+    return {"adapter_slots": flags.max_loras, "max_lora_rank": flags.max_lora_rank}
+
+
+def _collect(results: Path, flags: EngineFlags, failure: str | None) -> dict[str, pd.DataFrame]:
+    started, engine = results / "start.json", _slots_and_rank(flags)
+    measured = json.loads(started.read_text(encoding="utf-8")) if started.is_file() else {}
+    tables = {"engine_starts": start_row(flags, failure, measured)}
     for name in ("micro_steps", "adapter_loads"):
         rows = _read_rows(results / f"{name}.jsonl").assign(**engine)
         tables[name] = rows.reindex(columns=[*CAMPAIGN_TABLES[name].columns])

@@ -15,7 +15,7 @@ import pandas as pd
 from adapter_twin.errors import AdapterTwinError, one_line, require
 from adapter_twin.measure.campaign import load_campaign
 from adapter_twin.measure.engine_flags import describe_machine, require_engine
-from adapter_twin.measure.micro import profile_engine
+from adapter_twin.measure.micro import profile_engine, start_row
 from adapter_twin.measure.model_folder import adapter_rank, write_adapters, write_model
 from adapter_twin.measure.pieces import MicroPiece, Piece, ServingPiece, groups
 from adapter_twin.measure.scrape import kv_cache
@@ -136,7 +136,12 @@ class WorkSession:
         profile = profile_engine(model, adapters, flags, piece.plan, seed=piece.seed)
         names = {"engine_id": f"{self.name}/{piece.piece_id}", "model": model.name}
         tables = {name: table.assign(**names) for name, table in profile.items()}
-        failure = profile["engine_starts"].server_failure.item()
+        try:
+            check_tables(tables)
+        except AdapterTwinError as error:  # a table that breaks its schema would stop every call
+            tables = {"engine_starts": start_row(flags, str(error)).assign(**names)}
+            check_tables(tables)
+        failure = tables["engine_starts"].server_failure.item()
         self._end(piece.piece_id, tables, failure, None, micro=time.monotonic() - begun_s)
 
     def _serve(self, left: list[ServingPiece]) -> None:

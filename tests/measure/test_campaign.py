@@ -108,6 +108,7 @@ class Engine:
         self.die_in: set[int] = set()
         self.interrupt_in: int | None = None
         self.refuse, self.doubt = False, None
+        self.step_ms = 1.0
 
     def profile(self, model, adapters, flags, plan, seed) -> dict[str, pd.DataFrame]:
         self.profiled.append(flags.max_loras)
@@ -121,6 +122,7 @@ class Engine:
             list(CAMPAIGN_TABLES[table].columns) for table in ("micro_steps", "adapter_loads")
         )
         row = dict.fromkeys(steps + loads, 1) | {"max_lora_rank": 8, "rank": 8, "source": "disk"}
+        row |= {"step_ms": self.step_ms}
         frame = pd.DataFrame([row, row])
         if self.refuse:
             start |= {"server_failure": "no memory", "kv_cache_tokens": None}
@@ -410,6 +412,21 @@ def test_a_doubtful_run_is_told_and_its_server_serves_no_other(
     assert len(engine.starts) == len(engine.served) == 4
     runs = datasets.read_campaign(tmp_path / "out")["runs"]
     assert set(runs["status"]) == {"doubtful:the client was late"}
+
+
+def test_a_micro_profile_that_breaks_its_schema_is_a_failed_start_and_stops_nothing(
+    engine: Engine, tmp_path: Path
+) -> None:
+    engine.step_ms = -1.0
+    out = tmp_path / "out"
+    for _ in range(2):  # nor the next call
+        summary = runner.run_campaign(write(tmp_path, {"serving": None}), out)
+    assert summary.complete == summary.pieces == len(engine.profiled) == 2
+    assert "step_ms in row 0 is -1.0: must be above 0" in summary.failed["micro-00"]
+    tables = datasets.read_campaign(out)
+    assert list(tables) == ["engine_starts"]
+    assert tables["engine_starts"]["server_failure"].str.contains("step_ms").all()
+    assert tables["engine_starts"]["kv_cache_tokens"].isna().all()
 
 
 def test_an_interrupted_campaign_keeps_its_tables_and_repeats_nothing(
