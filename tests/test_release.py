@@ -14,9 +14,19 @@ ROOT = datasets.REPOSITORY
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
-WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+WORKFLOWS = {
+    path.stem: yaml.safe_load(path.read_text())
+    for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+}
+WORKFLOW, SUPPLY_CHAIN = WORKFLOWS["ci"], WORKFLOWS["supply-chain"]
 JOBS: dict[str, dict[str, Any]] = WORKFLOW["jobs"]
 STEPS = [step for job in JOBS.values() for step in job["steps"]]
+EVERY_STEP = [
+    step
+    for workflow in WORKFLOWS.values()
+    for job in workflow["jobs"].values()
+    for step in job["steps"]
+]
 
 
 def released() -> dict[str, str]:
@@ -40,7 +50,9 @@ def test_the_changelog_begins_with_what_is_not_released_yet_and_is_in_order() ->
     assert sorted(released().values(), reverse=True) == list(released().values())
 
 
-@pytest.mark.parametrize("file", [".ci/run", ".github/workflows/ci.yml"])
+@pytest.mark.parametrize(
+    "file", [".ci/run", *(f".github/workflows/{name}.yml" for name in WORKFLOWS)]
+)
 def test_the_targets_that_are_run_are_in_the_makefile(file: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     calls = re.findall(r"\bmake((?: [a-z-]+)+)", (ROOT / file).read_text())
@@ -62,8 +74,31 @@ def test_the_workflow_may_read_and_only_the_publishing_job_may_more() -> None:
     assert set(JOBS["publish"]["needs"]) == set(JOBS) - {"publish"}
 
 
+def test_a_release_is_audited_listed_and_attested_before_it_is_handed_out() -> None:
+    assert SUPPLY_CHAIN["permissions"] == {"contents": "read"}
+    audit, build = (SUPPLY_CHAIN["jobs"][name] for name in ("audit", "build"))
+    assert [step["run"] for step in audit["steps"] if "run" in step] == ["make audit"]
+    assert "permissions" not in audit
+    assert (build["needs"], build["if"]) == ("audit", "startsWith(github.ref, 'refs/tags/v')")
+    assert build["permissions"]["attestations"] == build["permissions"]["id-token"] == "write"
+    done = [step.get("run") or step["uses"].partition("@")[0] for step in build["steps"]]
+    order = ["make build", "actions/attest-build-provenance", "actions/upload-artifact"]
+    assert [step for step in done if step in order] == order
+    (written,) = {
+        step["with"]["path"] for step in audit["steps"] if "upload" in step.get("uses", "")
+    }
+    assert f"--format cyclonedx-json --output {written}" in (ROOT / "Makefile").read_text()
+
+
+def test_dependabot_watches_what_the_workflows_and_the_package_use() -> None:
+    watched = yaml.safe_load((ROOT / ".github" / "dependabot.yml").read_text())
+    assert watched["version"] == 2
+    kinds = {update["package-ecosystem"] for update in watched["updates"]}
+    assert kinds == {"github-actions", "pip"}
+
+
 def test_actions_are_pinned_to_a_major_version() -> None:
-    used = [step["uses"] for step in STEPS if "uses" in step]
+    used = [step["uses"] for step in EVERY_STEP if "uses" in step]
     assert all(re.fullmatch(r"actions/[a-z-]+@v\d+", action) for action in used)
 
 
