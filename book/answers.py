@@ -27,6 +27,12 @@ MODEL = "llama-3.1-8b-instruct"
 ADAPTERS = {"count": 16, "request_rates": [0.1, 0.05], "ranks": [8, 16]}
 LENGTHS = {"mean_input_tokens": 223, "mean_output_tokens": 198}
 SLO = {"slo": {"ttft_ms": 2000, "percentile": 95}}
+PRIOR = {"gpu": "l40s"}
+BURSTS = {
+    "adapters": {"count": 4, "request_rates": [0.2, 0.1], "ranks": [8, 16]},
+    "arrivals": {"process": "gamma", "cv": 2.0},
+}
+"""Traffic for which one slot is not even simulated."""
 ENGINE = {"model": MODEL, "max_loras": 8, "max_cpu_loras": 16}
 TRAFFIC = {"adapters": ADAPTERS, "lengths": LENGTHS}
 CONFIG = {"engine": ENGINE, "workload": {**TRAFFIC, "duration_s": 60}}
@@ -38,12 +44,14 @@ FILES: dict[str, Any] = {
     "with_slo.yaml": {**CONFIG, **SLO},
     "prefixes.yaml": {**CONFIG, "engine": {**ENGINE, "enable_prefix_caching": True}},
     "policy.yaml": {**CONFIG, "engine": {**ENGINE, "policy": {"name": "drain", "max_wait_s": 5}}},
-    "empty.yaml": {**CONFIG, "workload": {**TRAFFIC, "duration_s": 0.001}},
+    "empty.yaml": {**CONFIG, **SLO, "workload": {**TRAFFIC, "duration_s": 0.001}},
     "fleet.yaml": {**CONFIG, "fleet": {"replicas": 2}},
+    "prior.yaml": {**CONFIG, **PRIOR},
     "recommend.yaml": DEMAND,
     "demand_with_slo.yaml": {**DEMAND, **SLO},
     "one_adapter.yaml": {**DEMAND, "adapters": [PEFT_ADAPTER]},
     "overload.yaml": {**DEMAND, "adapters": [{**PEFT_ADAPTER, "request_rate": 1000}]},
+    "demand_on_prior.yaml": {**DEMAND, **PRIOR, **BURSTS},
     "busy.yaml": {**DEMAND, "adapters": {"count": 160, "request_rates": [0.1], "ranks": [64]}},
     "design.yaml": {
         "name": "tiny",
@@ -57,23 +65,27 @@ FILES: dict[str, Any] = {
 """Files of the calls, in the folder where these are made; besides them `LOG` and measured runs."""
 
 LOG = "timestamp,prompt_tokens,output_tokens{0}\n0,9,9{1}\n1,9,9{1}\n7,9,9{1}\n"
+FLAGS = (
+    "--max-model-len 8192 --max-loras 2 --max-lora-rank 8 "
+    "--kv-cache-dtype auto --max-num-seqs 64 --max-num-batched-tokens 2048"
+)
 GRIDS = "--served-grid 16,32 --slots-grid 16"
 CALLS = {
     "simulate": [
         *("simulate.yaml", "with_slo.yaml", "prefixes.yaml"),
-        *("policy.yaml", "empty.yaml", "fleet.yaml"),
+        *("policy.yaml", "empty.yaml", "fleet.yaml", "prior.yaml"),
     ],
-    "recommend": ["recommend.yaml", "demand_with_slo.yaml"],
+    "recommend": ["recommend.yaml", "demand_with_slo.yaml", "demand_on_prior.yaml"],
     "optimum": [f"--model {MODEL} --rates 0.1 --ranks 8 {GRIDS}"],
-    "place": ["demand_with_slo.yaml", "busy.yaml"],
-    "memory": ["llama-3.1-8b --gpu 24 --max-model-len 8192", "llama-3.1-8b --gpu 8"],
+    "place": ["demand_with_slo.yaml", "busy.yaml", "demand_on_prior.yaml"],
+    "memory": [f"llama-3.1-8b --gpu 24 {FLAGS}", "llama-3.1-8b --gpu 8"],
     "shrink": [
         f"adapters --merge-above 0.9 --gpu 24 --model {MODEL} --max-model-len 4096 --out smaller",
         "adapters/a --workload one_adapter.yaml --jobs 1",
         "adapters/a --workload overload.yaml --jobs 1",
         "--from tuned --base base",
     ],
-    "traffic": ["log.csv", "named.csv"],
+    "traffic": ["log.csv", "named.csv", "turns.csv", "single.csv"],
     "sweep": ["design.yaml --out sweep --jobs 1"],
     "validate": ["measured.parquet --jobs 1"],
     "data": [""],
@@ -103,6 +115,8 @@ def write_files() -> None:
         Path(name).write_text(yaml.safe_dump(content))
     Path("log.csv").write_text(LOG.format("", ""))
     Path("named.csv").write_text(LOG.format(",adapter", ",a"))
+    Path("turns.csv").write_text(LOG.format(",session_id", ",a"))
+    Path("single.csv").write_text("\n".join(LOG.format("", "").split("\n")[:2]))
     datasets.write_table(datasets.load("runs").head(4), "measured.parquet")
     for name, weights in (("base", np.zeros((8, 8))), ("tuned", np.ones((8, 8)))):
         Path(name).mkdir()

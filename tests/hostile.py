@@ -603,8 +603,8 @@ ALONE = {"--fetch": "clones a repository", "--scheduler": "waits for an answer"}
 """Options that reach the network, and what they do there, are left alone."""
 
 
-def _line(h: Hostile, verb: str) -> list[str]:
-    """Damage a command line; the files that it names are sound."""
+def write_sound_files(h: Hostile) -> None:
+    """Write what the lines of `USUAL` name."""
     for name, content in (("c", CONFIG), ("d", DEMANDS[0]), ("s", DESIGN), ("slo", SLO)):
         h.whole(f"{name}.yaml", content)
     h.write(pd.DataFrame([RUN]), "runs.csv")
@@ -615,6 +615,11 @@ def _line(h: Hostile, verb: str) -> list[str]:
     shutil.copy(experiments / "studies" / "smoke.yaml", h.folder / "study.yaml")
     shutil.copy(RECORDED_PAGE, h.folder / "m.prom")
     h.whole("w.yaml", WATCHED)
+
+
+def _line(h: Hostile, verb: str) -> list[str]:
+    """Damage a command line; the files that it names are sound."""
+    write_sound_files(h)
     arguments: list[str] = []
     options: list[list[str]] = []
     for word in shlex.split(USUAL[verb]):
@@ -642,13 +647,93 @@ def _line(h: Hostile, verb: str) -> list[str]:
     return [verb if h.chance.random() < 0.97 else h.text(), *line]
 
 
-KINDS: dict[str, Callable[..., list[str]]] = {
-    f"line of {verb}": partial(_line, verb=verb) for verb in USUAL
-} | {
-    maker.__name__.strip("_"): maker
-    for maker in (
-        *(_simulate, _simulate_options, _calibration, _demand, _place, _trace, _runs, _measured),
-        *(_benchmark, _optimum, _memory, _folders, _sweep, _sweep_folder, _campaign, _study),
-        *(_calibrate, _watch),
+def _some(h: Hostile, **values: Any) -> dict[str, Any]:
+    """Return about half of the keys, each with one of its values."""
+    return {key: h.chance.choice(of) for key, of in values.items() if h.chance.random() < 0.5}
+
+
+def _traffic(h: Hostile) -> dict[str, Any]:
+    lengths = h.chance.choice((LENGTHS, LOGNORMAL, {**LENGTHS, "distribution": "fixed"}))
+    return {
+        "adapters": h.chance.choice(([ONE], DEALT, ZIPF, SPLIT)),
+        "lengths": lengths | _some(h, shared_prefix_tokens=(0, 16, 200)),
+        **_some(h, base_model_request_rate=(0.0, 0.5)),
+        **_some(h, arrivals=({"process": "poisson"}, ARRIVALS, {**ARRIVALS, "cv": 0.5})),
+    }
+
+
+def _valid(h: Hostile, verb: str) -> list[str]:
+    """Ask for something that can be, as JSON."""
+    flags = _some(
+        h,
+        max_num_seqs=(1, 8, 256),
+        max_num_batched_tokens=(512, 8192),
+        enable_prefix_caching=(True, False),
+        max_model_len=(2048, 8192),
     )
-}
+    more = _some(h, slo=(SLO, {"ttft_ms": 1.0}, {"itl_ms": 50, "percentile": 50}), seed=(0, 1))
+    more |= _some(h, gpu=("l40s", "h200", "a10g"))
+    traffic = _traffic(h)
+    if verb == "simulate":
+        flags |= _some(h, policy=("vllm", "drain", "cost_aware", "unified_pool", "merge"))
+        loras = {"max_loras": h.chance.choice((1, 2, 4)), "max_lora_rank": 16, "max_cpu_loras": 4}
+        workload = {**traffic, "duration_s": h.chance.choice((0.001, 5, 60))}
+        engine = {"model": LLAMA, **loras, **flags}
+        fleets = ({"replicas": 1}, {"replicas": 2, "router": "round_robin"})
+        content = {"engine": engine, "workload": workload, **more, **_some(h, fleet=fleets)}
+        return [verb, h.whole("c.yaml", content), "--json"]
+    if verb in ("recommend", "place"):
+        more |= _some(h, engine=(flags,), slots=([1, 2],))
+        content = {"model": LLAMA, "slo": "none", **traffic, **more}
+        return [verb, h.whole("d.yaml", content), "--json", *(("--jobs", "1") * (verb == "place"))]
+    if verb == "optimum":
+        slo = h.whole("slo.yaml", more["slo"]) if "slo" in more else "none"
+        rates, ranks = h.chance.choice(("0.1", "5-0.1", "900")), h.chance.choice(("8", "8-16-64"))
+        grids = ["--served-grid", "2,8", "--slots-grid", h.chance.choice(("1", "2,8"))]
+        asked = ["--model", LLAMA, "--rates", rates, "--ranks", ranks, "--slo", slo]
+        return [verb, *asked, *grids, "--jobs", "1", "--json"]
+    if verb == "memory":
+        model = h.chance.choice(
+            sorted(path.stem for path in (datasets.SHIPPED / "models").glob("*"))
+        )
+        gpu = h.chance.choice(("l40s", "8", "24", "h200", "rtx-4090"))
+        told = _some(
+            h, max_loras=("0", "8", "64"), max_lora_rank=("8", "64"), engine=("vllm-0.8.5",)
+        )
+        words = (word for key, one in told.items() for word in (f"--{key.replace('_', '-')}", one))
+        return [verb, model, "--gpu", gpu, *words, "--json"]
+    rows = h.chance.choice((1, 2, 30))
+    columns = {
+        "arrival_s": sorted(h.chance.uniform(0, 100) for _ in range(rows)),
+        "prompt_tokens": [h.chance.randrange(1, 500) for _ in range(rows)],
+        "output_tokens": [h.chance.randrange(1, 500) for _ in range(rows)],
+        **_some(h, adapter=(["a"] * rows, [""] * rows), session_id=(["x"] * rows,)),
+    }
+    h.write(pd.DataFrame(columns), "log.csv")
+    return [verb, "log.csv", "--json"]
+
+
+KINDS: dict[str, Callable[..., list[str]]] = (
+    {
+        f"valid {verb}": partial(_valid, verb=verb)
+        for verb in ("simulate", "recommend", "place", "optimum", "memory", "traffic")
+    }
+    | {f"line of {verb}": partial(_line, verb=verb) for verb in USUAL}
+    | {
+        maker.__name__.strip("_"): maker
+        for maker in (
+            *(
+                _simulate,
+                _simulate_options,
+                _calibration,
+                _demand,
+                _place,
+                _trace,
+                _runs,
+                _measured,
+            ),
+            *(_benchmark, _optimum, _memory, _folders, _sweep, _sweep_folder, _campaign, _study),
+            *(_calibrate, _watch),
+        )
+    }
+)

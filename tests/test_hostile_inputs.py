@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from difflib import unified_diff
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +27,7 @@ from typer.main import get_command
 
 from adapter_twin import cli
 from adapter_twin.tables import datasets
+from book.answers import TARGET, merged, schema_of
 from tests.hostile import (
     ALONE,
     BOMB,
@@ -44,9 +46,11 @@ from tests.hostile import (
 
 CASES = int(os.environ.get("HOSTILE_CASES", "4"))
 SEED = int(os.environ.get("HOSTILE_SEED", "0"))
-LONGEST_S = 40.0
+ANSWERS = json.loads(TARGET.read_text())
+LONGEST_CPU_S = 40
+LONGEST_S = 200.0
 MOST_BYTES = 3 << 30
-"""A case may take this time, and this memory beside what is loaded."""
+"""A case may take these times, and this memory beside what is loaded."""
 
 
 def run_alone(arguments: list[str], folder: Path) -> tuple[int, str, str]:
@@ -75,6 +79,7 @@ def _in_child(arguments: list[str], folder: Path) -> NoReturn:
             os.dup2(file, number)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_CPU, (LONGEST_CPU_S, LONGEST_CPU_S))
         resource.setrlimit(resource.RLIMIT_AS, (size + MOST_BYTES, resource.RLIM_INFINITY))
         warnings.resetwarnings()
         cli.main(arguments)
@@ -86,6 +91,29 @@ def _in_child(arguments: list[str], folder: Path) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def wrong_answer(verb: str, status: int, out: str, told: list[str]) -> str:
+    """Return what is wrong with JSON, held to `book/answers.json`, nothing if all is well."""
+    try:
+        answer = json.loads(out, parse_constant=refuse)
+    except ValueError as error:
+        return f"no JSON ({error})"
+    if status == 2:
+        said = {"error": {"message": told[0].removeprefix("error: ")}} if told else {}
+        return "" if said.items() <= answer.items() else "another error than on stderr"
+    if verb not in ANSWERS:
+        return ""
+    told_of, seen = (
+        json.dumps(schema, indent=0, sort_keys=True).splitlines()
+        for schema in (ANSWERS[verb], merged(ANSWERS[verb], schema_of(answer)))
+    )
+    changed_lines = list(unified_diff(told_of, seen, lineterm=""))
+    return "\n".join(["not as the book says", *changed_lines]) if changed_lines else ""
+
+
+def refuse(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 def fault_of(arguments: list[str], folder: Path) -> str:
@@ -100,6 +128,8 @@ def fault_of(arguments: list[str], folder: Path) -> str:
         return f"traceback, or half-written {left}: {err[-3000:]}"
     if any(ord(letter) < 32 and letter not in "\n\t" for letter in out + err):
         return f"a raw control character: {(out + err)!r}"[:2000]
+    if "--json" in arguments and (wrong := wrong_answer(arguments[0], status, out, told)):
+        return f"{out[:500]}: {wrong}"
     if status == 2:
         others = [
             line for line in err.splitlines() if not line.startswith(("warning: ", "error: "))

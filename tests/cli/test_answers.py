@@ -16,7 +16,7 @@ from book.answers import CALLS, TARGET, merged, schema, schema_of
 command_line = pytest.importorskip("book.command_line", exc_type=ImportError)  # needs docutils
 file_rows, json_rows = command_line.file_rows, command_line.json_rows
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is an extrapolation")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is (an extrapolation|a prior)")
 
 PAGE = (datasets.REPOSITORY / "book/api/command_line.rst").read_text()
 
