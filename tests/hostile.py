@@ -31,14 +31,13 @@ FLAGS = {
     "block_size": 16,
     "gpu_memory_utilization": 0.9,
     "max_model_len": 4096,
-    "kv_cache_memory_bytes": 2**30,
     "enable_prefix_caching": True,
     "long_prefill_token_threshold": 0,
 }
 SLO = {"ttft_ms": 2000, "itl_ms": 100, "percentile": 99}
 ARRIVALS = {"process": "gamma", "cv": 2.0}
 CONFIG = {
-    "engine": {**ENGINE, **FLAGS, "policy": {"name": "drain", "max_wait_s": 5}},
+    "engine": {**ENGINE, **FLAGS},
     "workload": {
         "adapters": [ONE],
         "duration_s": 5,
@@ -54,6 +53,10 @@ FLEET = {
     "engine": ENGINE,
     "workload": {"adapters": DEALT, "duration_s": 5, "lengths": LENGTHS},
     "fleet": {"replicas": 2, "router": "adapter_affinity"},
+}
+DRAINING = {
+    "engine": {**ENGINE, "policy": {"name": "drain", "max_wait_s": 5}},
+    "workload": {"adapters": [ONE], "duration_s": 5, "lengths": LOGNORMAL},
 }
 ZIPF = {"count": 4, "total_request_rate": 1.0, "zipf_exponent": 0.8, "ranks": [8]}
 SPLIT = {"traffic_split": {"a": 0.5, "b": 0.5}, "total_request_rate": 1.0, "ranks": [8]}
@@ -282,7 +285,7 @@ def json_of(path: Path) -> Any:
 
 
 def _simulate(h: Hostile) -> list[str]:
-    return ["simulate", h.yaml("c.yaml", h.chance.choice((CONFIG, CONFIG, FLEET))), "--json"]
+    return ["simulate", h.yaml("c.yaml", h.chance.choice((CONFIG, DRAINING, FLEET))), "--json"]
 
 
 def _simulate_options(h: Hostile) -> list[str]:
