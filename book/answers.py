@@ -53,6 +53,13 @@ FILES: dict[str, Any] = {
     "overload.yaml": {**DEMAND, "adapters": [{**PEFT_ADAPTER, "request_rate": 1000}]},
     "demand_on_prior.yaml": {**DEMAND, **PRIOR, **BURSTS},
     "busy.yaml": {**DEMAND, "adapters": {"count": 160, "request_rates": [0.1], "ranks": [64]}},
+    "kinds.yaml": {
+        **DEMAND,
+        "fleet": {
+            "kinds": [{"price_per_hour": 3.0}, {"gpu": "l40s", "price_per_hour": 1.0}],
+            "objective": "price",
+        },
+    },
     "design.yaml": {
         "name": "tiny",
         "models": [MODEL],
@@ -77,7 +84,7 @@ CALLS = {
     ],
     "recommend": ["recommend.yaml", "demand_with_slo.yaml", "demand_on_prior.yaml"],
     "optimum": [f"--model {MODEL} --rates 0.1 --ranks 8 {GRIDS}"],
-    "place": ["demand_with_slo.yaml", "busy.yaml", "demand_on_prior.yaml"],
+    "place": ["demand_with_slo.yaml", "busy.yaml", "demand_on_prior.yaml", "kinds.yaml"],
     "memory": [f"llama-3.1-8b --gpu 24 {FLAGS}", "llama-3.1-8b --gpu 8"],
     "shrink": [
         f"adapters --merge-above 0.9 --gpu 24 --model {MODEL} --max-model-len 4096 --out smaller",

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from adapter_twin.fleet.cluster import Failure, simulate_cluster
+from adapter_twin.fleet.kinds import Kinds
 from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.packing import Groups, best_greedy, first_fit_decreasing
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
@@ -105,11 +106,11 @@ def compare_placements(
 def _place(scenario: PlacementScenario) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lengths and ranks beyond those measured
-        held = place_and_hold(Oracle(scenario.demand), jobs=1)
-        bound, gpus = held.bound, len(held.placement.replicas)
+        held = place_and_hold(Kinds.of(scenario.demand), jobs=1)
+        (oracle,), bound, gpus = held.kinds.oracles, held.bound.gpus, held.gpus
         if bound < gpus:
-            bound = max(bound, lower_bound(held.oracle, finer=FINER))
-        placed = {name: len(method(held.oracle)) for name, method in METHODS.items()}
+            bound = max(bound, lower_bound(oracle, finer=FINER))
+        placed = {name: len(method(oracle)) for name, method in METHODS.items()}
     return {
         "name": scenario.name,
         "ranks": scenario.ranks,

@@ -18,6 +18,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from adapter_twin.errors import require
+from adapter_twin.fleet.kinds import Kinds
 from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.packing import Groups, best_greedy
 from adapter_twin.fleet.proof.bound import gpus_for, lower_bound
@@ -101,6 +102,37 @@ def fewest_gpus(
     own = solution.mip_dual_bound if complete else None
     bound = lower_bound(oracle) if own is None else gpus_for(np.array(own))
     return Exact(groups, bound, complete and own is not None)
+
+
+def lowest_cost(kinds: Kinds) -> float:
+    """Return the lowest cost of GPUs of several kinds, by all patterns that their oracles accept.
+
+    Parameters
+    ----------
+    kinds : Kinds
+        With few parts: there are patterns by the power of their number.
+
+    Raises
+    ------
+    AdapterTwinError
+        Those that are available do not serve.
+    """
+    alike = _kinds(kinds.oracles[0])
+    by_kind = [list(_patterns(oracle, alike)) for oracle in kinds.oracles]
+    kind = np.repeat(np.arange(len(by_kind)), [len(found) for found in by_kind])
+    holds = np.array([pattern for found in by_kind for pattern in found], float).T
+    of_kind = (kind == np.arange(len(by_kind))[:, None]).astype(float)
+    solution = milp(
+        kinds.costs[kind],
+        constraints=[
+            LinearConstraint(holds, lb=[len(members) for members in alike]),
+            LinearConstraint(of_kind, ub=kinds.available),
+        ],
+        integrality=np.ones(len(kind)),
+        options={"mip_rel_gap": 0.0},
+    )
+    require(solution.success, f"fleet.kinds: {solution.message}")
+    return float(solution.fun)
 
 
 def _kinds(oracle: Oracle) -> list[list[int]]:

@@ -46,7 +46,7 @@ def show_recommendation(answer: Answer, demand: Demand) -> None:
 
 def show_placement(answer: Answer, demand: Demand) -> None:
     """Print what `adapter_twin.fleet.place.place` returns."""
-    table = pd.DataFrame(answer["replicas"]).rename_axis("gpu").reset_index()
+    table = pd.DataFrame(answer["replicas"])
     slowest = figures({"mean_ttft_ms": table.mean_ttft_ms.max()}, "mean_ttft_ms")
     gpus = "1 GPU serves" if answer["gpus"] == 1 else f"{answer['gpus']} GPUs serve"
     advice = f"; {answer['advice']}" if answer["advice"] else ""
@@ -54,13 +54,41 @@ def show_placement(answer: Answer, demand: Demand) -> None:
         f"{gpus} the {len(demand.adapters):,} adapters {_slo(demand.slo)}, where "
         f"{answer['lower_bound']} at least would be needed; on the slowest {slowest}{advice}.\n"
     )
+    _print_price(answer)
     for words, alike in table.groupby(table.vllm_args.map(tuple), sort=False):
-        print(f"GPU {', '.join(map(str, alike.gpu))}:")
+        print(f"GPU {', '.join(map(str, alike.index))}:")
         print_command("vllm", "serve", _served(demand.model), *words)
-    table = table.assign(adapters=table.adapters.map(len), rank=table.max_lora_rank)
-    names = ["gpu", "adapters", "adapter_slots", "rank", "utilisation", "total_throughput"]
+    kind = ["kind"] if "gpu" in table else []
+    table = table.rename(columns={"gpu": "kind"}).assign(
+        adapters=table.adapters.map(len), rank=table.max_lora_rank, gpu=table.index
+    )
+    names = ["gpu", *kind, "adapters", "adapter_slots", "rank", "utilisation", "total_throughput"]
     print_table(table[[*names, *(name for name in WAITS if name in table)]], "GPUs")
     _print_origin(answer)
+
+
+def _print_price(answer: Answer) -> None:
+    """Print what a fleet costs, and what the loss of a GPU would."""
+    told = []
+    if answer.get("price_per_hour"):
+        least = answer["price_lower_bound_per_hour"]
+        told.append(f"Price: {answer['price_per_hour']:,.2f} an hour; {least:,.2f} at least.")
+    if "spare" in answer:
+        told.append(_spare(answer["spare"], answer["gpus"]))
+    if told:
+        print_text(f"{' '.join(told)}\n")
+
+
+def _spare(spare: Answer | None, gpus: int) -> str:
+    if spare is None:
+        return "No available GPU can take over from each of these."
+    if not spare["gpus"]:
+        return "The loss of any one GPU is borne by the others."
+    price = f", {spare['price_per_hour']:,.2f} an hour" if spare["price_per_hour"] else ""
+    return (
+        f"To bear the loss of any one GPU, keep ready {', '.join(spare['kinds'])}{price}; of "
+        f"{spare['borne']} of {gpus} the others bear it."
+    )
 
 
 def show_optimum(answer: Answer, model: str, ranks: str, slo: Slo | None) -> None:

@@ -45,6 +45,7 @@ ELSEWHERE: Mapping[str, Mapping[str, Mapping[str, tuple[str, Any]]]] = {
             "sessions": (TURNS, None),
             "samples": (SAMPLES, 1),
         },
+        "kinds": {"gpu": (GPU, None)},
     },
 }
 """Loaders take keys, under ``engine`` or at the top, that the class does not have there."""

@@ -1,7 +1,9 @@
 """Placements in the twin: every GPU is simulated, and one that starves gives adapters away."""
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import joblib
 import numpy as np
@@ -9,8 +11,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from adapter_twin.errors import AdapterTwinError
+from adapter_twin.fleet.kinds import Group, Kinds
 from adapter_twin.fleet.oracle import Oracle
-from adapter_twin.fleet.packing import Groups
 from adapter_twin.fleet.placement import Placement, ReplicaPlan, replica_workload
 from adapter_twin.laws import Calibration
 from adapter_twin.parallel import share_out
@@ -20,6 +22,7 @@ from adapter_twin.plan.grid import simulate_quietly
 from adapter_twin.plan.logged import ANSWERED_S, stretch
 from adapter_twin.service.metrics import service, tpot_s, waits_ms
 from adapter_twin.twin.simulate import draw_requests
+from adapter_twin.workload.lengths import Floats
 from adapter_twin.workload.scenario import Slo, Workload
 from adapter_twin.workload.trace import Trace
 
@@ -45,17 +48,30 @@ REACHED = 0.97
 """From this share of a limit on, it is the one that is missed, or one of both."""
 
 
+class Bound(NamedTuple):
+    """What no placement that the oracles accept is below, see `adapter_twin.fleet.proof.bound`.
+
+    Attributes
+    ----------
+    gpus : int
+    price_per_hour : float
+        0 where no prices are told.
+    """
+
+    gpus: int
+    price_per_hour: float
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """A placement of which every GPU serves in the twin.
 
     Attributes
     ----------
-    oracle : Oracle
+    kinds : Kinds
         That it was placed by.
-    bound : int
-        With fewer GPUs no placement is accepted by that oracle, see
-        `adapter_twin.fleet.proof.bound`.
+    bound : Bound
+        Of those.
     placement : Placement
     checked : pandas.DataFrame
         See `check_placement`.
@@ -63,11 +79,31 @@ class Held:
         GPUs from which adapters were moved after the check.
     """
 
-    oracle: Oracle
-    bound: int
+    kinds: Kinds
+    bound: Bound
     placement: Placement
     checked: pd.DataFrame
     repaired: int
+
+    @property
+    def gpus(self) -> int:
+        """Their number."""
+        return len(self.placement.replicas)
+
+    @property
+    def price_per_hour(self) -> float:
+        """Of all GPUs, 0 where no prices are told."""
+        return math.fsum(self.kinds.prices[plan.kind] for plan in self.placement.replicas)
+
+    @property
+    def cost(self) -> float:
+        """What counts of them, by the objective."""
+        return self.price_per_hour if self.kinds.by_price else self.gpus
+
+    @property
+    def least_cost(self) -> float:
+        """What counts of the bound."""
+        return self.bound.price_per_hour if self.kinds.by_price else self.bound.gpus
 
 
 class NotServed(AdapterTwinError):
@@ -124,7 +160,7 @@ def split_trace(trace: Trace, placement: Placement, seed: int) -> NDArray[np.int
 def check_placement(
     demand: Demand,
     placement: Placement,
-    calibration: Calibration,
+    calibrations: Calibration | Sequence[Calibration],
     *,
     seed: int = 0,
     duration_s: float = HOUR_S,
@@ -136,7 +172,8 @@ def check_placement(
     ----------
     demand : Demand
     placement : Placement
-    calibration : Calibration
+    calibrations : Calibration or sequence of Calibration
+        One for all GPUs, or one for each.
     seed : int
     duration_s : float
         Of drawn traffic; a log is replayed, see `adapter_twin.plan.logged.stretch`.
@@ -151,20 +188,22 @@ def check_placement(
         percentile, the requests' ``slo_ttft_ms``, counting what still waits with its wait so far,
         and ``slo_itl_ms``.
     """
+    if isinstance(calibrations, Calibration):
+        calibrations = [calibrations] * len(placement.replicas)
     trace, answered_s = demand.trace, 0.0 if demand.trace is None else ANSWERED_S
     if trace is None:
-        trace = draw_requests(demand.workload(duration_s), calibration, seed=seed)
+        trace = draw_requests(demand.workload(duration_s), calibrations[0], seed=seed)
     else:
         trace, duration_s, _ = stretch(trace, seed - demand.seed, lead_in_s=0.0)
     replica = split_trace(trace, placement, seed)
     tasks = []
-    for index, plan in enumerate(placement.replicas):
+    for index, (plan, laws) in enumerate(zip(placement.replicas, calibrations, strict=True)):
         own = np.flatnonzero(replica == index)
         requests = trace.take(own)
         number = pd.Index(plan.adapters).get_indexer(pd.Index(requests.adapter))
         requests = replace(requests, adapter=number.astype(np.int32))
         workload = replica_workload(demand, plan, duration_s + answered_s)
-        arguments = plan, workload, requests, calibration, demand.slo, seed, duration_s
+        arguments = plan, workload, requests, laws, demand.slo, seed, duration_s
         tasks.append(joblib.delayed(_serve)(*arguments))
     return pd.DataFrame(share_out(tasks, jobs))
 
@@ -199,16 +238,16 @@ def _serve(
     return row
 
 
-def hold(oracle: Oracle, groups: Groups, bound: int, *, jobs: int = -1) -> Held:
+def hold(kinds: Kinds, groups: Sequence[Group], bound: Bound, *, jobs: int = -1) -> Held:
     """Check a placement in the twin and repair what does not serve, until all of it does.
 
     Parameters
     ----------
-    oracle : Oracle
-        Its demand has to be served; it decides which sets are tried.
-    groups : list of list of int
-        Indices into ``oracle.parts``, one list per GPU.
-    bound : int
+    kinds : Kinds
+        Its demand has to be served; its oracles decide which sets are tried.
+    groups : sequence of Group
+        The GPUs.
+    bound : Bound
         See `Held`.
     jobs : int
         Processes; -1 is one per core.
@@ -217,27 +256,44 @@ def hold(oracle: Oracle, groups: Groups, bound: int, *, jobs: int = -1) -> Held:
     ------
     NotServed
         More than `MOST_STARVING` do not serve, or some still do not after `ROUNDS` rounds.
+    AdapterTwinError
+        A GPU is needed of which no more are to be had.
     """
-    demand, changed = oracle.demand, set[int]()
-    groups = [list(group) for group in groups]
+    demand, changed = kinds.demand, set[int]()
+    groups = [Group(kind, list(parts)) for kind, parts in groups]
     for _ in range(ROUNDS):
-        placement = oracle.place(groups)
+        placement = kinds.place(groups)
         checked = check_placement(
-            demand, placement, oracle.calibration, seed=demand.seed, jobs=jobs
+            demand, placement, kinds.laws(placement), seed=demand.seed, jobs=jobs
         )
         starving = checked.index[~checked.serves].tolist()
         if not starving:
-            return Held(oracle, bound, placement, checked, repaired=len(changed))
+            return Held(kinds, bound, placement, checked, repaired=len(changed))
         if len(starving) > MOST_STARVING * len(groups):
             break
         changed.update(starving)
-        homeless = [part for k in starving for part in _lightest(oracle, groups[k])]
-        _take_in(oracle, groups, homeless, exclude=set(starving))
+        rate = kinds.oracles[0].parts.rate
+        homeless = [part for k in starving for part in _lightest(rate, groups[k].parts)]
+        _take_in(kinds, groups, homeless, exclude=set(starving))
     raise NotServed(placement, checked)
 
 
-def learn_spread(oracle: Oracle, missed: NotServed) -> Oracle:
-    """Return an oracle that knows better what an SLO's percentile is by what the model tells.
+def learn_spread(kinds: Kinds, missed: NotServed) -> Kinds:
+    """Return kinds whose oracles know better what an SLO's percentile is by what the model tells.
+
+    Each learns from the GPUs of its kind that miss the SLO.
+    """
+    services = missed.checked.to_dict("records")
+    plans = list(zip(missed.placement.replicas, services, strict=True))
+    learned = []
+    for kind, oracle in enumerate(kinds.oracles):
+        own = [(plan, told) for plan, told in plans if plan.kind == kind and not told["serves"]]
+        learned.append(_learn(oracle, own) if own else oracle)
+    return replace(kinds, oracles=tuple(learned))
+
+
+def _learn(oracle: Oracle, missed: Sequence[tuple[ReplicaPlan, Mapping[Any, Any]]]) -> Oracle:
+    """Return what an oracle is after GPUs and services that miss the SLO.
 
     ITL at the percentile is a multiple of the model's mean: the upper quartile of the GPUs whose
     ITL misses the SLO; single ones are repaired. Where TTFT is missed, more adapters than expected
@@ -246,10 +302,9 @@ def learn_spread(oracle: Oracle, missed: NotServed) -> Oracle:
     slo = oracle.demand.slo
     assert slo is not None
     ratios, late = list[float](), False
-    services = missed.checked.to_dict("records")
-    for plan, told in zip(missed.placement.replicas, services, strict=True):
+    for plan, told in missed:
         verdict = oracle.serve_plan(plan)
-        if told["serves"] or verdict is None:
+        if verdict is None:
             continue
         late |= slo.ttft_ms is not None and told["slo_ttft_ms"] > REACHED * slo.ttft_ms
         if slo.itl_ms is not None and told["slo_itl_ms"] > REACHED * slo.itl_ms:
@@ -262,12 +317,12 @@ def learn_spread(oracle: Oracle, missed: NotServed) -> Oracle:
         itl_spread=max(needed, oracle.itl_spread),
         active_spread=oracle.active_spread * (WIDENING if late or not ratios else 1.0),
         replicate_above=oracle.replicate_above,
+        pieces=[0] * len(oracle.demand.adapters),
     )
 
 
-def _lightest(oracle: Oracle, group: list[int]) -> list[int]:
+def _lightest(rate: Floats, group: list[int]) -> list[int]:
     """Take the lightest parts out of a group: `GIVEN_AWAY` of its load, one at least."""
-    rate = oracle.parts.rate
     group.sort(key=lambda part: -float(rate[part]))
     asked, taken = GIVEN_AWAY * float(rate[group].sum()), list[int]()
     while len(group) > 1 and (not taken or float(rate[taken].sum()) < asked):
@@ -275,14 +330,21 @@ def _lightest(oracle: Oracle, group: list[int]) -> list[int]:
     return taken
 
 
-def _take_in(oracle: Oracle, groups: Groups, parts: list[int], exclude: set[int]) -> None:
-    """Put parts on the GPUs with the most room, or on a new one."""
-    rate = oracle.parts.rate
+def _take_in(kinds: Kinds, groups: list[Group], parts: list[int], exclude: set[int]) -> None:
+    """Put parts on the GPUs with the most room, or on a new one of the cheapest kind that does."""
+    rate = kinds.oracles[0].parts.rate
     for part in sorted(parts, key=lambda part: -float(rate[part])):
         others = [group for k, group in enumerate(groups) if k not in exclude]
-        for group in sorted(others, key=lambda group: float(rate[group].sum())):
-            if oracle.serve([*group, part]) is not None:
-                group.append(part)
+        for group in sorted(others, key=lambda group: float(rate[group.parts].sum())):
+            if kinds.serves(Group(group.kind, [*group.parts, part])):
+                group.parts.append(part)
                 break
         else:
-            groups.append([part])
+            new = (Group(kind, [part]) for kind in kinds.with_room(groups))
+            found = next(filter(kinds.serves, new), None)
+            if found is None:
+                raise AdapterTwinError(
+                    "fleet.kinds: another GPU is needed after the check in the twin, and no more "
+                    "are available; raise available"
+                )
+            groups.append(found)

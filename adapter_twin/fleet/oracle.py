@@ -40,7 +40,7 @@ from adapter_twin.plan.grid import slot_rank
 from adapter_twin.plan.steady_state import planned_on
 from adapter_twin.service.metrics import STARVATION_THRESHOLD
 from adapter_twin.workload.lengths import Floats
-from adapter_twin.workload.scenario import EngineConfig
+from adapter_twin.workload.scenario import Adapter, EngineConfig
 
 SLO_UTILISATION = 0.9
 """Above this utilisation, with an SLO, waits that the model does not know are no longer short."""
@@ -90,6 +90,8 @@ class Oracle:
     replicate_above : float
         An adapter that takes more than this share of a GPU is on several, by default one that is
         too much for one. Its parts are on GPUs of their own.
+    pieces : sequence of int, optional
+        In how many parts each adapter is; left out, see `pieces_of`.
 
     Attributes
     ----------
@@ -120,6 +122,7 @@ class Oracle:
         itl_spread: float = 1.0,
         active_spread: float = 1.0,
         replicate_above: float = 1.0,
+        pieces: Sequence[int] | None = None,
     ) -> None:
         require(
             0 < replicate_above <= 1,
@@ -146,39 +149,56 @@ class Oracle:
         self._known: dict[tuple[int, bytes], Verdict | None] = {}
         self._most_alone: dict[int, float] = {}
         self.engines = Engines(demand, self.calibration)
-        self.parts = self._split()
+        adapters = demand.adapters
+        self.split([self.pieces_of(one) for one in adapters] if pieces is None else pieces)
 
-    def _split(self) -> Parts:
-        """Return the busy adapters, the big ones in the fewest equal parts."""
-        busy, ranks, pieces = list[int](), list[int](), list[int]()
-        version = self.calibration.version
-        for i, adapter in enumerate(self.demand.adapters):
-            name, rate, rank = (
-                adapter.name,
-                adapter.request_rate,
-                slot_rank([adapter.rank], version),
-            )
-            if rate == 0:
-                continue
-            require(
-                self.engines.most_slots(rank) > 0,
-                f"adapters: no GPU serves {name}: one slot of rank {rank} leaves too little KV "
-                "cache to start; lower its rank or leave it out",
-            )
-            most = self.most_alone(rank)
-            require(
-                most > 0,
-                f"adapters: no GPU serves {name}, however few its requests, with these slots "
-                "within the slo; widen its limits",
-            )
-            count = max(math.ceil(rate / (self.replicate_above * most) - 1e-9), 1)
-            busy.append(i)
-            ranks.append(rank)
-            pieces.append(count)
-        adapter, rank_of_part = np.repeat(np.array([busy, ranks], np.int64), pieces, axis=1)
-        share = np.repeat(1 / np.array(pieces), pieces)
-        rates = np.array([adapter.request_rate for adapter in self.demand.adapters])
-        return Parts(adapter, share, share * rates[adapter], rank_of_part)
+    def alone(self, adapter: Adapter) -> float:
+        """Return how many GPUs the requests of an adapter fill, without any others."""
+        most = self.most_alone(self._slot_rank(adapter))
+        return adapter.request_rate / most if most > 0 else math.inf
+
+    def pieces_of(self, adapter: Adapter) -> int:
+        """Return in how many equal parts an adapter is: the fewest that a GPU each serves.
+
+        Raises
+        ------
+        AdapterTwinError
+            No GPU serves it.
+        """
+        name, rate = adapter.name, adapter.request_rate
+        if rate == 0:
+            return 0
+        rank = self._slot_rank(adapter)
+        require(
+            self.engines.most_slots(rank) > 0,
+            f"adapters: no GPU serves {name}: one slot of rank {rank} leaves too little KV "
+            "cache to start; lower its rank or leave it out",
+        )
+        most = self.most_alone(rank)
+        require(
+            most > 0,
+            f"adapters: no GPU serves {name}, however few its requests, with these slots "
+            "within the slo; widen its limits",
+        )
+        fewest = math.ceil(rate / (self.replicate_above * most) - 1e-9)
+        return max(fewest, self.demand.fleet.copies)
+
+    def split(self, pieces: Sequence[int]) -> None:
+        """Cut each adapter into a number of equal parts; those of 0 are idle."""
+        adapters = self.demand.adapters
+        adapter = np.repeat(np.arange(len(adapters)), pieces)
+        share = np.repeat(1 / np.maximum(pieces, 1), pieces)
+        rates = np.array([adapter.request_rate for adapter in adapters])
+        ranks = np.array([self._slot_rank(adapter) for adapter in adapters], np.int64)
+        self.parts = Parts(adapter, share, share * rates[adapter], ranks[adapter])
+
+    def _slot_rank(self, adapter: Adapter) -> int:
+        return slot_rank([adapter.rank], self.calibration.version)
+
+    def takes(self) -> NDArray[np.bool_]:
+        """Return of each part whether a GPU may serve it: none does where it is false."""
+        most = {rank: MIXED_GAIN * self.most_alone(rank) for rank in self.parts.rank.tolist()}
+        return self.parts.rate <= [most[rank] for rank in self.parts.rank.tolist()]
 
     def serve(self, members: Sequence[int] | NDArray[np.int64]) -> Verdict | None:
         """Return how one GPU serves some of the parts, or None where it cannot."""
@@ -198,9 +218,16 @@ class Oracle:
         rates = [self.demand.adapters[i].request_rate for i in plan.adapters]
         return self._best(np.array(rates) * np.array(plan.shares), [plan.engine])
 
+    def serves_all_of(self, plan: ReplicaPlan) -> bool:
+        """Return whether this kind of GPU serves what another one does, with slots of its own."""
+        own = [self.demand.adapters[i] for i in plan.adapters]
+        rates = np.array([adapter.request_rate for adapter in own]) * np.array(plan.shares)
+        rank = slot_rank([adapter.rank for adapter in own], self.calibration.version)
+        return self._serve(rates[rates > 0], rank) is not None
+
     def place(self, groups: Iterable[Sequence[int]]) -> Placement:
         """Return groups of parts as a checked placement, each with its best number of slots."""
-        placement = Placement(tuple(self._plan(group) for group in groups))
+        placement = Placement(tuple(self.plan(group) for group in groups))
         placement.check(self.demand)
         return placement
 
@@ -300,7 +327,8 @@ class Oracle:
         in_time: pd.Series[bool] = table.mean_itl_ms + 1e3 * wait_s <= slo.ttft_ms
         return good & in_time
 
-    def _plan(self, group: Sequence[int]) -> ReplicaPlan:
+    def plan(self, group: Sequence[int]) -> ReplicaPlan:
+        """Return a GPU that serves some of the parts, with its best number of slots."""
         parts, chosen = self.parts, np.array(group)
         chosen = chosen[np.argsort(parts.adapter[chosen])]
         verdict = self.serve(chosen)

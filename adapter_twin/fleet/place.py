@@ -7,8 +7,9 @@ import pandas as pd
 from adapter_twin import __version__
 from adapter_twin.errors import require
 from adapter_twin.fleet.hold import GPU_FIGURES, Held
-from adapter_twin.fleet.oracle import Oracle
+from adapter_twin.fleet.kinds import Kinds, on_kind
 from adapter_twin.fleet.placement import Placement
+from adapter_twin.fleet.spare import spare
 from adapter_twin.fleet.strategies import place_and_hold, shortest_wait
 from adapter_twin.laws import load_calibration
 from adapter_twin.plan.commands import vllm_args
@@ -55,7 +56,11 @@ def place(
         GPU the names of its ``adapters`` and their ``shares``, ``adapter_slots``,
         ``max_lora_rank``, ``kv_cache_tokens``, ``utilisation`` of the analytic capacity, the
         service of a simulated hour, or of the log, and ``vllm_args``; ``traffic`` in words;
-        ``advice``, where throughput hides long waits, or None; ``criterion`` and provenance. On a
+        ``advice``, where throughput hides long waits, or None; ``criterion`` and provenance. Of
+        several kinds of GPU, or with prices, also ``objective``, ``price_per_hour`` of all GPUs,
+        ``price_lower_bound_per_hour``, the ``gap`` to the bound by the objective, relative, and of
+        each replica its ``gpu``, ``calibration`` and ``price_per_hour``; of these, and with copies,
+        ``spare``, see `adapter_twin.fleet.spare.spare`. On a
         ``prior`` all is of cautious laws, see `adapter_twin.plan.steady_state.planned_on`.
     placement : Placement
 
@@ -86,27 +91,43 @@ def place(
         "arrivals.max_concurrency: a client's places are not those of one GPU or another; ask "
         "`recommend` about one GPU with its share of the places",
     )
-    load_calibration(demand.calibration, demand.model).warn_if_prior()
-    oracle = Oracle(demand, margin=margin, replicate_above=replicate_above)
+    for kind in demand.fleet.kinds:
+        load_calibration(on_kind(demand, kind).calibration, demand.model).warn_if_prior()
+    kinds = Kinds.of(demand, margin=margin, replicate_above=replicate_above)
     if gpus is None:
-        held = place_and_hold(oracle, jobs=jobs)
+        held = place_and_hold(kinds, jobs=jobs)
     else:
-        held = shortest_wait(oracle, gpus, jobs=jobs)
+        held = shortest_wait(kinds, gpus, jobs=jobs)
+    laws = [oracle.calibration for oracle in kinds.oracles]
     answer = {
-        "gpus": len(held.placement.replicas),
-        "lower_bound": held.bound,
+        "gpus": held.gpus,
+        "lower_bound": held.bound.gpus,
         "repaired": held.repaired,
         "traffic": described(demand.trace, demand.arrivals),
         "replicas": _replicas(held),
         "advice": _advice(demand, held.checked),
         "criterion": str(Criterion(margin=margin, slo=demand.slo)),
-        "calibration": oracle.calibration.name,
-        "prior": oracle.calibration.origin or None,
+        "calibration": ", ".join(one.name for one in laws),
+        "prior": "; ".join(one.origin for one in laws if one.origin) or None,
         "seed": demand.seed,
         "version": __version__,
-        "config_hash": config_hash(demand),
+        "config_hash": config_hash(demand if kinds.are_told else kinds.oracles[0].demand),
     }
+    if kinds.are_told:
+        answer |= _priced(held)
+    if kinds.are_told or demand.fleet.copies > 1:
+        answer["spare"] = spare(held)
     return answer, held.placement
+
+
+def _priced(held: Held) -> dict[str, Any]:
+    """Return what the answer tells of kinds of GPU."""
+    return {
+        "objective": held.kinds.demand.fleet.objective,
+        "price_per_hour": held.price_per_hour,
+        "price_lower_bound_per_hour": held.bound.price_per_hour,
+        "gap": held.cost / held.least_cost - 1,
+    }
 
 
 def _advice(demand: Demand, checked: pd.DataFrame) -> str | None:
@@ -120,15 +141,24 @@ def _advice(demand: Demand, checked: pd.DataFrame) -> str | None:
     )
 
 
+def _kind(kinds: Kinds, kind: int) -> dict[str, Any]:
+    """Return what the answer tells of the kind of one GPU."""
+    calibration, price = kinds.oracles[kind].calibration, kinds.offers[kind].price_per_hour
+    told = {"gpu": calibration.gpu, "calibration": calibration.name}
+    return told if price is None else told | {"price_per_hour": price}
+
+
 def _replicas(held: Held) -> list[dict[str, Any]]:
     """Return what the answer tells of each GPU."""
-    rows, demand, calibration = [], held.oracle.demand, held.oracle.calibration
+    rows, demand, kinds = [], held.kinds.demand, held.kinds
     served = zip(held.placement.replicas, held.checked.to_dict("records"), strict=True)
     for plan, service in served:
+        oracle = kinds.oracles[plan.kind]
+        calibration = oracle.calibration
         slots, rank = plan.engine.max_loras, plan.engine.max_lora_rank
         own = [demand.adapters[i] for i in plan.adapters]
         rates = [share * one.request_rate for share, one in zip(plan.shares, own, strict=True)]
-        known = held.oracle.table(rates, [plan.engine])
+        known = oracle.table(rates, [plan.engine])
         rows.append(
             {
                 "adapters": [adapter.name for adapter in own],
@@ -139,6 +169,7 @@ def _replicas(held: Held) -> list[dict[str, Any]]:
                 "utilisation": float(known.utilisation.iloc[0]),
                 **{str(k): v for k, v in service.items() if k in SERVICE},
                 "vllm_args": vllm_args(plan.engine, calibration, own),
+                **(_kind(kinds, plan.kind) if kinds.are_told else {}),
             }
         )
     return rows

@@ -35,11 +35,14 @@ class ReplicaPlan:
         Indices into the demand's adapters, each once.
     shares : tuple of float
         Share of that adapter's requests that comes to this GPU: 1 unless several replicate it.
+    kind : int
+        Index into the kinds of the demand's fleet.
     """
 
     engine: EngineConfig
     adapters: Some[Whole]
     shares: Some[Annotated[float, Field(gt=0, le=1)]]
+    kind: Whole = 0
 
     def __post_init__(self) -> None:
         require(

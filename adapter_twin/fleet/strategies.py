@@ -1,16 +1,21 @@
 """Placement strategies: the fewest GPUs, or the shortest waits on a given number of them."""
 
 import math
+from dataclasses import replace
 
+import joblib
 import numpy as np
 from numpy.typing import ArrayLike
 
-from adapter_twin.errors import require
-from adapter_twin.fleet.hold import Held, NotServed, check_placement, hold, learn_spread
+from adapter_twin.errors import AdapterTwinError, require
+from adapter_twin.fleet.hold import Bound, Held, NotServed, check_placement, hold, learn_spread
+from adapter_twin.fleet.kinds import Group, Kinds, require_available
+from adapter_twin.fleet.mixed import few
 from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.packing import Groups, best_greedy, improve
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
-from adapter_twin.fleet.proof.bound import gpus_for, prices_of
+from adapter_twin.fleet.proof.bound import ROUNDING, gpus_for, least_cost, prices_of, prices_on
+from adapter_twin.fleet.proof.envelope import levels_of
 from adapter_twin.plan.candidates import Candidates
 from adapter_twin.workload.lengths import Floats
 
@@ -28,60 +33,118 @@ def fewest(oracle: Oracle) -> tuple[Groups, Floats]:
     return improve(oracle, best_greedy(oracle), prices, enough=gpus_for(prices)), prices
 
 
-def on_one_gpu(oracle: Oracle, *, jobs: int = -1) -> Held | None:
+def best(kinds: Kinds, *, jobs: int = -1) -> tuple[list[Group], Bound]:
+    """Return the placement that is found in little time: on the fewest GPUs, or the cheapest ones.
+
+    Raises
+    ------
+    AdapterTwinError
+        Too few GPUs are to be had.
+    """
+    copies = int(np.bincount(kinds.oracles[0].parts.adapter).max())
+    if len(kinds.oracles) == 1:
+        alone, prices = fewest(kinds.oracles[0])
+        bound = one_kind_bound(kinds, max(gpus_for(prices), copies))
+        groups = [Group(0, parts) for parts in alone]
+        require_available(kinds, groups, bound.gpus)
+        return groups, bound
+    serving = [k for k, oracle in enumerate(kinds.oracles) if oracle.takes().any()]
+    oracles = [kinds.oracles[k] for k in serving]
+    levels = joblib.Parallel(jobs)(joblib.delayed(levels_of)(oracle) for oracle in oracles)
+    available = kinds.available
+    ones, least, on = np.ones(len(available)), list[float](), list[Floats]()
+    for costs in (ones, kinds.prices) if kinds.demand.fleet.is_priced else (ones,):
+        prices = np.full((len(available), len(oracles[0].parts)), np.inf)
+        prices[serving] = prices_on(oracles, levels, costs[serving], available[serving])
+        on.append(prices)
+        least.append(least_cost(prices, costs, available, copies))
+    chosen = 1 if kinds.by_price else 0
+    found = few(kinds, on[chosen], least[chosen])
+    if found is None:
+        raise AdapterTwinError(
+            "fleet.kinds: no placement is found on those that are available; raise available"
+        )
+    return found, Bound(max(math.ceil(least[0] - ROUNDING), 1), [*least, 0.0][1])
+
+
+def one_kind_bound(kinds: Kinds, gpus: int) -> Bound:
+    """Return the bound of GPUs of one kind."""
+    return Bound(gpus, gpus * float(kinds.prices[0]))
+
+
+def on_one_gpu(kinds: Kinds, *, jobs: int = -1) -> Held | None:
     """Return all adapters on one GPU, as `adapter_twin.plan.recommend` has it; None if it cannot.
 
-    The twin decides, where the oracle's allowance for waits that it does not know may be too much.
+    The twin decides, where an oracle's allowance for waits that it does not know may be too much.
 
     Parameters
     ----------
-    oracle : Oracle
+    kinds : Kinds
+        The cheapest that can is taken.
     jobs : int
         Processes; -1 is one per core.
     """
-    demand, adapters = oracle.demand, tuple(range(len(oracle.demand.adapters)))
-    if len(oracle.parts) > len(adapters):  # an adapter that is too much for one
+    demand, adapters = kinds.demand, tuple(range(len(kinds.demand.adapters)))
+    if (kinds.oracles[0].parts.share < 1).any():  # an adapter that is on several
         return None
-    replica = Candidates.of(demand, oracle.criterion.margin)
-    chosen = replica.choose(replica.table())
-    # without an SLO, nothing else stops a queue that grows for as long as the load lasts
-    most = oracle.most_utilisation if demand.slo is None else math.inf
-    if chosen is None or chosen[0].utilisation > most:
-        return None
-    engine = demand.engine_with(int(chosen[0].adapter_slots))
-    placement = Placement((ReplicaPlan(engine, adapters, (1.0,) * len(adapters)),))
-    checked = check_placement(demand, placement, oracle.calibration, seed=demand.seed, jobs=jobs)
-    if not checked.serves.all():
-        return None
-    return Held(oracle, 1, placement, checked, repaired=0)
+    for kind in kinds.cheapest():
+        oracle = kinds.oracles[kind]
+        replica = Candidates.of(oracle.demand, oracle.criterion.margin)
+        chosen = replica.choose(replica.table())
+        # without an SLO, nothing else stops a queue that grows for as long as the load lasts
+        most = oracle.most_utilisation if demand.slo is None else math.inf
+        if chosen is None or chosen[0].utilisation > most:
+            continue
+        engine = oracle.demand.engine_with(int(chosen[0].adapter_slots))
+        plan = ReplicaPlan(engine, adapters, (1.0,) * len(adapters), kind)
+        placement = Placement((plan,))
+        laws = kinds.laws(placement)
+        checked = check_placement(demand, placement, laws, seed=demand.seed, jobs=jobs)
+        if checked.serves.all():
+            bound = Bound(1, float(kinds.prices.min()))
+            return Held(kinds, bound, placement, checked, repaired=0)
+    return None
 
 
-def place_and_hold(oracle: Oracle, *, jobs: int = -1) -> Held:
-    """Place by an oracle and have the twin agree; where an SLO is missed, learn why and try again.
+def place_and_hold(kinds: Kinds, *, jobs: int = -1) -> Held:
+    """Place by oracles and have the twin agree; where an SLO is missed, learn why and try again.
 
     Raises
     ------
     NotServed
         It is missed after `ATTEMPTS`, or starves without an SLO.
     AdapterTwinError
-        No GPU serves one of the adapters by what has been learned.
+        No GPU serves one of the adapters by what has been learned, or there are too few.
     """
-    one = on_one_gpu(oracle, jobs=jobs)
-    if one is not None:
+    one = on_one_gpu(kinds, jobs=jobs)
+    if one is not None and one.cost <= one.least_cost:
         return one
+    try:
+        several = _place_and_hold(kinds, jobs=jobs)
+    except AdapterTwinError:
+        if one is None:
+            raise
+        return one
+    if one is None or several.cost < one.cost:
+        return several
+    prices = one.price_per_hour, several.bound.price_per_hour
+    return replace(one, bound=Bound(1, min(prices)))  # the twin may accept what oracles do not
+
+
+def _place_and_hold(kinds: Kinds, *, jobs: int) -> Held:
     left = ATTEMPTS
     while True:
-        groups, prices = fewest(oracle)
+        groups, bound = best(kinds, jobs=jobs)
         try:
-            return hold(oracle, groups, gpus_for(prices), jobs=jobs)
+            return hold(kinds, groups, bound, jobs=jobs)
         except NotServed as missed:
             left -= 1
-            if oracle.demand.slo is None or left == 0:
+            if kinds.demand.slo is None or left == 0:
                 raise
-            oracle = learn_spread(oracle, missed)
+            kinds = learn_spread(kinds, missed)
 
 
-def shortest_wait(oracle: Oracle, gpus: int, *, jobs: int = -1) -> Held:
+def shortest_wait(kinds: Kinds, gpus: int, *, jobs: int = -1) -> Held:
     """Return the placement on `gpus` GPUs whose slowest GPU has the lowest p99 TTFT in the twin.
 
     Tried are: even loads; even prices (`adapter_twin.fleet.proof.bound`), which weigh a slot
@@ -90,7 +153,8 @@ def shortest_wait(oracle: Oracle, gpus: int, *, jobs: int = -1) -> Held:
 
     Parameters
     ----------
-    oracle : Oracle
+    kinds : Kinds
+        Of one kind.
     gpus : int
     jobs : int
         Processes; -1 is one per core.
@@ -98,15 +162,20 @@ def shortest_wait(oracle: Oracle, gpus: int, *, jobs: int = -1) -> Held:
     Raises
     ------
     AdapterTwinError
-        With so few GPUs none of these serves, or there are more GPUs than adapters.
+        With so few GPUs none of these serves, there are more GPUs than adapters, or several kinds.
     """
+    alone = len(kinds.oracles) == 1
+    require(alone, "gpus: goes with one kind of GPU; leave it out, or the others of fleet.kinds")
+    (oracle,) = kinds.oracles
     parts, demand = oracle.parts, oracle.demand
     require(
         1 <= gpus <= len(parts),
         f"gpus: got {gpus}; give 1 to {len(parts)}, each GPU gets an adapter at least",
     )
+    require_available(kinds, [Group(0, [])] * gpus, gpus)
     groups, prices = fewest(oracle)
-    bound, held = gpus_for(prices), list[Held]()
+    least, held = gpus_for(prices), list[Held]()
+    bound = one_kind_bound(kinds, least)
     for tried in (spread(parts.rate, gpus), spread(prices, gpus), _halved(groups, prices, gpus)):
         if len(tried) > gpus or any(oracle.serve(group) is None for group in tried):
             continue
@@ -115,10 +184,10 @@ def shortest_wait(oracle: Oracle, gpus: int, *, jobs: int = -1) -> Held:
             demand, placement, oracle.calibration, seed=demand.seed, jobs=jobs
         )
         if checked.serves.all():
-            held.append(Held(oracle, bound, placement, checked, repaired=0))
+            held.append(Held(kinds, bound, placement, checked, repaired=0))
     require(
         bool(held),
-        f"gpus: {gpus} are too few to serve; {bound} are the least that can be, and "
+        f"gpus: {gpus} are too few to serve; {least} are the least that can be, and "
         f"{len(groups)} the fewest that a placement was found for",
     )
     return min(held, key=lambda one: float(one.checked.p99_ttft_ms.max()))

@@ -19,6 +19,7 @@ from adapter_twin.plan.logged import draw_log, read_log
 from adapter_twin.workload.adapter_folders import resolve
 from adapter_twin.workload.calibration_files import complete, take_gpu
 from adapter_twin.workload.files import read_yaml
+from adapter_twin.workload.gpu_fleet import GpuFleet
 from adapter_twin.workload.scenario import (
     Adapters,
     Arrivals,
@@ -55,6 +56,8 @@ class Demand:
         All flags but slots, host cache and rank, which are chosen.
     slots : tuple of int, optional
         Numbers of adapter slots to choose from; left out, all sizes are tried.
+    fleet : GpuFleet
+        What `place` may build of; left out, any number of GPUs of the calibration.
     trace : Trace, optional
         The requests of a log, which are replayed: rates and lengths only say what they amount to.
     """
@@ -69,6 +72,7 @@ class Demand:
     seed: Whole = 0
     engine: ServeFlags = field(default_factory=ServeFlags)
     slots: Grid | None = None
+    fleet: GpuFleet = field(default_factory=GpuFleet)
     trace: SkipJsonSchema[Any] = None
 
     def __post_init__(self) -> None:
@@ -196,6 +200,7 @@ def load_demand(path: str | Path) -> Demand:
     if not isinstance(content, dict):
         return read(Demand, content)
     take_gpu(content)
+    _take_kinds(content)
     slo = content.get("slo", asdict(DEFAULT_SLO))
     content["slo"] = None if slo == "none" else slo
     engine = content.get("engine")
@@ -233,6 +238,20 @@ def _drawn(content: dict[str, Any]) -> Demand:
     model, calibration = str(content["model"]), str(content.get("calibration", "auto"))
     keys, trace = draw_log(content | waiting, load_calibration(calibration, model))
     return replace(read(Demand, content | keys), trace=trace)
+
+
+def _take_kinds(content: dict[str, Any]) -> None:
+    """Replace the ``gpu`` of each of the fleet's kinds by the calibration that it stands for."""
+    fleet, engine = content.get("fleet"), content.get("engine")
+    kinds = fleet.get("kinds") if isinstance(fleet, dict) else None
+    kinds = [kind for kind in kinds if isinstance(kind, dict)] if isinstance(kinds, list) else []
+    for kind in kinds:
+        take_gpu(kind)
+    completed = isinstance(engine, dict) and engine.get("defaults") == "vllm"
+    require(
+        len(kinds) < 2 or not completed,
+        "engine.defaults: vLLM's own differ between the GPUs of fleet.kinds; give the flags",
+    )
 
 
 def _require_rates(adapters: object) -> None:

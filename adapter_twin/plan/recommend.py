@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from adapter_twin import __version__
-from adapter_twin.errors import AdapterTwinError
+from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws import load_calibration
 from adapter_twin.plan.candidates import HOUR_S
 from adapter_twin.plan.cold_start import cold_start_states
@@ -21,6 +21,7 @@ from adapter_twin.plan.steady_state import (
     slo_met_probability,
     worst_adapter,
 )
+from adapter_twin.workload.gpu_fleet import GpuFleet
 from adapter_twin.workload.scenario import config_hash
 
 NEIGHBOURS = 2
@@ -74,6 +75,8 @@ def recommend(demand: Demand) -> dict[str, Any]:
     >>> print(*recommend(demand)["vllm_args"][:5])
     --enable-lora --max-loras 16 --max-cpu-loras 16
     """
+    one_gpu = demand.fleet == GpuFleet()
+    require(one_gpu, "fleet: recommend plans one GPU; use place, or leave it out")
     calibration = load_calibration(demand.calibration, demand.model)
     calibration.warn_if_prior()
     found = search(demand)

@@ -56,6 +56,7 @@ CONFIG = {
     },
 }
 EXAMPLES = Path(__file__).parents[2] / "examples"
+SLOW = ("place", "mixed")
 VERBS = ("predict", "validate", "simulate", "calibrate", "profile", "watch", "data", "doctor")
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -174,7 +175,7 @@ def test_the_shell_completes_verbs(run: Cli, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     "example",
     [
-        pytest.param(path, id=path.name, marks=pytest.mark.slow if path.stem == "place" else ())
+        pytest.param(path, id=path.name, marks=pytest.mark.slow if path.stem in SLOW else ())
         for path in sorted(EXAMPLES.glob("*.yaml"))
     ],
 )

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from adapter_twin import cli
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.fleet import picture
-from adapter_twin.fleet.hold import check_placement, hold
+from adapter_twin.fleet.hold import Bound, check_placement, hold
+from adapter_twin.fleet.kinds import Group, Kinds
 from adapter_twin.fleet.manifests import manifest, write_manifests
 from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.place import place
@@ -121,25 +122,26 @@ def test_a_gpu_that_starves_gives_adapters_away(
     laws: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = demand(30, 80.0)
-    oracle = Oracle(asked, laws)
-    everything = [list(range(len(oracle.parts)))]
+    kinds = Kinds.of(asked)
+    (oracle,) = kinds.oracles
+    everything = [Group(0, list(range(len(oracle.parts))))]
     # an oracle that believes that one GPU serves it all
-    monkeypatch.setattr(Oracle, "place", _place_anything)
+    monkeypatch.setattr(Kinds, "place", _place_anything)
     with pytest.raises(AdapterTwinError, match="1 of 1 GPUs do not serve in the twin"):
-        hold(oracle, everything, bound=1, jobs=1)
+        hold(kinds, everything, Bound(1, 0.0), jobs=1)
     heavy = np.argsort(-oracle.parts.rate)
     first = int(np.searchsorted(np.cumsum(oracle.parts.rate[heavy]), 48.0))
     rest = heavy[first:].tolist()
-    groups = [heavy[:first].tolist(), rest[::2], rest[1::2]]
-    held = hold(oracle, groups, bound=1, jobs=1)
+    groups = [Group(0, parts) for parts in (heavy[:first].tolist(), rest[::2], rest[1::2])]
+    held = hold(kinds, groups, Bound(1, 0.0), jobs=1)
     assert held.repaired >= 1
     assert held.checked.serves.all()
     assert len(held.placement.replicas) >= 3
 
 
-def _place_anything(oracle: Oracle, groups: list[list[int]]) -> Placement:
-    plans = []
-    for group in groups:
+def _place_anything(kinds: Kinds, groups: list[Group]) -> Placement:
+    plans, oracle = [], kinds.oracles[0]
+    for _, group in groups:
         adapters, shares = oracle.parts.adapter[group], oracle.parts.share[group]
         engine = EngineConfig(
             model=LLAMA, max_loras=min(len(group), 16), max_cpu_loras=30, max_lora_rank=16
@@ -163,12 +165,13 @@ def test_spread_keeps_every_item_and_grahams_bound(own: list[float], gpus: int) 
 
 def test_hot_adapters_are_on_several_gpus_where_that_is_asked(laws: Calibration) -> None:
     asked = demand(30, 60.0)
-    oracle = Oracle(asked, laws, replicate_above=0.2)
+    kinds = Kinds.of(asked, replicate_above=0.2)
+    (oracle,) = kinds.oracles
     hottest = int(np.argmax([adapter.request_rate for adapter in asked.adapters]))
     parts = np.flatnonzero(oracle.parts.adapter == hottest)
     assert len(parts) > 1
     assert oracle.serve(parts) is None  # each on a GPU of its own
-    placement = place_and_hold(oracle, jobs=1).placement
+    placement = place_and_hold(kinds, jobs=1).placement
     homes = [plan for plan in placement.replicas if hottest in plan.adapters]
     assert len(homes) == len(parts)
     with pytest.raises(AdapterTwinError, match="replicate_above: got 0"):
@@ -176,14 +179,14 @@ def test_hot_adapters_are_on_several_gpus_where_that_is_asked(laws: Calibration)
 
 
 @pytest.fixture(scope="module")
-def oracle(laws: Calibration) -> Oracle:
-    return Oracle(demand(30, 20.0), laws)
+def kinds() -> Kinds:
+    return Kinds.of(demand(30, 20.0))
 
 
-def test_more_gpus_than_needed_shorten_the_waits(oracle: Oracle) -> None:
-    held = place_and_hold(oracle, jobs=1)
+def test_more_gpus_than_needed_shorten_the_waits(kinds: Kinds) -> None:
+    held = place_and_hold(kinds, jobs=1)
     fewer, more = (
-        shortest_wait(oracle, len(held.placement.replicas) + extra, jobs=1) for extra in (0, 3)
+        shortest_wait(kinds, len(held.placement.replicas) + extra, jobs=1) for extra in (0, 3)
     )
     assert len(more.placement.replicas) == len(held.placement.replicas) + 3
     assert more.checked.serves.all()
@@ -191,18 +194,19 @@ def test_more_gpus_than_needed_shorten_the_waits(oracle: Oracle) -> None:
     assert longest == sorted(longest)
 
 
-def test_a_number_of_gpus_that_cannot_serve_is_refused_with_one_that_may(oracle: Oracle) -> None:
+def test_a_number_of_gpus_that_cannot_serve_is_refused_with_one_that_may(kinds: Kinds) -> None:
+    (oracle,) = kinds.oracles
     for gpus in {0, lower_bound(oracle) - 1, len(oracle.parts) + 1}:
         with pytest.raises(AdapterTwinError, match=r"^gpus: "):
-            shortest_wait(oracle, gpus, jobs=1)
+            shortest_wait(kinds, gpus, jobs=1)
 
 
-def test_an_slo_that_means_would_miss_is_held_after_a_look_at_the_twin(laws: Calibration) -> None:
+def test_an_slo_that_means_would_miss_is_held_after_a_look_at_the_twin() -> None:
     asked = demand(24, 20.0, slo=Slo(ttft_ms=5000.0, itl_ms=43.0))
-    held = place_and_hold(Oracle(asked, laws), jobs=1)
-    assert held.oracle.itl_spread > 1
+    held = place_and_hold(Kinds.of(asked), jobs=1)
+    assert held.kinds.oracles[0].itl_spread > 1
     assert held.checked.slo_attainment.min() >= 0.99
-    assert held.bound <= len(held.placement.replicas)
+    assert held.bound.gpus <= held.gpus
 
 
 def test_there_is_at_least_one_gpu_to_spread_over() -> None:

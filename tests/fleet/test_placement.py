@@ -108,7 +108,8 @@ def test_no_set_that_the_oracle_accepts_is_more_than_a_gpu_by_any_measure(
     levels = levels_of(oracle)
     rate, rank = oracle.parts.rate, oracle.parts.rank
     measured = measures(levels, rate)
-    prices = priced(levels, best_weights(oracle, levels), rate, rank)
+    weights = best_weights([oracle], [levels], np.ones(1), np.full(1, np.inf))[0]
+    prices = priced(levels, weights, rate, rank)
     rng = np.random.default_rng(0)
     dearest = 0.0
     for _ in range(30):

@@ -1,4 +1,4 @@
-"""A lower bound on the number of GPUs, proven for the oracle by a price on every adapter.
+"""A lower bound on the number of GPUs, or their price, proven by a price on every adapter.
 
 **The certificate.** Every adapter gets a price such that no set that the oracle accepts on one GPU
 costs more than 1. Then a placement needs as many GPUs as the prices sum to. A *level* is a rank of
@@ -26,6 +26,10 @@ over the very adapters, so neither its rounding nor its tolerance can spoil the 
 4. The *number* of adapters with at least some rate, by the most that a GPU serves of adapters with
    just that rate (`adapter_twin.fleet.proof.envelope`).
 
+**Several kinds of GPU.** Each kind has levels and weights, and so prices, of its own; one linear
+program chooses all of them, in which an adapter costs what it does on the kind where that is least.
+`least_cost` then deals adapters to kinds, perhaps in fractions, for whole GPUs.
+
 They hold for placements that do not split the oracle's parts any further: an adapter that never
 leaves its slot may take less in parts.
 
@@ -37,13 +41,16 @@ of the step change with its tokens, ITL may fall as load grows; that is measured
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import linprog
-from scipy.sparse import block_array, coo_array, eye_array
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.sparse import block_array, coo_array, eye_array, hstack
 
+from adapter_twin.errors import require
 from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.proof.envelope import Levels, levels_of
 from adapter_twin.workload.lengths import Floats
@@ -51,13 +58,20 @@ from adapter_twin.workload.lengths import Floats
 Ints = NDArray[np.int64]
 
 SIMILAR_RATES = 0.03
-"""Rates that differ by less are one type in the linear program, at the highest of them."""
+"""Rates that differ by less are one type in the linear program, at the highest of them; by as many
+times more as there are kinds of GPU."""
 
 ROUNDING = 1e-6
 """This many GPUs are taken off before a sum of prices is rounded up."""
 
 IMPOSSIBLE = 10
 """An adapter costs this many GPUs where no GPU can have it."""
+
+LIMIT_S = 20.0
+"""The program of several kinds of GPU ends then; what it has proven by then is a bound as well."""
+
+INFEASIBLE = 2
+"""SciPy's status of a program without a solution."""
 
 STEPS = (1, 2, 3, 4, 5)
 """These are the dual feasible functions of the load: by the first, two adapters of above half a
@@ -103,34 +117,88 @@ def measures(levels: Levels, rates: Floats) -> Floats:
     return np.concatenate([np.stack([load, active, *stepped]), counted])
 
 
-def best_weights(oracle: Oracle, levels: Levels) -> Floats:
-    """Choose the weights of the prices that prove most for the oracle's demand."""
-    rates, ranks, counts = _types(oracle, SIMILAR_RATES / levels.finer)
-    measured = measures(levels, rates)
-    level, kind = np.nonzero(levels.rank[:, None] >= ranks)
-    row, measure_count, level_count = np.arange(len(level)), *measured.shape[:2]
-    # maximise counts @ price with price[kind] <= sum of weight[level] measured[level, kind]
-    price = coo_array((np.ones(len(row)), (row, kind)), shape=(len(row), len(rates)))
-    weighed = [
-        coo_array((-of[level, kind], (row, level)), shape=(len(row), level_count))
-        for of in measured
-    ]
-    ones = [eye_array(level_count)] * measure_count
+def best_weights(
+    oracles: Sequence[Oracle], levels: Sequence[Levels], costs: Floats, available: Floats
+) -> list[Floats]:
+    """Choose, for each kind of GPU, the weights of the prices that prove most of a fleet's cost.
+
+    Parameters
+    ----------
+    oracles : sequence of Oracle
+        Of the kinds, with the same parts.
+    levels : sequence of Levels
+        Of these.
+    costs, available : float64, shape (kinds,)
+        What a GPU counts, and how many there are, infinite without a limit.
+
+    Returns
+    -------
+    list of float64, shape (measures, n)
+        See `priced`.
+    """
+    rates, ranks, takes, counts = _types(oracles, len(oracles) * SIMILAR_RATES / levels[0].finer)
+    few = np.flatnonzero(np.isfinite(available))
+    measured = [measures(own, rates) for own in levels]
+    # maximise counts @ price - available @ extra with, for every kind, level and type,
+    # price[type] <= sum of weight[level] measured[level, type], weights of a cost and its extra
+    rows: list[list[Any]] = []
+    limits = list[Floats]()
+    for k, (own, of) in enumerate(zip(levels, measured, strict=True)):
+        level, kind = np.nonzero((own.rank[:, None] >= ranks[k]) & takes[k])
+        row, level_count = np.arange(len(level)), of.shape[1]
+        price = coo_array((np.ones(len(row)), (row, kind)), shape=(len(row), len(rates)))
+        weighed = hstack(
+            [
+                coo_array((-one[level, kind], (row, level)), shape=(len(row), level_count))
+                for one in of
+            ]
+        )
+        summed = hstack([eye_array(level_count)] * len(of))
+        others = [None] * len(levels)
+        extra = [coo_array(-np.ones((level_count, 1)) * (few == k))] if len(few) else []
+        rows.append([price, *others[:k], weighed, *others[k + 1 :], *([None] * len(extra))])
+        rows.append([None, *others[:k], summed, *others[k + 1 :], *extra])
+        limits += [np.zeros(len(row)), np.full(level_count, costs[k])]
+    sizes = [of.shape[0] * of.shape[1] for of in measured]
     solution = linprog(
-        np.concatenate([-counts, np.zeros(measure_count * level_count)]),
-        A_ub=block_array([[price, *weighed], [None, *ones]], format="csr"),
-        b_ub=np.concatenate([np.zeros(len(row)), np.ones(level_count)]),
+        np.concatenate([-counts, np.zeros(sum(sizes)), available[few]]),
+        A_ub=block_array(rows, format="csr"),
+        b_ub=np.concatenate(limits),
         method="highs-ipm",  # any weights prove something, so its tolerance does no harm
     )
-    weights = np.zeros(measured.shape[:2])
-    weights[0] = 1  # any weights prove something
-    if solution.x is not None:
-        weights = np.maximum(solution.x[len(rates) :].reshape(weights.shape), 0)
-    return np.asarray(weights / np.maximum(weights.sum(axis=0), 1))
+    found, first = list[Floats](), len(rates)
+    for of, size, cost in zip(measured, sizes, costs, strict=True):
+        weights = np.zeros(of.shape[:2])
+        weights[0] = cost  # any weights prove something
+        if solution.x is not None:
+            weights = np.maximum(solution.x[first : first + size].reshape(weights.shape), 0)
+        first += size
+        found.append(weights / np.maximum(weights.sum(axis=0), cost))
+    return found
+
+
+def prices_on(
+    oracles: Sequence[Oracle], levels: Sequence[Levels], costs: Floats, available: Floats
+) -> Floats:
+    """Return the prices of the oracles' parts, in GPUs of each kind, that prove most.
+
+    Parameters are those of `best_weights`.
+
+    Returns
+    -------
+    float64, shape (kinds, parts)
+        Infinite where a kind never serves a part.
+    """
+    weights = best_weights(oracles, levels, costs, available)
+    prices = np.full((len(oracles), len(oracles[0].parts)), np.inf)
+    for k, oracle in enumerate(oracles):
+        parts, taken = oracle.parts, oracle.takes()
+        prices[k, taken] = priced(levels[k], weights[k], parts.rate[taken], parts.rank[taken])
+    return prices
 
 
 def prices_of(oracle: Oracle, finer: int = 1) -> Floats:
-    """Return the prices in GPUs that prove most, of the oracle's parts.
+    """Return the prices in GPUs that prove most, of the parts of GPUs of one kind.
 
     Parameters
     ----------
@@ -138,8 +206,52 @@ def prices_of(oracle: Oracle, finer: int = 1) -> Floats:
     finer : int
         See `adapter_twin.fleet.proof.envelope.levels_of`.
     """
-    levels = levels_of(oracle, finer)
-    return priced(levels, best_weights(oracle, levels), oracle.parts.rate, oracle.parts.rank)
+    return np.asarray(
+        prices_on([oracle], [levels_of(oracle, finer)], np.ones(1), np.full(1, np.inf))[0]
+    )
+
+
+def least_cost(prices: Floats, costs: Floats, available: Floats, least_gpus: int = 1) -> float:
+    """Return a cost below which no fleet of several kinds of GPU serves parts of these prices.
+
+    Every part is dealt to the kinds, perhaps in fractions, and each kind needs as many whole GPUs
+    as the prices of its parts sum to: a mixed-integer program with an integer for each kind.
+
+    Parameters
+    ----------
+    prices : float64, shape (kinds, parts)
+        See `prices_on`.
+    costs, available : float64, shape (kinds,)
+        See `best_weights`.
+    least_gpus : int
+        As many GPUs are needed for another reason, such as the copies of an adapter.
+
+    Raises
+    ------
+    AdapterTwinError
+        There are too few GPUs for any placement.
+    """
+    kind, part = np.nonzero(np.isfinite(prices))
+    kinds, parts = prices.shape
+    column = np.arange(len(kind))
+    dealt = coo_array((np.ones(len(kind)), (part, column)), shape=(parts, len(kind)))
+    filled = coo_array((prices[kind, part], (kind, column)), shape=(kinds, len(kind)))
+    rows = [[dealt, None], [filled, -eye_array(kinds)], [None, np.ones((1, kinds))]]
+    upper = np.concatenate([np.ones(parts), np.full(kinds, ROUNDING), [np.inf]])
+    lower = np.concatenate([np.ones(parts), np.full(kinds, -np.inf), [least_gpus]])
+    solution = milp(
+        np.concatenate([np.zeros(len(kind)), costs]),
+        constraints=LinearConstraint(block_array(rows, format="csr"), lower, upper),
+        integrality=np.repeat([0, 1], [len(kind), kinds]),
+        bounds=Bounds(0, np.concatenate([np.ones(len(kind)), available])),
+        options={"time_limit": LIMIT_S, "mip_rel_gap": 0.0},
+    )
+    require(
+        solution.status != INFEASIBLE,
+        "fleet.kinds: of those that are available no placement serves; raise available",
+    )
+    proven = solution.mip_dual_bound
+    return 0.0 if proven is None else round(float(proven), 9)
 
 
 def lower_bound(oracle: Oracle, finer: int = 1) -> int:
@@ -152,9 +264,18 @@ def gpus_for(prices: Floats) -> int:
     return max(math.ceil(float(prices.sum()) - ROUNDING), 1)
 
 
-def _types(oracle: Oracle, similar: float) -> tuple[Floats, Ints, Floats]:
-    """Return the rates, ranks and numbers of parts that are alike: the highest rate of each."""
-    rate, rank = pd.Series(oracle.parts.rate), oracle.parts.rank
-    alike = rate.groupby([rank, np.floor(np.log(rate) / similar)]).agg(["max", "size"])
-    ranks = alike.index.get_level_values(0).to_numpy(np.int64)
-    return alike["max"].to_numpy(), ranks, alike["size"].to_numpy(float)
+def _types(
+    oracles: Sequence[Oracle], similar: float
+) -> tuple[Floats, list[Ints], list[NDArray[np.bool_]], Floats]:
+    """Return types of parts that are alike: the highest rate of each, and their number.
+
+    In between, for each kind of GPU, the ranks of their slots, and whether any may be served.
+    """
+    rate = oracles[0].parts.rate
+    by = [oracle.parts.rank for oracle in oracles] + [np.floor(np.log(rate) / similar)]
+    table = pd.DataFrame({"rate": rate} | {k: own.takes() for k, own in enumerate(oracles)})
+    alike = table.groupby(by)
+    highest = alike["rate"].max()
+    ranks = [highest.index.get_level_values(k).to_numpy(np.int64) for k in range(len(oracles))]
+    takes = [alike[k].any().to_numpy(bool) for k in range(len(oracles))]
+    return highest.to_numpy(float), ranks, takes, alike.size().to_numpy().astype(float)

@@ -165,8 +165,9 @@ def levels_of(oracle: Oracle, finer: int = 1) -> Levels:
     finer : int
         Levels are this many times as fine: the bound gets tighter, and takes longer.
     """
-    thresholds = _thresholds(oracle.parts.rate)
-    ranks = [int(rank) for rank in np.unique(oracle.parts.rank)]
+    taken = oracle.takes()
+    thresholds = _thresholds(oracle.parts.rate[taken])
+    ranks = [int(rank) for rank in np.unique(oracle.parts.rank[taken])]
     columns = zip(*(_of_rank(oracle, rank, thresholds, finer) for rank in ranks), strict=True)
     rank, high, most_active, residence_s, running, most = map(np.concatenate, columns)
     limits = (oracle.longest_wait_s, thresholds, finer)
