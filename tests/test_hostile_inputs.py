@@ -312,7 +312,11 @@ def test_a_placement_takes_the_place_of_the_one_before(
         Path("d.yaml").write_text(yaml.safe_dump(content))
         assert run("place", "d.yaml", "--gpus", gpus, "--manifests", "k8s", "--jobs", "1")[0] == 0
     Path("k8s/service.yaml").touch()
-    assert sorted(path.name for path in Path("k8s").iterdir()) == ["replica-0.yaml", "service.yaml"]
+    assert sorted(path.name for path in Path("k8s").iterdir()) == [
+        "replica-0.yaml",
+        "routes.yaml",
+        "service.yaml",
+    ]
 
 
 def test_a_refused_sweep_leaves_its_folder_to_the_corrected_one(

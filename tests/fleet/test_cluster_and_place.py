@@ -26,13 +26,14 @@ from adapter_twin.fleet.strategies import place_and_hold, shortest_wait, spread
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.steady_state import warmed_up
+from adapter_twin.workload.gpu_fleet import GpuFleet, GpuKind
 from adapter_twin.workload.scenario import EngineConfig, Lengths, ServeFlags, Slo, zipf_adapters
 
 LLAMA = "llama-3.1-8b-instruct"
 LENGTHS = Lengths(mean_input_tokens=223, mean_output_tokens=200)
 EXAMPLE = Path(__file__).parents[2] / "examples" / "place.yaml"
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is an extrapolation")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is (an extrapolation|a prior)")
 
 
 @pytest.fixture(scope="module")
@@ -223,8 +224,9 @@ def test_manifests_pass_the_schema_and_hold_the_flags(
     import kubernetes_validate
 
     asked, answer, placement = placed
-    files = write_manifests(tmp_path / "k8s", asked, placement)
+    *files, routes = write_manifests(tmp_path / "k8s", asked, placement)
     assert len(files) == answer["gpus"]
+    kubernetes_validate.validate(yaml.safe_load(routes.read_text()), "1.30", strict=True)
     for file, row in zip(files, answer["replicas"], strict=True):
         text = file.read_text()
         assert "&id" not in text
@@ -233,11 +235,41 @@ def test_manifests_pass_the_schema_and_hold_the_flags(
             kubernetes_validate.validate(document, "1.30", strict=True)
         container = deployment["spec"]["template"]["spec"]["containers"][0]
         assert container["image"] == "vllm/vllm-openai:v0.8.5"
+        probe = container["startupProbe"]
+        waits_s = probe["periodSeconds"] * probe["failureThreshold"]
+        engine = placement.replicas[int(file.stem.partition("-")[2])].engine
+        assert waits_s > load_calibration("auto", LLAMA).memory.startup_s(engine)
         arguments = container["args"]
         at = arguments.index("--enable-lora")
         assert arguments[at : at + len(row["vllm_args"])] == row["vllm_args"]
         modules = arguments[arguments.index("--lora-modules") + 1 :]
         assert modules == [f"{name}=/adapters/{name}" for name in row["adapters"]]
+
+
+def test_the_routes_send_all_requests_of_an_adapter_to_the_services_that_have_it(
+    tmp_path: Path,
+) -> None:
+    asked = demand(6, 6.0, fleet=GpuFleet(copies=2))
+    answer, placement = place(asked, jobs=1)
+    written = write_manifests(tmp_path, asked, placement)[-1]
+    table = json.loads(yaml.safe_load(written.read_text())["data"]["routes.json"])
+    assert table.keys() == {adapter.name for adapter in asked.adapters}
+    assert all(sum(shares.values()) == pytest.approx(1) for shares in table.values())
+    for number, row in enumerate(answer["replicas"]):
+        there = {name for name, shares in table.items() if f"replica-{number}" in shares}
+        assert there == set(row["adapters"])
+
+
+def test_manifests_have_the_version_of_each_gpus_calibration(tmp_path: Path) -> None:
+    kinds = (GpuKind(), GpuKind(calibration="auto@l40s-vllm0.19.0"))
+    (plan,) = ALONE.replicas
+    both = Placement(
+        (replace(plan, shares=(0.5,) * 8), replace(plan, shares=(0.5,) * 8, kind=1)),
+    )
+    asked = demand(8, 1.0, fleet=GpuFleet(kinds=kinds))
+    images = [path.read_text() for path in write_manifests(tmp_path, asked, both)]
+    assert "vllm/vllm-openai:v0.8.5" in images[0]
+    assert "vllm/vllm-openai:v0.19.0" in images[1]
 
 
 def test_a_wrong_manifest_does_not_pass(
@@ -286,7 +318,7 @@ def test_place_writes_manifests_and_picture(
         cli.main(("place", write({"adapters": adapters}), "--json", "--jobs", "1", *options))
     assert exit_.value.code == 0
     answer = json.loads(capsys.readouterr().out)
-    assert len(list((tmp_path / "k8s").iterdir())) == answer["gpus"]
+    assert len(list((tmp_path / "k8s").glob("replica-*.yaml"))) == answer["gpus"]
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
