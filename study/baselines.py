@@ -19,12 +19,12 @@ def round_robin(oracle: Oracle) -> Groups:
         Indices into ``oracle.parts``, one list per GPU.
     """
     count = len(oracle.parts)
-    low, high = 0, _fewest(oracle)
-    while high < count and not _all_fit(oracle, _dealt(count, high)):
+    low, high = 0, least_gpus(oracle)
+    while high < count and not all_fit(oracle, _dealt(count, high)):
         low, high = high, min(2 * high, count)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if _all_fit(oracle, _dealt(count, middle)) else (middle, high)
+        low, high = (low, middle) if all_fit(oracle, _dealt(count, middle)) else (middle, high)
     return _dealt(count, high)
 
 
@@ -41,11 +41,11 @@ def first_fit_by_count(oracle: Oracle) -> Groups:
     """
     count = len(oracle.parts)
     low, high = 0, average_adapters(oracle) + 1
-    if _all_fit(oracle, _blocks(count, high - 1)):
+    if all_fit(oracle, _blocks(count, high - 1)):
         low = high - 1
     while high - low > 1:
         middle = (low + high) // 2
-        fits = _all_fit(oracle, _blocks(count, middle))
+        fits = all_fit(oracle, _blocks(count, middle))
         low, high = (middle, high) if fits else (low, middle)
     return _blocks(count, max(low, 1))
 
@@ -61,7 +61,7 @@ def average_adapters(oracle: Oracle) -> int:
     return low
 
 
-def _fewest(oracle: Oracle) -> int:
+def least_gpus(oracle: Oracle) -> int:
     """Return how many GPUs the load takes at least."""
     load = float(oracle.parts.rate.sum()) / oracle.most_alone(int(oracle.parts.rank.min()))
     return max(math.floor(load), 1)
@@ -75,7 +75,7 @@ def _blocks(count: int, size: int) -> Groups:
     return [list(range(first, min(first + size, count))) for first in range(0, count, size)]
 
 
-def _all_fit(oracle: Oracle, groups: Groups) -> bool:
+def all_fit(oracle: Oracle, groups: Groups) -> bool:
     """Return whether no GPU starves; the heaviest ones are asked first."""
     loads = [float(oracle.parts.rate[group].sum()) for group in groups]
     return all(oracle.serve(groups[i]) is not None for i in np.argsort(loads)[::-1])

@@ -14,6 +14,7 @@ from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.plan.commands import vllm_args
 from adapter_twin.plan.demand import Demand
 from adapter_twin.tables.datasets import write_text
+from adapter_twin.workload.gpus import gpu_name
 
 PORT = 8000
 MODELS, ADAPTERS = "/models", "/adapters"
@@ -26,6 +27,9 @@ SLOWER_START = 2
 """From weights to ready, a start may take this many times what is predicted."""
 
 PROBED_EVERY_S = 10
+
+PRODUCT = "nvidia.com/gpu.product"
+"""NVIDIA's GPU feature discovery labels nodes so, with the driver's name of their GPUs."""
 
 
 def write_manifests(folder: Path, demand: Demand, placement: Placement) -> list[Path]:
@@ -132,7 +136,9 @@ def manifest(
         {"name": claim, "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
         for claim in ("models", "adapters")
     ]
-    pod = {"containers": [container], "volumes": volumes}
+    pod: dict[str, Any] = {"containers": [container], "volumes": volumes}
+    if len(demand.fleet.kinds) > 1:
+        pod["nodeSelector"] = {PRODUCT: gpu_name(calibration.gpu).replace(" ", "-")}
     template = {"metadata": {"labels": labels()}, "spec": pod}
     deployed = {"replicas": 1, "selector": {"matchLabels": labels()}, "template": template}
     ports = [{"name": "http", "port": PORT, "targetPort": "http"}]

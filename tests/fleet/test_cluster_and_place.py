@@ -260,16 +260,22 @@ def test_the_routes_send_all_requests_of_an_adapter_to_the_services_that_have_it
         assert there == set(row["adapters"])
 
 
-def test_manifests_have_the_version_of_each_gpus_calibration(tmp_path: Path) -> None:
+def test_manifests_have_the_version_and_the_nodes_of_each_gpus_kind(tmp_path: Path) -> None:
+    import kubernetes_validate
+
     kinds = (GpuKind(), GpuKind(calibration="auto@l40s-vllm0.19.0"))
     (plan,) = ALONE.replicas
     both = Placement(
         (replace(plan, shares=(0.5,) * 8), replace(plan, shares=(0.5,) * 8, kind=1)),
     )
     asked = demand(8, 1.0, fleet=GpuFleet(kinds=kinds))
-    images = [path.read_text() for path in write_manifests(tmp_path, asked, both)]
-    assert "vllm/vllm-openai:v0.8.5" in images[0]
-    assert "vllm/vllm-openai:v0.19.0" in images[1]
+    files = write_manifests(tmp_path, asked, both)[:2]
+    deployments = [next(yaml.safe_load_all(file.read_text())) for file in files]
+    kubernetes_validate.validate(deployments[1], "1.30", strict=True)
+    first, second = (one["spec"]["template"]["spec"] for one in deployments)
+    assert first["containers"][0]["image"] == "vllm/vllm-openai:v0.8.5"
+    assert second["containers"][0]["image"] == "vllm/vllm-openai:v0.19.0"
+    assert second["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-L40S"}
 
 
 def test_a_wrong_manifest_does_not_pass(
