@@ -7,7 +7,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from adapter_twin.errors import AdapterTwinError, require
+from adapter_twin.errors import AdapterTwinError
 from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.placement import Placement
 from adapter_twin.laws import Calibration
@@ -164,9 +164,8 @@ def require_available(kinds: Kinds, groups: Sequence[Group], bound: int) -> None
     """
     used = np.bincount([group.kind for group in groups], minlength=len(kinds.oracles))
     for number in np.flatnonzero(used > kinds.available):
-        require(
-            False,
+        raise AdapterTwinError(
             f"fleet.kinds[{number}].available: {kinds.available[number]:g} are too few; "
             f"{bound} are the least that can be, and {used[number]} the fewest that a placement "
-            "was found for",
+            "was found for"
         )

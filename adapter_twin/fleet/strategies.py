@@ -1,4 +1,4 @@
-"""Placement strategies: the fewest GPUs, or the shortest waits on a given number of them."""
+"""Placement strategies: the fewest or cheapest GPUs, or the shortest waits on a given number."""
 
 import math
 from dataclasses import replace
@@ -41,30 +41,40 @@ def best(kinds: Kinds, *, jobs: int = -1) -> tuple[list[Group], Bound]:
     AdapterTwinError
         Too few GPUs are to be had.
     """
-    copies = int(np.bincount(kinds.oracles[0].parts.adapter).max())
-    if len(kinds.oracles) == 1:
-        alone, prices = fewest(kinds.oracles[0])
-        bound = one_kind_bound(kinds, max(gpus_for(prices), copies))
-        groups = [Group(0, parts) for parts in alone]
-        require_available(kinds, groups, bound.gpus)
-        return groups, bound
+    if len(kinds.oracles) > 1:
+        return _best_of_several(kinds, jobs)
+    alone, prices = fewest(kinds.oracles[0])
+    bound = one_kind_bound(kinds, max(gpus_for(prices), _most_pieces(kinds)))
+    groups = [Group(0, parts) for parts in alone]
+    require_available(kinds, groups, bound.gpus)
+    return groups, bound
+
+
+def _best_of_several(kinds: Kinds, jobs: int) -> tuple[list[Group], Bound]:
     serving = [k for k, oracle in enumerate(kinds.oracles) if oracle.takes().any()]
-    oracles = [kinds.oracles[k] for k in serving]
+    oracles, available = [kinds.oracles[k] for k in serving], kinds.available
     levels = joblib.Parallel(jobs)(joblib.delayed(levels_of)(oracle) for oracle in oracles)
-    available = kinds.available
-    ones, least, on = np.ones(len(available)), list[float](), list[Floats]()
-    for costs in (ones, kinds.prices) if kinds.demand.fleet.is_priced else (ones,):
+
+    def proven(costs: Floats) -> tuple[Floats, float]:
         prices = np.full((len(available), len(oracles[0].parts)), np.inf)
         prices[serving] = prices_on(oracles, levels, costs[serving], available[serving])
-        on.append(prices)
-        least.append(least_cost(prices, costs, available, copies))
-    chosen = 1 if kinds.by_price else 0
-    found = few(kinds, on[chosen], least[chosen])
-    if found is None:
+        return prices, least_cost(prices, costs, available, _most_pieces(kinds))
+
+    prices, gpus = proven(np.ones(len(available)))
+    in_gpus, price = prices, 0.0
+    if kinds.demand.fleet.is_priced:
+        prices, price = proven(kinds.prices)
+    groups = few(kinds, prices, price) if kinds.by_price else few(kinds, in_gpus, gpus)
+    if groups is None:
         raise AdapterTwinError(
             "fleet.kinds: no placement is found on those that are available; raise available"
         )
-    return found, Bound(max(math.ceil(least[0] - ROUNDING), 1), [*least, 0.0][1])
+    return groups, Bound(max(math.ceil(gpus - ROUNDING), 1), price)
+
+
+def _most_pieces(kinds: Kinds) -> int:
+    """Return in how many parts any adapter is: each has a GPU of its own."""
+    return int(np.bincount(kinds.oracles[0].parts.adapter).max())
 
 
 def one_kind_bound(kinds: Kinds, gpus: int) -> Bound:

@@ -25,7 +25,7 @@ class GpuKind:
     price_per_hour : float, optional
         Of one GPU, in any currency.
     available : int, optional
-        So many are to be had; left out, any number.
+        GPUs that are to be had; left out, any number.
     """
 
     calibration: Text = "auto"
