@@ -12,10 +12,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
 from adapter_twin.tables import datasets
+from adapter_twin.workload.tensor_files import write_tensors
 
 REPOSITORY = datasets.REPOSITORY
 RECORDED_PAGE = REPOSITORY / "tests" / "prove" / "recorded" / "window-end.prom"
@@ -36,6 +38,8 @@ FLAGS = {
 }
 SLO = {"ttft_ms": 2000, "itl_ms": 100, "percentile": 99}
 ARRIVALS = {"process": "gamma", "cv": 2.0}
+ON_OFF = {"process": "on_off", "on_s": 2.0, "off_s": 5.0}
+CLIENTS = {"max_concurrency": 4, "num_prompts": 40}
 CONFIG = {
     "engine": {**ENGINE, **FLAGS},
     "workload": {
@@ -65,7 +69,9 @@ DEMANDS = [
     for adapters, lengths, more in (
         ([ONE], LENGTHS, {"engine": {"max_num_seqs": 64}}),
         (DEALT, LOGNORMAL, {"arrivals": ARRIVALS, "seed": 1, "calibration": "auto"}),
-        (ZIPF, LENGTHS, {}),
+        (ZIPF, LENGTHS, {"arrivals": ON_OFF}),
+        (DEALT, LENGTHS, {"arrivals": CLIENTS}),
+        (DEALT, LENGTHS, {"arrivals": {**ON_OFF, "max_concurrency": 2}}),
         (SPLIT, LENGTHS, {"base_model_request_rate": 0.1}),
     )
 ]
@@ -291,7 +297,7 @@ def _simulate(h: Hostile) -> list[str]:
 def _simulate_options(h: Hostile) -> list[str]:
     (h.folder / "c.yaml").write_text(yaml.safe_dump(FLEET | {"fleet": None}))
     command = f"vllm serve {LLAMA} --max-loras 2 --max-lora-rank 16 --max-num-seqs {h.value()}"
-    args = h.options(policy="drain max_wait_s=5", records="r.csv", trace="t.json")
+    args = h.options(policy="drain max_wait_s=5", records="r.csv", trace="t.json", draws="2")
     if h.chance.random() < 0.5:
         args += ["--policy", f"{h.chance.choice(('drain', 'merge', 'cost_aware'))} x={h.value()}"]
     return ["simulate", "c.yaml", *args, *h.options(vllm_args=command.replace("\x00", ""))]
@@ -424,6 +430,10 @@ def _optimum(h: Hostile) -> list[str]:
         "seed": "0",
         "jobs": "1",
     }
+    if h.chance.random() < 0.4:
+        for name in ("rates", "mean_input_tokens", "mean_output_tokens"):
+            del usual[name]
+        usual["request_log"] = _log_file(h)
     return ["optimum", *h.options(**usual)]
 
 
@@ -496,7 +506,12 @@ def _sweep_folder(h: Hostile, made: Path) -> list[str]:
 
 def _campaign(h: Hostile) -> list[str]:
     path = REPOSITORY / "experiments" / "campaigns" / "smoke.yaml"
-    return ["profile", h.yaml("c.yaml", yaml.safe_load(path.read_text())), "--out", "po"]
+    content = yaml.safe_load(path.read_text())
+    if h.chance.random() < 0.4:
+        run = {"served_adapters": 4, "adapter_slots": 2, "ranks": [8], "max_lora_rank": 8}
+        run["request_log"] = _log_file(h)
+        content["serving"] = {"duration_s": 5, "runs": [run]}
+    return ["profile", h.yaml("c.yaml", content), "--out", "po"]
 
 
 def _study(h: Hostile) -> list[str]:
@@ -575,7 +590,7 @@ USUAL = {
     "predict": "runs.csv --out p.csv --calibration auto --seed 0 --jobs 1 --observer none "
     "--intervals",
     "validate": "runs.csv --calibration auto --out v --seed 0 --jobs 1 --json --config c.yaml",
-    "simulate": "c.yaml --trace t.json --records r.csv --policy vllm --json --vllm-args "
+    "simulate": "c.yaml --trace t.json --records r.csv --policy vllm --draws 2 --json --vllm-args "
     f"'vllm serve {LLAMA} --max-loras 2 --max-lora-rank 16'",
     "traffic": "log.csv --window-s 10 --out o.csv --json",
     "memory": "llama-3.1-8b --gpu l40s --engine vllm-0.32.0 --json --max-loras 8 "
@@ -583,7 +598,7 @@ USUAL = {
     "init": "w.yaml --kind recommend --force",
     "optimum": f"--model {LLAMA} --rates 0.1-0.05 --ranks 8-16 --served-grid 2,4 --slots-grid 2 "
     "--calibration auto --slo slo.yaml --margin 0.02 --mean-input-tokens 100 "
-    "--mean-output-tokens 50 --seed 0 --jobs 1 --json",
+    "--mean-output-tokens 50 --request-log log.csv --seed 0 --jobs 1 --json",
     "recommend": "d.yaml --json",
     "place": "d.yaml --gpus 1 --replicate-above 1.0 --margin 0.02 --manifests k8s "
     "--picture p.png --jobs 1 --json",
@@ -593,6 +608,8 @@ USUAL = {
     "vllm-0.8.5 --jobs 1 --model mistralai/Mistral-7B-v0.3",
     "profile": "campaign.yaml --out po --json",
     "prove": "study.yaml --engine cpu --out po --json",
+    "shrink": "adapter --from tuned --base base --energy 0.9 --rank 2 --merge-above 0.9 --out so "
+    "--gpu 24 --model llama-3.1-8b --max-model-len 4096 --workload d.yaml --jobs 1 --json",
     "watch": "m.prom w.yaml --every 1 --span-s 60 --json",
     "data": "--import empty --json",
     "doctor": "--json",
@@ -618,6 +635,43 @@ def write_sound_files(h: Hostile) -> None:
     shutil.copy(experiments / "studies" / "smoke.yaml", h.folder / "study.yaml")
     shutil.copy(RECORDED_PAGE, h.folder / "m.prom")
     h.whole("w.yaml", WATCHED)
+    write_weights(h)
+
+
+def write_weights(h: Hostile) -> None:
+    """Write a PEFT adapter, and a checkpoint before and after it was tuned."""
+    layer = "layers.0.v_proj"
+    tensors = {
+        "adapter/adapter_model": {f"{layer}.lora_A": np.eye(4, 8), f"{layer}.lora_B": np.eye(8, 4)},
+        "base/model": {layer: np.zeros((8, 8))},
+        "tuned/model": {layer: np.eye(8)},
+    }
+    for path, weights in tensors.items():
+        file = h.folder / f"{path}.safetensors"
+        file.parent.mkdir()
+        write_tensors(file, [(f"{name}.weight", "F32", one) for name, one in weights.items()])
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["v_proj"]}
+    (h.folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+
+
+def _weights(h: Hostile) -> list[str]:
+    """Damage the files of weights, and what tells of them."""
+    write_weights(h)
+    what = h.chance.choice(("adapter", "tuned"))
+    if what == "adapter" and h.chance.random() < 0.5:
+        h.json("adapter/adapter_config.json", json_of(h.folder / "adapter/adapter_config.json"))
+    else:
+        (file,) = (h.folder / what).glob("*.safetensors")
+        content = bytearray(file.read_bytes())
+        for _ in range(h.chance.choice((1, 3))):
+            content[h.chance.randrange(len(content))] = h.chance.randrange(256)
+        file.write_bytes(content[: h.chance.choice((len(content), h.chance.randrange(300)))])
+    more = ["--rank", "2", "--out", "so", "--jobs", "1", "--json"]
+    return [
+        "shrink",
+        *(["--from", "tuned", "--base", "base"] if what == "tuned" else [what]),
+        *more,
+    ]
 
 
 def _line(h: Hostile, verb: str) -> list[str]:
@@ -736,7 +790,7 @@ KINDS: dict[str, Callable[..., list[str]]] = (
                 _measured,
             ),
             *(_benchmark, _optimum, _memory, _folders, _sweep, _sweep_folder, _campaign, _study),
-            *(_calibrate, _watch),
+            *(_calibrate, _watch, _weights),
         )
     }
 )

@@ -15,7 +15,7 @@ import numpy as np
 
 from adapter_twin import __version__
 from adapter_twin.errors import require
-from adapter_twin.laws.memory import LINEAR
+from adapter_twin.laws.slots import LINEAR
 from adapter_twin.shrink import low_rank
 from adapter_twin.shrink.low_rank import Factors, Matrix
 from adapter_twin.shrink.peft_weights import PREFIX, write_adapter
