@@ -16,6 +16,7 @@ from adapter_twin.fleet.packing import Groups, best_greedy, improve
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
 from adapter_twin.fleet.proof.bound import ROUNDING, gpus_for, least_cost, prices_of, prices_on
 from adapter_twin.fleet.proof.envelope import levels_of
+from adapter_twin.parallel import share_out
 from adapter_twin.plan.candidates import Candidates
 from adapter_twin.workload.lengths import Floats
 
@@ -53,7 +54,7 @@ def best(kinds: Kinds, *, jobs: int = -1) -> tuple[list[Group], Bound]:
 def _best_of_several(kinds: Kinds, jobs: int) -> tuple[list[Group], Bound]:
     serving = [k for k, oracle in enumerate(kinds.oracles) if oracle.takes().any()]
     oracles, available = [kinds.oracles[k] for k in serving], kinds.available
-    levels = joblib.Parallel(jobs)(joblib.delayed(levels_of)(oracle) for oracle in oracles)
+    levels = share_out((joblib.delayed(levels_of)(oracle) for oracle in oracles), jobs)
 
     def proven(costs: Floats) -> tuple[Floats, float]:
         prices = np.full((len(available), len(oracles[0].parts)), np.inf)

@@ -12,6 +12,7 @@ import numpy as np
 from adapter_twin import __version__
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws import Calibration, load_calibration
+from adapter_twin.parallel import share_out
 from adapter_twin.plan.candidates import HOUR_S, Candidates
 from adapter_twin.plan.criterion import MARGIN, Criterion
 from adapter_twin.plan.demand import Demand
@@ -177,7 +178,7 @@ def optimum_of_log(
         return replace(whole.only(np.arange(served)), slots=slots)
 
     tasks = (joblib.delayed(_replayed)(demand_of(size), criterion.margin) for size in sizes)
-    table = pd.concat(joblib.Parallel(jobs)(tasks), ignore_index=True)
+    table = pd.concat(share_out(tasks, jobs), ignore_index=True)
     return _answer(table, demand_of, criterion, fitted, max(served_grid))
 
 

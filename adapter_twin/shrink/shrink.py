@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from joblib import Parallel, delayed
+from joblib import delayed
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from adapter_twin import __version__
 from adapter_twin.errors import AdapterTwinError, require
+from adapter_twin.parallel import share_out
 from adapter_twin.plan.demand import Demand
 from adapter_twin.shrink import low_rank
 from adapter_twin.shrink.gains import AdapterSet, gains, require_same
@@ -175,7 +176,7 @@ def require_options(energy: float, rank: int | None, out: str | Path | None) -> 
 
 
 def _in_parallel(jobs: int, work: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Any:
-    return Parallel(n_jobs=jobs)(delayed(work)(*arguments) for arguments in calls)
+    return share_out((delayed(work)(*arguments) for arguments in calls), jobs)
 
 
 def _spectrum(adapter: PeftWeights, share: float, rank: int | None) -> Spectrum:
