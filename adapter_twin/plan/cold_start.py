@@ -8,16 +8,12 @@ import pandas as pd
 
 from adapter_twin.laws import Calibration
 from adapter_twin.plan.demand import Demand
-from adapter_twin.plan.steady_state import WindowTraffic, serve
+from adapter_twin.plan.steady_state import draw_traffic, serve
 from adapter_twin.service.intervals import cautious
 from adapter_twin.service.states import states
-from adapter_twin.twin.simulate import draw_requests
 from adapter_twin.workload.scenario import EngineConfig
 
 STARTS = 4
-
-SETTLED_S = WINDOW_S = 900.0
-"""After this time most first uses are over, and batches stay as large as they have become."""
 
 
 def cold_start_states(
@@ -25,8 +21,8 @@ def cold_start_states(
 ) -> list[dict[str, Any]]:
     """Simulate starts of a server on which no adapter has been used, and tell its `states`.
 
-    First uses hold requests back, and what has piled up by then may keep the batches large. A log
-    is taken at its mean rates.
+    First uses hold requests back, and what has piled up by then may keep the batches large. The
+    traffic is that of a plan's windows.
 
     Parameters
     ----------
@@ -41,11 +37,7 @@ def cold_start_states(
         See `adapter_twin.service.states.states`; figures are those of
         `adapter_twin.plan.steady_state.FIGURES`.
     """
-    workload = demand.workload(SETTLED_S + WINDOW_S)
     laws = cautious(calibration)
-    served = []
-    for seed in range(demand.seed, demand.seed + STARTS):
-        trace = draw_requests(workload, laws, seed=seed)
-        traffic = WindowTraffic(workload, demand.slo, seed, trace, warm_up_s=SETTLED_S)
-        served.append(serve(traffic, engine, laws).figures)
-    return states(pd.DataFrame(served))
+    seeds = range(demand.seed, demand.seed + STARTS)
+    starts = (serve(draw_traffic(demand, laws, seed=seed), engine, laws) for seed in seeds)
+    return states(pd.DataFrame([window.figures for window in starts]))

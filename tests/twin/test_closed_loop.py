@@ -15,7 +15,6 @@ from adapter_twin.fleet.cluster import simulate_cluster
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
 from adapter_twin.fleet.routers import RoundRobin
 from adapter_twin.laws import load_calibration
-from adapter_twin.plan.demand import Demand
 from adapter_twin.service.metrics import service_of
 from adapter_twin.twin.records import Simulation, make_records
 from adapter_twin.twin.session import Session
@@ -367,10 +366,6 @@ def test_clients_that_wait_are_refused_where_nobody_knows_them() -> None:
     ):
         with pytest.raises(AdapterTwinError, match=r"^sessions, samples, num_prompts, max_conc"):
             simulate_cluster(asked, placement, calibration, RoundRobin())
-    with pytest.raises(AdapterTwinError, match=r"^arrivals: period_s, num_prompts and max_conc"):
-        Demand(
-            model=MODEL, adapters=workload.adapters, lengths=workload.lengths, arrivals=closed_loop
-        )
     with pytest.raises(AdapterTwinError, match=r"^observer: "):
         simulate(workload, ENGINE, calibration, observer=True)
     with pytest.raises(AdapterTwinError, match=r"^workload: its requests do not come one by one"):
