@@ -23,9 +23,6 @@ from adapter_twin.workload.tensor_files import TensorFile, write_tensors
 PREFIX = "base_model.model."
 """PEFT's names of tensors begin so."""
 
-Sides = tuple[str, str]
-"""Names of the tensors B and A, or their element types."""
-
 
 class PeftWeights:
     """A LoRA adapter's folder, of which no weights have been loaded yet.
@@ -60,7 +57,7 @@ class PeftWeights:
             require(plain, f"{path}: {tensor} is no LoRA of a linear layer; leave the adapter out")
             found.setdefault(module, {})[side] = tensor
         require(bool(found), f"{path}: holds no LoRA weights; leave the adapter out")
-        self._names: dict[str, Sides] = {}
+        self._names: dict[str, tuple[str, str]] = {}
         self._scalings: dict[str, float] = {}
         self.shapes: dict[str, tuple[int, int, int]] = {}
         for module, sides in found.items():
@@ -75,7 +72,7 @@ class PeftWeights:
         return max(rank for _, rank, _ in self.shapes.values())
 
     @property
-    def dtypes(self) -> dict[str, Sides]:
+    def dtypes(self) -> dict[str, tuple[str, str]]:
         """Element types of B and A by module."""
         places = self._file.places
         return {
@@ -162,7 +159,7 @@ def write_adapter(
     folder: Path,
     config: Mapping[str, Any],
     rank: int,
-    modules: Iterable[tuple[str, Factors, Sides]],
+    modules: Iterable[tuple[str, Factors, tuple[str, str]]],
 ) -> None:
     """Write a PEFT adapter of one rank into an empty folder.
 
@@ -172,7 +169,7 @@ def write_adapter(
     config : mapping
         Of the adapter that it is made of; what tells rank and scaling is replaced.
     rank : int
-    modules : iterable of (str, Factors, Sides)
+    modules : iterable of tuple
         Module, the factors of its delta, and the element types of B and A.
     """
     tensors = (

@@ -384,9 +384,9 @@ class Arrivals:
     def dispersion(self, rate: float) -> float:
         """Return the index of dispersion of an adapter's requests: variance by mean of a count.
 
-        Over a long time, of a stationary process: 1 of a Poisson one, ``cv``^2 of a renewal one, of
-        an interrupted Poisson one as in Fischer and Meier-Hellstern, Performance Evaluation 18
-        (1993).
+        Over a long time, of a stationary process: 1 of a Poisson one, the square of
+        ``cv`` of a renewal one, of an interrupted Poisson one as in Fischer and
+        Meier-Hellstern, Performance Evaluation 18 (1993).
 
         Parameters
         ----------
