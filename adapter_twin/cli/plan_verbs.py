@@ -55,8 +55,9 @@ def shrink(
         Path | None, Option(metavar="DIR", help="The checkpoint that --from was made of.")
     ] = None,
     energy: Annotated[
-        float, Option(metavar="SHARE", help="Keep this share of every module's energy.")
-    ] = 0.99,
+        float | None,
+        Option(metavar="SHARE", help="Keep this share of every module's energy, as 0.99."),
+    ] = None,
     rank: Annotated[
         int | None, Option(min=1, help="Take this rank, in place of the one that keeps --energy.")
     ] = None,
@@ -86,9 +87,11 @@ def shrink(
     from adapter_twin.cli.answers import show_extracted, show_shrunk
     from adapter_twin.plan.demand import load_demand
     from adapter_twin.shrink.extract import extract
+    from adapter_twin.shrink.shrink import ENERGY
     from adapter_twin.shrink.shrink import shrink as shrink_adapters
 
     report.check_target(out)
+    energy = ENERGY if energy is None else energy
     if tuned is not None or base is not None:
         others = (folders, merge_above, gpu, model, max_model_len, workload)
         require(tuned is not None and base is not None, "--from, --base: give both, or none")

@@ -11,7 +11,7 @@ import numpy as np
 from adapter_twin.errors import require
 from adapter_twin.measure.engine_flags import EngineFlags
 from adapter_twin.measure.micro_plan import MicroPlan
-from adapter_twin.plan.logged import LEAST_CV
+from adapter_twin.plan.logged import lengths_of
 from adapter_twin.tables.datasets import sharegpt_lengths
 from adapter_twin.workload.request_log import BASE_MODEL, read_requests
 from adapter_twin.workload.scenario import Adapter, Arrivals, Lengths, Workload
@@ -165,20 +165,13 @@ def as_logged(path: str, adapters: Sequence[Adapter], duration_s: float, seed: i
         shares = np.array([adapter.request_rate for adapter in adapters])
         shares = shares if shares.sum() > 0 else np.ones(len(adapters))
         rates = len(trace) / duration_s * shares / shares.sum()
-    columns = np.stack([trace.prompt_tokens, trace.output_tokens]).astype(float)
-    means = columns.mean(axis=1)
     return Workload(
         adapters=tuple(
             replace(adapter, request_rate=rate)
             for adapter, rate in zip(adapters, rates.tolist(), strict=True)
         ),
         duration_s=duration_s,
-        lengths=Lengths(
-            distribution="lognormal",
-            mean_input_tokens=float(means[0]),
-            mean_output_tokens=float(means[1]),
-            cv=max(float((columns.std(axis=1) / means).mean()), LEAST_CV),
-        ),
+        lengths=Lengths(**lengths_of(trace)),
         arrivals=Arrivals(process="trace", path=path),
         base_model_request_rate=float((trace.adapter == BASE_MODEL).sum() / duration_s),
     )

@@ -131,7 +131,7 @@ def _measured(adapters: Sequence[Adapter], trace: Trace) -> tuple[dict[str, Any]
         "adapters": [asdict(a) | {"request_rate": r} for a, r in zip(adapters, rates, strict=True)],
         "base_model_request_rate": float((trace.adapter == BASE_MODEL).sum() / span_s(trace)),
         "arrivals": asdict(Arrivals(max_concurrency=trace.max_concurrency)),
-        "lengths": _lengths(trace),
+        "lengths": lengths_of(trace),
     }
     return keys, trace
 
@@ -151,7 +151,8 @@ def _idle(told: object) -> object:
     return {"request_rate": 0.0, **told} if isinstance(told, dict) else told
 
 
-def _lengths(trace: Trace) -> dict[str, Any]:
+def lengths_of(trace: Trace) -> dict[str, Any]:
+    """Return the keys of `adapter_twin.workload.scenario.Lengths` as a log has them."""
     columns = trace.to_frame()[["prompt_tokens", "output_tokens"]].astype(float)
     mean, deviation = columns.mean(), columns.std(ddof=0)
     constant = bool((deviation == 0).any())

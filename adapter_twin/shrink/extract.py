@@ -133,7 +133,7 @@ def extract(
     took = rank or max(row["needed_rank"] for row in rows)
     if out is not None:
         with writing(Path(out)) as temporary:
-            filled = ((name, _filled(one, took), ours.dtype(name)) for name, one in parts.items())
+            filled = ((name, one.filled(took), ours.dtype(name)) for name, one in parts.items())
             modules = (
                 (PREFIX + name.removesuffix(".weight"), one, (d, d)) for name, one, d in filled
             )
@@ -161,13 +161,6 @@ def _changes(tuned: Checkpoint, base: Checkpoint) -> Iterator[tuple[str, Matrix]
 def _is_linear(name: str, delta: Matrix) -> bool:
     module, _, kind = name.rpartition(".")
     return kind == "weight" and module.rpartition(".")[2] in LINEAR and delta.ndim == 2
-
-
-def _filled(factors: Factors, rank: int) -> Factors:
-    """Return the same product with zeros up to a rank."""
-    missing = (0, rank - factors.left.shape[1])
-    left = np.pad(factors.left, ((0, 0), missing))
-    return Factors(left, np.pad(factors.right, (missing, (0, 0))))
 
 
 def _config(base: Checkpoint, names: Iterable[str]) -> dict[str, Any]:

@@ -23,6 +23,12 @@ class Factors(NamedTuple):
     left: NDArray[np.floating[Any]]
     right: NDArray[np.floating[Any]]
 
+    def filled(self, rank: int) -> Factors:
+        """Return the same product with zeros up to a rank."""
+        missing = (0, rank - self.left.shape[1])
+        left = np.pad(self.left, ((0, 0), missing))
+        return Factors(left, np.pad(self.right, (missing, (0, 0))))
+
 
 class Svd(NamedTuple):
     """Singular values in falling order, zeros left out, with the vectors of both sides."""
@@ -34,9 +40,8 @@ class Svd(NamedTuple):
     def factors(self, rank: int) -> Factors:
         """Return the best approximation of a rank, balanced; zeros fill up what is not there."""
         root = np.sqrt(self.values[:rank])
-        missing = (0, rank - len(root))
-        left = np.pad(self.left[:, :rank] * root, ((0, 0), missing))
-        return Factors(left, np.pad(root[:, None] * self.right[:rank], (missing, (0, 0))))
+        largest = Factors(self.left[:, :rank] * root, root[:, None] * self.right[:rank])
+        return largest.filled(rank)
 
 
 def decompose(product: Factors) -> Svd:
