@@ -303,6 +303,25 @@ def test_an_interrupt_is_one_line_wherever_it_comes(
     assert run("init", "w.yaml") == (130, "", "error: interrupted\n")
 
 
+class Interrupted:
+    """Its finalizer is where Ctrl-C comes."""
+
+    def __del__(self) -> None:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_in_a_finalizer_is_not_lost(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def collected(*_: object) -> str:
+        Interrupted()
+        time.sleep(5)
+        return ""
+
+    monkeypatch.setattr("adapter_twin.cli.keys.template", collected)
+    assert run("init", "w.yaml") == (130, "", "error: interrupted\n")
+
+
 def test_a_placement_takes_the_place_of_the_one_before(
     run: Callable[..., tuple[int, str, str]],
 ) -> None:

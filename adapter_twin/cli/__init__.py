@@ -1,10 +1,12 @@
 """The command line. Each verb imports what it needs, so that ``--help`` stays quick."""
 
+import _thread
 import atexit
 import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from io import StringIO
@@ -33,6 +35,7 @@ for group in (predict_verbs, plan_verbs, measure_verbs):
 
 
 _shown: set[str] = set()
+_show_unraisable = sys.unraisablehook
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -44,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     arguments = sys.argv[1:] if arguments is None else arguments
     sys.stdout, sys.stderr = (one or StringIO() for one in (sys.stdout, sys.stderr))  # closed: None
     warnings.showwarning = _show_warning
+    sys.unraisablehook = _interrupt_again
     _shown.clear()
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("adapter_twin").setLevel(logging.INFO)
@@ -80,6 +84,14 @@ def _is_interrupt(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
+
+
+def _interrupt_again(lost: Any) -> None:
+    """Interrupt once more where Ctrl-C came in a finalizer, out of which nothing is raised."""
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        threading.Timer(0.01, _thread.interrupt_main).start()  # when this has returned
+    else:
+        _show_unraisable(lost)
 
 
 def _unforeseen(error: Exception) -> str:

@@ -171,7 +171,7 @@ def test_the_shell_completes_verbs(run: Cli, monkeypatch: pytest.MonkeyPatch) ->
     assert (status, out.split()) == (0, ["predict", "profile", "prove"])
 
 
-@pytest.mark.filterwarnings("ignore:.*is an extrapolation")
+@pytest.mark.filterwarnings("ignore:.*is (an extrapolation|a prior)")
 @pytest.mark.parametrize(
     "example",
     [
