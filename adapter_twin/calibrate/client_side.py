@@ -26,7 +26,7 @@ START_S = 120.0
 PAUSES_MS = np.arange(0.0, 525.0, 25.0)
 """These are the candidates for the pause of a first use."""
 
-PAUSE_SHARES = np.array([0.8, 0.85, 0.9, 0.95, 1.0])
+PAUSE_SHARES = np.linspace(0.8, 1.0, 5)
 """These are the candidates for the share of a read of the metrics in which the server pauses."""
 
 RESAMPLES = 1000
