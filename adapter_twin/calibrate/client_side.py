@@ -27,7 +27,7 @@ PAUSES_MS = np.arange(0.0, 525.0, 25.0)
 """These are the candidates for the pause of a first use."""
 
 PAUSE_SHARES = np.linspace(0.8, 1.0, 5)
-"""These are the candidates for the share of a read of the metrics in which the server pauses."""
+"""The share of a read of the metrics in which the server pauses is looked for among these."""
 
 RESAMPLES = 1000
 """The runs are resampled this many times for the interval of the pause."""
@@ -178,7 +178,8 @@ def fit_pause_share(calibration: Calibration, runs: pd.DataFrame, jobs: int) -> 
     """Fit the share of a read of the metrics in which the server pauses, in place.
 
     The 99th percentile of the gaps between tokens is about as long as these pauses, for a read
-    every two seconds holds up more than a hundredth of all tokens.
+    every two seconds holds up more than a hundredth of all tokens. The share is the least point of
+    a parabola through the squared misses, which moves little where one of them does.
 
     Parameters
     ----------
@@ -189,11 +190,30 @@ def fit_pause_share(calibration: Calibration, runs: pd.DataFrame, jobs: int) -> 
         Processes.
     """
     misses = [
-        np.abs(np.log([run.p99_itl_ms for run in observe(candidate, runs, jobs)] / runs.p99_itl_ms))
+        np.log([run.p99_itl_ms for run in observe(candidate, runs, jobs)] / runs.p99_itl_ms)
         for candidate in (_pausing(calibration, share) for share in PAUSE_SHARES.tolist())
     ]
-    best = int(np.argmin(np.mean(misses, axis=1)))
-    calibration.measurement.scrape_pause_share_ = float(PAUSE_SHARES[best])
+    calibration.measurement.scrape_pause_share_ = least_point(
+        PAUSE_SHARES, np.square(misses).mean(axis=1)
+    )
+
+
+def least_point(at: Floats, values: Floats) -> float:
+    """Return where a parabola through noisy values is least, within the range of `at`.
+
+    Parameters
+    ----------
+    at, values : float64, shape (points,)
+
+    Examples
+    --------
+    >>> round(least_point(np.array([0.0, 1.0, 2.0, 3.0]), np.array([4.0, 1.0, 0.0, 1.0])), 6)
+    2.0
+    """
+    curve, slope, _ = np.polyfit(at, values, 2)
+    if curve <= 0:
+        return float(at[np.argmin(values)])
+    return float(np.clip(-slope / (2 * curve), at.min(), at.max()))
 
 
 def _pausing(calibration: Calibration, share: float) -> Calibration:

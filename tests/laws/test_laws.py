@@ -128,7 +128,7 @@ def test_the_share_of_a_read_in_which_the_server_pauses_shows_in_the_gaps_betwee
     p99 = [summarize(run.records, run.gaps, run.duration_s)["p99_itl_ms"] for run in served]
     found = replace(shipped, measurement=copy(shipped.measurement))
     fit_pause_share(found, runs.assign(p99_itl_ms=p99), jobs=1)
-    assert found.measurement.scrape_pause_share_ == pytest.approx(0.85)
+    assert found.measurement.scrape_pause_share_ == pytest.approx(0.85, abs=0.01)
 
 
 def test_early_stops_are_as_many_and_as_early_as_was_counted() -> None:
