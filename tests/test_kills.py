@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from tests.hostile import DESIGN, Hostile, write_sound_files
+from adapter_twin.tables import datasets
+from tests.hostile import DESIGN, LLAMA, REPOSITORY, Hostile, write_sound_files
 from tests.test_parallel import processes_of
 
 pytestmark = [
@@ -21,17 +22,34 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc"),
 ]
 
-KILLS = 4
+KILLS = int(os.environ.get("KILLS", "4"))
+"""Each verb is killed so many times."""
+
 LATEST_S = 8.0
 SWEEP = "s.yaml --out so --jobs 2"
 LINES = {
     "sweep": SWEEP,
     "predict": "runs.csv --out p.csv --jobs 2",
+    "validate": "measured.parquet --out v --jobs 2",
     "simulate": "c.yaml --records r.parquet --trace t.json",
+    "traffic": "log.csv --out o.parquet",
+    "init": "new.yaml --force",
+    "optimum": f"--model {LLAMA} --rates 0.1-0.05 --ranks 8-16 --served-grid 2,4 --slots-grid 2",
+    "recommend": "d.yaml",
     "place": "d.yaml --manifests k8s --picture p.svg --jobs 2",
     "calibrate": "--out c.json --prior --gpu h100-64gb --engine vllm-0.8.5 "
     "--model mistralai/Mistral-7B-v0.3",
+    "shrink": "adapter --rank 2 --out smaller-{run} --jobs 2",
+    "watch": "m.prom w.yaml",
+    "memory": "llama-3.1-8b --gpu l40s",
+    "data": "",
+    "doctor": "",
 }
+"""All verbs but `profile` and `prove`, whose servers `tests/measure` ends with them, and `train`,
+which takes minutes."""
+
+PRINTING = {"optimum", "recommend", "watch", "memory", "data", "doctor"}
+"""These write no file."""
 
 
 def start(verb: str, folder: Path, line: str) -> subprocess.Popen[bytes]:
@@ -89,13 +107,30 @@ def test_a_killed_sweep_goes_on_and_does_nothing_twice(tmp_path: Path) -> None:
     assert len(found) == len(list(tmp_path.rglob("other/parts/*/*.parquet"))) > 40
 
 
+def kill_often(verb: str, folder: Path, line: str, chance: random.Random) -> None:
+    """Kill a verb at moments of the time that it takes, and let it end at last."""
+    begun = time.monotonic()
+    assert start(verb, folder, line.format(run="first")).wait() == 0
+    took_s = time.monotonic() - begun
+    for run in range(KILLS):
+        assert not kill(start(verb, folder, line.format(run=run)), chance.uniform(0, took_s))
+        readable(folder)
+    assert start(verb, folder, line.format(run="last")).wait() == 0
+
+
 @pytest.mark.parametrize("verb", sorted(LINES.keys() - {"sweep"}))
 def test_a_killed_verb_leaves_whole_files_and_nothing_running(verb: str, tmp_path: Path) -> None:
     chance = random.Random(verb)
     write_sound_files(Hostile(chance, tmp_path))
+    runs = datasets.load("runs").query("status == 'ok'").sample(6, random_state=0)
+    runs.to_parquet(tmp_path / "measured.parquet")
     before = readable(tmp_path)
+    kill_often(verb, tmp_path, LINES[verb], chance)
+    assert (readable(tmp_path) > before) == (verb not in PRINTING)
+
+
+def test_a_killed_training_leaves_nothing(tmp_path: Path) -> None:
+    chance, line = random.Random(0), f"{REPOSITORY}/data/sweeps/paper.parquet --out m --jobs 2"
     for _ in range(KILLS):
-        assert not kill(start(verb, tmp_path, LINES[verb]), chance.uniform(0.5, LATEST_S))
-        readable(tmp_path)
-    assert start(verb, tmp_path, LINES[verb]).wait() == 0
-    assert readable(tmp_path) > before
+        assert not kill(start("train", tmp_path, line), chance.uniform(1, 4 * LATEST_S))
+        assert not (tmp_path / "m").exists()

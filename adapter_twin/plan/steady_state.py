@@ -46,10 +46,10 @@ CYCLES = 20
 
 TWIN_ERROR = {
     "total_throughput": 0.025,
-    "mean_ttft_ms": 0.227,
-    "p99_ttft_ms": 0.227,
-    "mean_itl_ms": 0.081,
-    "p99_itl_ms": 0.468,
+    "mean_ttft_ms": 0.206,
+    "p99_ttft_ms": 0.206,
+    "mean_itl_ms": 0.076,
+    "p99_itl_ms": 0.251,
 }
 """The twin's own relative error on 95 % of the runs, were errors normal: 2.46 times the mean, or
 2.91 times the median, of the errors on measured runs that the fit had not seen, for the worse of
