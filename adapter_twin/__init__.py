@@ -23,32 +23,26 @@ if TYPE_CHECKING:  # for type checkers and editors; who imports gets them from `
     from adapter_twin.service.metrics import service_of, summarize
     from adapter_twin.service.predict import predict
     from adapter_twin.twin.simulate import simulate
+    from adapter_twin.workload.adapters import Adapter, deal_adapters, zipf_adapters
     from adapter_twin.workload.calibration_files import list_calibrations
+    from adapter_twin.workload.engine_config import EngineConfig
     from adapter_twin.workload.files import load_scenario
-    from adapter_twin.workload.scenario import (
-        Adapter,
-        Arrivals,
-        EngineConfig,
-        Lengths,
-        Slo,
-        Workload,
-        deal_adapters,
-        zipf_adapters,
-    )
+    from adapter_twin.workload.scenario import Slo
+    from adapter_twin.workload.traffic import Arrivals, Lengths, Workload
 
     __version__: str
 
 _HOMES = {
-    "Adapter": "workload.scenario",
+    "Adapter": "workload.adapters",
     "AdapterTwinError": "errors",
-    "Arrivals": "workload.scenario",
+    "Arrivals": "workload.traffic",
     "Calibration": "laws.calibration",
     "Demand": "plan.demand",
-    "EngineConfig": "workload.scenario",
-    "Lengths": "workload.scenario",
+    "EngineConfig": "workload.engine_config",
+    "Lengths": "workload.traffic",
     "Slo": "workload.scenario",
-    "Workload": "workload.scenario",
-    "deal_adapters": "workload.scenario",
+    "Workload": "workload.traffic",
+    "deal_adapters": "workload.adapters",
     "list_calibrations": "workload.calibration_files",
     "load_calibration": "laws.find",
     "load_demand": "plan.demand",
@@ -60,7 +54,7 @@ _HOMES = {
     "service_of": "service.metrics",
     "simulate": "twin.simulate",
     "summarize": "service.metrics",
-    "zipf_adapters": "workload.scenario",
+    "zipf_adapters": "workload.adapters",
 }
 """The module of each public name, imported when the name is first used."""
 

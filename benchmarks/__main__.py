@@ -19,7 +19,9 @@ from pathlib import Path
 
 from adapter_twin.laws import load_calibration
 from adapter_twin.twin.simulate import simulate
-from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, deal_adapters
+from adapter_twin.workload.adapters import deal_adapters
+from adapter_twin.workload.engine_config import EngineConfig
+from adapter_twin.workload.traffic import Lengths, Workload
 
 LLAMA, QWEN = "llama-3.1-8b-instruct", "qwen-2.5-7b-instruct"
 HOUR_S = 3600.0

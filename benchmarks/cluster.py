@@ -15,7 +15,9 @@ from adapter_twin.fleet.cluster import simulate_cluster
 from adapter_twin.fleet.placement import Placement, ReplicaPlan
 from adapter_twin.fleet.routers import AdapterAffinity, LeastOutstanding, Router
 from adapter_twin.laws import load_calibration
-from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, zipf_adapters
+from adapter_twin.workload.adapters import zipf_adapters
+from adapter_twin.workload.engine_config import EngineConfig
+from adapter_twin.workload.traffic import Lengths, Workload
 
 MODEL = "llama-3.1-8b-instruct"
 REPLICAS, ADAPTERS, REQUESTS = 32, 3200, 1_000_000

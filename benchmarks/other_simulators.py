@@ -42,8 +42,10 @@ from adapter_twin.twin.clock import step_seconds
 from adapter_twin.twin.simulate import draw_requests, simulate
 from adapter_twin.twin.state import Batch
 from adapter_twin.twin.wiring import step_law
-from adapter_twin.workload.scenario import Adapter, EngineConfig, Lengths, Workload
+from adapter_twin.workload.adapters import Adapter
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.trace import Trace
+from adapter_twin.workload.traffic import Lengths, Workload
 from study.results import EXPECTED, rounded
 
 MODEL = "llama-3.1-8b-instruct"

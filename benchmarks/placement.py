@@ -15,7 +15,8 @@ import numpy as np
 from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.packing import Groups, best_greedy, first_fit_decreasing
 from adapter_twin.fleet.proof.bound import lower_bound
-from adapter_twin.workload.scenario import Lengths, Slo
+from adapter_twin.workload.scenario import Slo
+from adapter_twin.workload.traffic import Lengths
 from study.exact import fewest_gpus
 from study.placement_scenarios import LENGTHS, draw_demand
 

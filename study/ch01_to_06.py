@@ -26,14 +26,10 @@ from adapter_twin.service.predict import predict
 from adapter_twin.twin.records import Simulation
 from adapter_twin.twin.simulate import simulate
 from adapter_twin.twin.wiring import step_law
-from adapter_twin.workload.scenario import (
-    EngineConfig,
-    Lengths,
-    Workload,
-    deal_adapters,
-    zipf_adapters,
-)
+from adapter_twin.workload.adapters import deal_adapters, zipf_adapters
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.trace import generators
+from adapter_twin.workload.traffic import Lengths, Workload
 from study.plain_engine import PlainEngine, PlainRequest, serve
 
 MEAN_INPUT_TOKENS, MEAN_OUTPUT_TOKENS = 223.0, 200.0

@@ -29,9 +29,10 @@ from adapter_twin.plan.criterion import MARGIN
 from adapter_twin.plan.grid import grid_runs
 from adapter_twin.service.metrics import STARVATION_THRESHOLD, summarize
 from adapter_twin.twin.simulate import simulate
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.files import parse_ranks, parse_rates, records, run_to_workload
-from adapter_twin.workload.scenario import EngineConfig, Workload
 from adapter_twin.workload.strict import suggestion
+from adapter_twin.workload.traffic import Workload
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -25,7 +25,9 @@ from adapter_twin.plan.steady_state import warmed_up
 from adapter_twin.service.metrics import mean_interval, service_of
 from adapter_twin.twin.policies import CostAware, Drain, Merge, Policy, UnifiedPool
 from adapter_twin.twin.simulate import simulate
-from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, zipf_adapters
+from adapter_twin.workload.adapters import zipf_adapters
+from adapter_twin.workload.engine_config import EngineConfig
+from adapter_twin.workload.traffic import Lengths, Workload
 from study.baselines import first_fit_by_count, round_robin
 from study.ch01_to_06 import MEAN_INPUT_TOKENS, MEAN_OUTPUT_TOKENS
 from study.drift import Drift, place_again

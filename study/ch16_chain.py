@@ -17,8 +17,10 @@ from adapter_twin.laws.scheduling import GATED_SLOTS
 from adapter_twin.service.metrics import adapter_loading, summarize
 from adapter_twin.twin.policies import CostAware, Policy
 from adapter_twin.twin.simulate import simulate
+from adapter_twin.workload.adapters import deal_adapters
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.files import parse_rates, records
-from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, deal_adapters
+from adapter_twin.workload.traffic import Lengths, Workload
 from study.ch01_to_06 import CURVE_RATES, MEAN_INPUT_TOKENS, MEAN_OUTPUT_TOKENS
 
 ONE_LINE = CostAware(frequency=0.0, recency=1.0, cost=0.0)

@@ -27,11 +27,12 @@ from adapter_twin.plan.grid import GRID, simulate_quietly
 from adapter_twin.plan.optimum import CONFIGURATION, optimum
 from adapter_twin.service.intervals import LEAST_SPREAD
 from adapter_twin.tables import datasets
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.engine_versions import WITH_ADAPTERS, engine_version
 from adapter_twin.workload.gpus import gpu_steps, steps_from
-from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload
 from adapter_twin.workload.shipped import facts
 from adapter_twin.workload.trace import BASE_MODEL, Trace
+from adapter_twin.workload.traffic import Lengths, Workload
 from study import measured_grids
 from study.ch01_to_06 import MEAN_INPUT_TOKENS, MEAN_OUTPUT_TOKENS
 from study.left_out import region_errors

@@ -22,7 +22,7 @@ from adapter_twin.twin.block_scheduler import BY_BLOCK
 from adapter_twin.twin.clock import FrontEnd, StepLaw
 from adapter_twin.twin.layout import new_session
 from adapter_twin.twin.session import Session
-from adapter_twin.workload.scenario import EngineConfig
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.trace import Contents, Trace
 from study.ch16_chain import AdapterCaches
 

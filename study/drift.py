@@ -16,8 +16,8 @@ from adapter_twin.fleet.strategies import spread
 from adapter_twin.laws import Calibration
 from adapter_twin.plan.candidates import HOUR_S
 from adapter_twin.plan.demand import Demand
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.lengths import draw_lengths
-from adapter_twin.workload.scenario import EngineConfig
 from adapter_twin.workload.strict import NotNegative, Positive, dataclass
 from adapter_twin.workload.trace import Trace
 

@@ -40,9 +40,11 @@ from adapter_twin.tables.schemas import (
     table,
     whole,
 )
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.files import parse_ranks, records, run_to_workload
 from adapter_twin.workload.models import model_shape
-from adapter_twin.workload.scenario import EngineConfig, Slo, Workload
+from adapter_twin.workload.scenario import Slo
+from adapter_twin.workload.traffic import Workload
 
 TABLE = datasets.REPOSITORY / "data" / "sweeps" / "explorer.parquet"
 

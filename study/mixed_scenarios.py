@@ -15,7 +15,8 @@ from adapter_twin.fleet.kinds import Kinds
 from adapter_twin.fleet.strategies import best
 from adapter_twin.plan.demand import Demand
 from adapter_twin.workload.gpu_fleet import GpuFleet, GpuKind
-from adapter_twin.workload.scenario import Lengths, Slo
+from adapter_twin.workload.scenario import Slo
+from adapter_twin.workload.traffic import Lengths
 from study.exact import lowest_cost
 from study.placement_scenarios import EXPONENTS, LENGTHS, RANK_MIXES, draw_demand
 

@@ -9,7 +9,9 @@ from itertools import cycle, islice, product
 import numpy as np
 
 from adapter_twin.plan.demand import Demand
-from adapter_twin.workload.scenario import Adapter, Lengths, Slo
+from adapter_twin.workload.adapters import Adapter
+from adapter_twin.workload.scenario import Slo
+from adapter_twin.workload.traffic import Lengths
 
 MODEL = "llama-3.1-8b-instruct"
 SCENARIOS = 36

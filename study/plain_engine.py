@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin.twin.clock import StepLaw
-from adapter_twin.workload.scenario import EngineConfig
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.trace import BASE_MODEL
 
 

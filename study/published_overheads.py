@@ -11,7 +11,9 @@ import pandas as pd
 from adapter_twin.laws import Calibration
 from adapter_twin.plan.grid import simulate_quietly
 from adapter_twin.service.metrics import is_starved, summarize
-from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, deal_adapters
+from adapter_twin.workload.adapters import deal_adapters
+from adapter_twin.workload.engine_config import EngineConfig
+from adapter_twin.workload.traffic import Lengths, Workload
 
 PUBLISHED = {"throughput_error": 5.1, "configuration_error": 7.2, "sweep_hours": 767}
 """The paper's text has these: halved SMAPE of the twin's throughput and of the configuration, in

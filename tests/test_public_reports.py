@@ -22,9 +22,9 @@ from adapter_twin.plan.demand import Demand, load_demand
 from adapter_twin.plan.recommend import recommend
 from adapter_twin.service.predict import predict_scenario
 from adapter_twin.twin.records import Simulation
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.files import load_scenario
 from adapter_twin.workload.models import model_shape
-from adapter_twin.workload.scenario import EngineConfig
 from adapter_twin.workload.strict import read
 
 LLAMA = "llama-3.1-8b-instruct"

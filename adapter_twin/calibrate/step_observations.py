@@ -22,7 +22,7 @@ from adapter_twin.parallel import share_out
 from adapter_twin.twin.simulate import simulate_run
 from adapter_twin.workload.files import records, run_to_engine, run_to_workload
 from adapter_twin.workload.lengths import Floats, draw_lengths
-from adapter_twin.workload.scenario import Lengths
+from adapter_twin.workload.traffic import Lengths
 
 Copies = Mapping[str, tuple[Floats, Floats]]
 """By run: the end of each step, and the time spent on copies before it (one more), in s."""

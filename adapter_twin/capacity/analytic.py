@@ -28,8 +28,9 @@ from adapter_twin.capacity.traffic_mix import Mix, Traffic, read_runs
 from adapter_twin.laws import Calibration
 from adapter_twin.service.metrics import is_starved
 from adapter_twin.service.predict import load_calibrations
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.lengths import Floats
-from adapter_twin.workload.scenario import EngineConfig, Workload
+from adapter_twin.workload.traffic import Workload
 
 CELLS = 1 << 16
 """This number of rows x groups of adapters is worked on together: more would only fill caches."""

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from adapter_twin.capacity.traffic_mix import Mix
 from adapter_twin.laws import Calibration
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.lengths import Floats
-from adapter_twin.workload.scenario import EngineConfig
 
 NODES = 40
 """The step time is evaluated at this number of numbers of running requests."""

@@ -14,9 +14,10 @@ from numpy.typing import ArrayLike
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws import Calibration
 from adapter_twin.laws.emitted_lengths import EarlyStopLaw
+from adapter_twin.workload.engine_config import EngineConfig, ServeFlags
 from adapter_twin.workload.files import parse_ranks, parse_rates, records, run_to_workload
 from adapter_twin.workload.lengths import Floats, LengthMarginals, draw_lengths
-from adapter_twin.workload.scenario import EngineConfig, Lengths, ServeFlags, Workload
+from adapter_twin.workload.traffic import Lengths, Workload
 
 PROMPTS = 6
 """Up to this number of prompts in one step are told apart; more are taken together."""

@@ -25,8 +25,11 @@ from adapter_twin.twin.layout import check_lengths
 from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.records import Gaps, Records, make_gaps, make_records
 from adapter_twin.twin.simulate import draw_requests
-from adapter_twin.workload.scenario import Adapter, EngineConfig, Slo, Workload
+from adapter_twin.workload.adapters import Adapter
+from adapter_twin.workload.engine_config import EngineConfig
+from adapter_twin.workload.scenario import Slo
 from adapter_twin.workload.trace import Trace, generators
+from adapter_twin.workload.traffic import Workload
 
 NOWHERE = -1
 """A request that no replica was up for has this one."""

@@ -9,7 +9,7 @@ import simpy
 
 from adapter_twin.laws import Calibration
 from adapter_twin.twin.feed import Feed
-from adapter_twin.workload.scenario import EngineConfig
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.trace import BASE_MODEL
 
 

@@ -23,8 +23,9 @@ from adapter_twin.plan.logged import ANSWERED_S, stretch
 from adapter_twin.service.metrics import service, tpot_s, waits_ms
 from adapter_twin.twin.simulate import draw_requests
 from adapter_twin.workload.lengths import Floats
-from adapter_twin.workload.scenario import Slo, Workload
+from adapter_twin.workload.scenario import Slo
 from adapter_twin.workload.trace import Trace
+from adapter_twin.workload.traffic import Workload
 
 GPU_FIGURES = (
     *("offered_tokens_per_s", "total_throughput", "mean_ttft_ms", "p99_ttft_ms", "mean_itl_ms"),

@@ -39,8 +39,9 @@ from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.grid import slot_rank
 from adapter_twin.plan.steady_state import planned_on
 from adapter_twin.service.metrics import STARVATION_THRESHOLD
+from adapter_twin.workload.adapters import Adapter
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.lengths import Floats
-from adapter_twin.workload.scenario import Adapter, EngineConfig
 
 SLO_UTILISATION = 0.9
 """Above this utilisation, with an SLO, waits that the model does not know are no longer short."""

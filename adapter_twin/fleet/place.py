@@ -72,7 +72,7 @@ def place(
 
     Examples
     --------
-    >>> from adapter_twin.workload.scenario import Lengths, deal_adapters
+    >>> from adapter_twin import Lengths, deal_adapters
     >>> adapters = deal_adapters(96, [0.4], [16])
     >>> lengths = Lengths(mean_input_tokens=223, mean_output_tokens=198)
     >>> demand = Demand(model="llama-3.1-8b-instruct", adapters=adapters, lengths=lengths)

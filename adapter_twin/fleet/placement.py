@@ -14,8 +14,9 @@ from adapter_twin.errors import require
 from adapter_twin.laws import Calibration
 from adapter_twin.plan.candidates import HOUR_S
 from adapter_twin.plan.demand import Demand
-from adapter_twin.workload.scenario import EngineConfig, Workload
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.strict import Some, Whole, dataclass
+from adapter_twin.workload.traffic import Workload
 
 TOLERANCE = 1e-6
 """The sum of an adapter's shares may be off by this: they are fractions such as a third."""

@@ -9,9 +9,9 @@ from pydantic import Field
 
 from adapter_twin.fleet.cluster_replica import Replica
 from adapter_twin.fleet.placement import Placement
-from adapter_twin.workload.scenario import Workload
 from adapter_twin.workload.strict import dataclass
 from adapter_twin.workload.trace import BASE_MODEL
+from adapter_twin.workload.traffic import Workload
 
 Replicas = Sequence[Replica]
 Tolerance = Annotated[float, Field(ge=1)]

@@ -23,11 +23,13 @@ from adapter_twin.laws.roofline import RooflineLaw
 from adapter_twin.laws.scheduling import SchedulingLaw
 from adapter_twin.laws.slots import adapter_shares
 from adapter_twin.laws.step_time import StepTimeLaw
+from adapter_twin.workload.adapters import Adapter
+from adapter_twin.workload.engine_config import EngineConfig, ServeFlags
 from adapter_twin.workload.engine_versions import EngineVersion, engine_version
 from adapter_twin.workload.lengths import Floats
 from adapter_twin.workload.models import read_object
-from adapter_twin.workload.scenario import Adapter, EngineConfig, ServeFlags, Workload
 from adapter_twin.workload.strict import dataclass, read
+from adapter_twin.workload.traffic import Workload
 
 _LEFT_OUT = ServeFlags()
 

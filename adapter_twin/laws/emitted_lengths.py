@@ -11,7 +11,7 @@ from pydantic import Field
 
 from adapter_twin.laws.estimator import Estimator
 from adapter_twin.workload.lengths import LengthMarginals, draw_lengths
-from adapter_twin.workload.scenario import Lengths
+from adapter_twin.workload.traffic import Lengths
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -21,10 +21,10 @@ from pydantic import Field
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws.estimator import Estimator, Fitted, NotBelow0
 from adapter_twin.laws.slots import GIB, PACKED, layer_slots_bytes, layer_widths, slots_gib
+from adapter_twin.workload.engine_config import EngineConfig, ServeFlags
 from adapter_twin.workload.engine_versions import EngineVersion, engine_version
 from adapter_twin.workload.files import records, run_to_engine
 from adapter_twin.workload.models import ModelShape
-from adapter_twin.workload.scenario import EngineConfig, ServeFlags
 from adapter_twin.workload.strict import Count, Size
 
 if TYPE_CHECKING:

@@ -16,9 +16,10 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from adapter_twin.errors import AdapterTwinError, require
+from adapter_twin.workload.adapters import Adapter
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.engine_versions import EngineVersion
 from adapter_twin.workload.models import ModelShape
-from adapter_twin.workload.scenario import Adapter, EngineConfig
 from adapter_twin.workload.strict import suggestion
 
 GIB = 2**30

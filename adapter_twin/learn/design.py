@@ -16,17 +16,11 @@ from pydantic import Field, Strict
 
 from adapter_twin.errors import require
 from adapter_twin.plan.grid import GRID, Grid, slot_rank
+from adapter_twin.workload.adapters import Rate
+from adapter_twin.workload.engine_config import ServeFlags
 from adapter_twin.workload.files import parse_ranks, read_yaml
 from adapter_twin.workload.models import model_shape
-from adapter_twin.workload.scenario import (
-    Duration,
-    LengthDistribution,
-    MeanTokens,
-    Rate,
-    ServeFlags,
-    Slo,
-    Variation,
-)
+from adapter_twin.workload.scenario import Slo
 from adapter_twin.workload.strict import (
     Count,
     Name,
@@ -38,6 +32,7 @@ from adapter_twin.workload.strict import (
     dataclass,
     read,
 )
+from adapter_twin.workload.traffic import Duration, LengthDistribution, MeanTokens, Variation
 
 Range = Annotated[tuple[NotNegative, NotNegative], Strict(False)]
 Means = Annotated[tuple[MeanTokens, MeanTokens], Strict(False)]
@@ -160,10 +155,10 @@ class Design:
     served_adapters, adapter_slots : tuple of int
         The grid.
     max_num_seqs, max_num_batched_tokens, block_size : int
-        As in `adapter_twin.workload.scenario.EngineConfig`.
+        As in `adapter_twin.workload.engine_config.EngineConfig`.
     length_distribution : str
     length_cv : float
-        As `distribution` and `cv` of `adapter_twin.workload.scenario.Lengths`.
+        As `distribution` and `cv` of `adapter_twin.workload.traffic.Lengths`.
     duration_s : float
         Window of every run.
     slo : Slo, optional

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from adapter_twin.laws.slots import slots_gib
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.engine_versions import engine_version
 from adapter_twin.workload.files import parse_ranks, parse_rates
 from adapter_twin.workload.models import model_shape
-from adapter_twin.workload.scenario import EngineConfig
 
 PAPER = [
     *(f"{statistic}_rate" for statistic in ("max", "min", "mean", "std")),

@@ -12,9 +12,10 @@ from adapter_twin.measure.engine_flags import EngineFlags
 from adapter_twin.measure.micro_plan import MicroPlan
 from adapter_twin.measure.model_folder import check_model
 from adapter_twin.measure.pieces import MicroPiece, Piece, ServingPiece, as_logged
+from adapter_twin.workload.adapters import deal_adapters
+from adapter_twin.workload.engine_config import EngineConfig, LoraRank
 from adapter_twin.workload.files import read_yaml
 from adapter_twin.workload.models import ModelShape, model_shape, shipped_models
-from adapter_twin.workload.scenario import EngineConfig, Lengths, LoraRank, Workload, deal_adapters
 from adapter_twin.workload.strict import (
     Count,
     NotNegative,
@@ -26,6 +27,7 @@ from adapter_twin.workload.strict import (
     read,
     suggestion,
 )
+from adapter_twin.workload.traffic import Lengths, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

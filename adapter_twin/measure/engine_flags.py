@@ -14,7 +14,8 @@ from typing import Any
 
 from adapter_twin import __version__
 from adapter_twin.errors import require
-from adapter_twin.workload.scenario import LoraRank, Share
+from adapter_twin.workload.adapters import Share
+from adapter_twin.workload.engine_config import LoraRank
 from adapter_twin.workload.strict import Count, Positive, Whole, dataclass
 
 GIB = 2**30

@@ -13,9 +13,10 @@ from adapter_twin.measure.engine_flags import EngineFlags
 from adapter_twin.measure.micro_plan import MicroPlan
 from adapter_twin.plan.logged import lengths_of
 from adapter_twin.tables.datasets import sharegpt_lengths
+from adapter_twin.workload.adapters import Adapter
 from adapter_twin.workload.request_log import BASE_MODEL, read_requests
-from adapter_twin.workload.scenario import Adapter, Arrivals, Lengths, Workload
 from adapter_twin.workload.trace import Trace, generate, generators, trace_of
+from adapter_twin.workload.traffic import Arrivals, Lengths, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

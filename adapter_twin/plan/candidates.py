@@ -24,7 +24,7 @@ from adapter_twin.plan.steady_state import (
     warmed_up,
 )
 from adapter_twin.service.intervals import representatives
-from adapter_twin.workload.scenario import Arrivals
+from adapter_twin.workload.traffic import Arrivals
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,7 @@ from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.steady_state import draw_traffic, serve
 from adapter_twin.service.intervals import cautious
 from adapter_twin.service.states import states
-from adapter_twin.workload.scenario import EngineConfig
+from adapter_twin.workload.engine_config import EngineConfig
 
 STARTS = 4
 

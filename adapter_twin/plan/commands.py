@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from adapter_twin.laws import Calibration
 from adapter_twin.laws.slots import GIB
-from adapter_twin.workload.scenario import Adapter, EngineConfig, ServeFlags
+from adapter_twin.workload.adapters import Adapter
+from adapter_twin.workload.engine_config import EngineConfig, ServeFlags
 
 
 def vllm_args(

@@ -17,21 +17,15 @@ from adapter_twin.plan.criterion import DEFAULT_SLO
 from adapter_twin.plan.grid import Grid, slot_rank
 from adapter_twin.plan.logged import draw_log, read_log
 from adapter_twin.workload.adapter_folders import resolve
+from adapter_twin.workload.adapters import Adapters, Rate
 from adapter_twin.workload.calibration_files import complete, take_gpu
+from adapter_twin.workload.engine_config import EngineConfig, ServeFlags
 from adapter_twin.workload.files import read_yaml
 from adapter_twin.workload.gpu_fleet import GpuFleet
-from adapter_twin.workload.scenario import (
-    Adapters,
-    Arrivals,
-    EngineConfig,
-    Lengths,
-    Rate,
-    ServeFlags,
-    Slo,
-    Workload,
-)
+from adapter_twin.workload.scenario import Slo
 from adapter_twin.workload.strict import Whole, dataclass, read
 from adapter_twin.workload.trace import Trace
+from adapter_twin.workload.traffic import Arrivals, Lengths, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +178,7 @@ def load_demand(path: str | Path) -> Demand:
     `lengths` there may be a ``request_log``, the path of a table relative to the file, see
     `adapter_twin.workload.request_log`; adapters are then told without rates, and of ``arrivals``
     only ``max_concurrency``. ``sessions`` and
-    ``samples`` are those of a `adapter_twin.workload.scenario.Workload`; with them, or with a rate
+    ``samples`` are those of a `adapter_twin.workload.traffic.Workload`; with them, or with a rate
     that follows a sine, a log is drawn once and replayed. Without an ``slo``
     the demand has to meet `adapter_twin.plan.criterion.DEFAULT_SLO`, with ``slo: none`` none. A
     ``gpu`` in place of a calibration is the one that was measured there, or a prior.

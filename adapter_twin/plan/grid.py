@@ -17,11 +17,13 @@ from adapter_twin.parallel import share_out
 from adapter_twin.service.metrics import service_of, slo_attainment
 from adapter_twin.twin.records import Simulation
 from adapter_twin.twin.simulate import draw_requests, simulate
+from adapter_twin.workload.engine_config import EngineConfig, ServeFlags
 from adapter_twin.workload.engine_versions import EngineVersion, engine_version
 from adapter_twin.workload.files import parse_ranks, records, run_to_workload
-from adapter_twin.workload.scenario import EngineConfig, ServeFlags, Slo, Workload
+from adapter_twin.workload.scenario import Slo
 from adapter_twin.workload.strict import Count, Some, function
 from adapter_twin.workload.trace import Trace
+from adapter_twin.workload.traffic import Workload
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,11 +13,12 @@ import numpy as np
 from adapter_twin.errors import require
 from adapter_twin.laws import Calibration
 from adapter_twin.twin.simulate import draw_requests
+from adapter_twin.workload.adapters import Adapter, dealt
 from adapter_twin.workload.lengths import Floats
 from adapter_twin.workload.request_log import BASE_MODEL, RequestLog, read_requests
-from adapter_twin.workload.scenario import Adapter, Arrivals, Workload, dealt
 from adapter_twin.workload.strict import read
 from adapter_twin.workload.trace import Trace, trace_of
+from adapter_twin.workload.traffic import Arrivals, Workload
 
 MINUTE_S, DAY_S = 60.0, 86400.0
 
@@ -105,7 +106,7 @@ def draw_log(demand: Mapping[str, Any], calibration: Calibration) -> tuple[dict[
     ----------
     demand : mapping
         Keys of a demand, and ``sessions`` and ``samples`` of a
-        `adapter_twin.workload.scenario.Workload`.
+        `adapter_twin.workload.traffic.Workload`.
     calibration : Calibration
         Ends some of the requests early.
     """
@@ -152,7 +153,7 @@ def _idle(told: object) -> object:
 
 
 def lengths_of(trace: Trace) -> dict[str, Any]:
-    """Return the keys of `adapter_twin.workload.scenario.Lengths` as a log has them."""
+    """Return the keys of `adapter_twin.workload.traffic.Lengths` as a log has them."""
     columns = trace.to_frame()[["prompt_tokens", "output_tokens"]].astype(float)
     mean, deviation = columns.mean(), columns.std(ddof=0)
     constant = bool((deviation == 0).any())

@@ -20,7 +20,7 @@ from adapter_twin.plan.candidates import (
 from adapter_twin.plan.criterion import RESERVE_LOAD, Criterion
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.steady_state import Window
-from adapter_twin.workload.scenario import EngineConfig
+from adapter_twin.workload.engine_config import EngineConfig
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -20,8 +20,10 @@ from adapter_twin.service.intervals import cautious
 from adapter_twin.service.metrics import service, slo_attainment, waits_ms, worst_served
 from adapter_twin.twin.records import Records
 from adapter_twin.twin.simulate import draw_requests
-from adapter_twin.workload.scenario import EngineConfig, Slo, Workload
+from adapter_twin.workload.engine_config import EngineConfig
+from adapter_twin.workload.scenario import Slo
 from adapter_twin.workload.trace import Trace
+from adapter_twin.workload.traffic import Workload
 
 Floats = NDArray[np.float64]
 

@@ -10,10 +10,10 @@ from adapter_twin import __version__
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.laws.memory import MemoryLaw, activations_gib
 from adapter_twin.laws.slots import GIB, MIB, slot_tensors, slots_gib
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.engine_versions import engine_version
 from adapter_twin.workload.gpus import gpu_memory_gib, gpu_name
 from adapter_twin.workload.models import model_shape
-from adapter_twin.workload.scenario import EngineConfig
 
 MOST_SLOTS = 4096
 """More slots are not tried."""
@@ -37,7 +37,7 @@ def what_fits(
     gpu : str
         A name of ``data/gpus``, or GiB of memory; of each GPU where several share the model.
     flags : dict, optional
-        Fields of `adapter_twin.workload.scenario.EngineConfig`; those left out are vLLM's own
+        Fields of `adapter_twin.workload.engine_config.EngineConfig`; those left out are vLLM's own
         defaults on this GPU, one slot of rank 16 among them.
     version : str, optional
         Of vLLM; left out, the newest that is known.

@@ -29,7 +29,8 @@ from adapter_twin.service.validate import KV_TOKENS_BAR
 from adapter_twin.twin.policies import make_policy
 from adapter_twin.twin.records import Simulation
 from adapter_twin.twin.simulate import draw_requests, simulate
-from adapter_twin.workload.scenario import Scenario, Workload
+from adapter_twin.workload.scenario import Scenario
+from adapter_twin.workload.traffic import Workload
 
 EVERY_S = 10.0
 WINDOWS = 8

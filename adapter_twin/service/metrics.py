@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from adapter_twin.twin.records import Gaps, Records, Simulation
-    from adapter_twin.workload.scenario import Adapter, Slo
+    from adapter_twin.workload.adapters import Adapter
+    from adapter_twin.workload.scenario import Slo
 
 Floats = NDArray[np.float64]
 

@@ -27,8 +27,9 @@ from adapter_twin.tables.schemas import PREDICTIONS, RUN_CONFIGURATION, validate
 from adapter_twin.twin.policies import make_policy
 from adapter_twin.twin.records import Simulation
 from adapter_twin.twin.simulate import simulate, simulate_run
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.files import records, run_to_engine, run_to_workload
-from adapter_twin.workload.scenario import EngineConfig, Scenario
+from adapter_twin.workload.scenario import Scenario
 
 
 def predict(

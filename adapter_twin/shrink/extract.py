@@ -20,8 +20,8 @@ from adapter_twin.shrink import low_rank
 from adapter_twin.shrink.low_rank import Factors, Matrix
 from adapter_twin.shrink.peft_weights import PREFIX, write_adapter
 from adapter_twin.shrink.shrink import ENERGY, PROXY, require_options, writing
+from adapter_twin.workload.engine_config import LORA_RANKS
 from adapter_twin.workload.models import read_object
-from adapter_twin.workload.scenario import LORA_RANKS
 from adapter_twin.workload.tensor_files import TensorFile
 
 INDEX = "model.safetensors.index.json"

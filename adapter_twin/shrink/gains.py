@@ -14,8 +14,8 @@ from adapter_twin.plan.grid import slot_rank
 from adapter_twin.plan.search import Refusal, search
 from adapter_twin.plan.steady_state import expect
 from adapter_twin.plan.what_fits import what_fits
+from adapter_twin.workload.adapters import Adapter
 from adapter_twin.workload.engine_versions import engine_version
-from adapter_twin.workload.scenario import Adapter
 
 
 class AdapterSet(NamedTuple):

@@ -28,8 +28,8 @@ from adapter_twin.shrink.gains import AdapterSet, gains, require_same
 from adapter_twin.shrink.low_rank import Factors, Matrix
 from adapter_twin.shrink.peft_weights import PeftWeights, find_adapters, write_adapter
 from adapter_twin.workload.adapter_folders import PEFT_CONFIG, WEIGHTS, read_adapter
+from adapter_twin.workload.engine_config import LORA_RANKS
 from adapter_twin.workload.gpus import gpu_memory_gib
-from adapter_twin.workload.scenario import LORA_RANKS
 
 ENERGY = 0.99
 """Share of each module's energy that is kept where nothing else is asked for."""

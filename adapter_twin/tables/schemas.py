@@ -16,7 +16,7 @@ from pandera.pandas import Check, Column, DataFrameSchema
 
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.tables.run_folder import FAILURE_SIGNS
-from adapter_twin.workload.scenario import LORA_RANKS, ServeFlags
+from adapter_twin.workload.engine_config import LORA_RANKS, ServeFlags
 
 MODELS = ("llama-3.1-8b-instruct", "qwen-2.5-7b-instruct")
 """The H100 campaigns served these models."""

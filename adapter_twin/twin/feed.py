@@ -15,7 +15,8 @@ from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.session import Session
 from adapter_twin.twin.state import PROGRESS, Links, Requests, State
 from adapter_twin.twin.wiring import begin, with_defaults
-from adapter_twin.workload.scenario import Adapter, EngineConfig
+from adapter_twin.workload.adapters import Adapter
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.trace import BASE_MODEL, Trace
 
 

@@ -26,7 +26,7 @@ from adapter_twin.twin.state import (
     Requests,
     State,
 )
-from adapter_twin.workload.scenario import EngineConfig
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.trace import Trace
 
 LABEL_TABLE = 1 << 19

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from adapter_twin import __version__
 from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.session import Session
-from adapter_twin.workload.scenario import EngineConfig, Workload, config_hash
+from adapter_twin.workload.engine_config import EngineConfig
+from adapter_twin.workload.scenario import config_hash
 from adapter_twin.workload.trace import BASE_MODEL
+from adapter_twin.workload.traffic import Workload
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,9 +16,10 @@ from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.records import Simulation, make_gaps, make_records
 from adapter_twin.twin.session import Session
 from adapter_twin.twin.wiring import begin
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.files import run_seed, run_to_workload
-from adapter_twin.workload.scenario import EngineConfig, Workload
 from adapter_twin.workload.trace import Trace, generate, generators
+from adapter_twin.workload.traffic import Workload
 
 
 def simulate(
@@ -65,7 +66,7 @@ def simulate(
     Examples
     --------
     >>> from adapter_twin import load_calibration, service_of
-    >>> from adapter_twin.workload.scenario import Lengths, deal_adapters
+    >>> from adapter_twin import Lengths, deal_adapters
     >>> lengths = Lengths(mean_input_tokens=223, mean_output_tokens=198)
     >>> adapters = deal_adapters(96, [0.1, 0.05, 0.025], [8, 16])
     >>> workload = Workload(adapters=adapters, duration_s=600, lengths=lengths)

@@ -13,7 +13,8 @@ from adapter_twin.twin.clock import FrontEnd, StepLaw
 from adapter_twin.twin.layout import new_session
 from adapter_twin.twin.policy import VLLM, Policy
 from adapter_twin.twin.session import Session
-from adapter_twin.workload.scenario import Adapter, EngineConfig
+from adapter_twin.workload.adapters import Adapter
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.trace import Trace
 
 

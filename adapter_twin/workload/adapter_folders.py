@@ -2,7 +2,7 @@
 
 In a file, an adapter with a ``path`` needs neither rank nor target modules. All may be given as
 ``{folders: FOLDER or list}`` with the rates of a short form, or as the path of a ``.csv`` with the
-columns of `adapter_twin.workload.scenario.Adapter`. Paths are relative to the file that has them.
+columns of `adapter_twin.workload.adapters.Adapter`. Paths are relative to the file that has them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, Required
 from typing_extensions import TypedDict
 
 from adapter_twin.errors import AdapterTwinError, one_line, require
+from adapter_twin.workload.adapters import dealt
 from adapter_twin.workload.models import ModelShape, model_shape, read_object, same_model
-from adapter_twin.workload.scenario import dealt
 from adapter_twin.workload.strict import Size, Text, Whole, keys, read, suggestion
 from adapter_twin.workload.tensor_files import read_header
 

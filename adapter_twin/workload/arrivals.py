@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from adapter_twin.errors import require
 from adapter_twin.workload.lengths import Floats
-from adapter_twin.workload.scenario import Arrivals
+from adapter_twin.workload.traffic import Arrivals
 
 Ints = NDArray[np.int32]
 

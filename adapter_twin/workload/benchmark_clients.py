@@ -90,7 +90,7 @@ class Benchmark:
         return 0.0 if self.request_rate == "inf" else self.num_prompts / self.request_rate
 
     def workload(self, told: Mapping[str, Any], model: str) -> dict[str, Any]:
-        """Return the keys of a `adapter_twin.workload.scenario.Workload` with this traffic.
+        """Return the keys of a `adapter_twin.workload.traffic.Workload` with this traffic.
 
         Parameters
         ----------

@@ -24,7 +24,7 @@ from adapter_twin.workload.strict import (
 )
 
 if TYPE_CHECKING:
-    from adapter_twin.workload.scenario import EngineConfig
+    from adapter_twin.workload.engine_config import EngineConfig
 
 WITH_ADAPTERS = "0.8.5"
 """Of this version steps with adapters have been measured on a GPU."""
@@ -97,8 +97,8 @@ class EngineVersion:
         What the capture of its CUDA graphs takes with however many slots, by public reports; left
         out where it grows with them, which only measured starts tell.
     lacks : tuple of str
-        Flags of `adapter_twin.workload.scenario.ServeFlags` that it does not have. Adapter kernels
-        are launched for every slot, whether it is active or not, unless it has and is given
+        Flags of `adapter_twin.workload.engine_config.ServeFlags` that it does not have. Adapter
+        kernels are launched for every slot, whether it is active or not, unless it has and is given
         ``specialize_active_lora``.
     gpu_memory_utilization : float
         Share of a GPU's memory that is used where no flag tells.

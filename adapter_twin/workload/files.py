@@ -14,24 +14,15 @@ import yaml
 
 from adapter_twin.errors import AdapterTwinError, one_line, require
 from adapter_twin.workload.adapter_folders import resolve
+from adapter_twin.workload.adapters import Adapter, deal_adapters, zipf_adapters
 from adapter_twin.workload.benchmark_clients import Benchmark
 from adapter_twin.workload.calibration_files import complete, take_gpu
+from adapter_twin.workload.engine_config import EngineConfig, ServeFlags
 from adapter_twin.workload.request_log import read_requests
-from adapter_twin.workload.scenario import (
-    Adapter,
-    Arrivals,
-    EngineConfig,
-    Lengths,
-    Scenario,
-    ServeFlags,
-    Slo,
-    Workload,
-    check_ranks,
-    deal_adapters,
-    zipf_adapters,
-)
+from adapter_twin.workload.scenario import Scenario, Slo, check_ranks
 from adapter_twin.workload.serve_command import lora_modules, read_command
 from adapter_twin.workload.strict import read
+from adapter_twin.workload.traffic import Arrivals, Lengths, Workload
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -246,7 +237,7 @@ def run_to_workload(
         ``model, rates_per_adapter, ranks, served_adapters, adapter_slots, max_lora_rank,
         max_num_seqs, duration_s, mean_input_tokens, mean_requested_output_tokens``; ``run_id`` for
         messages. There may be other flags of the engine
-        (`adapter_twin.workload.scenario.ServeFlags`), in a campaign of one's own
+        (`adapter_twin.workload.engine_config.ServeFlags`), in a campaign of one's own
         ``length_distribution, length_cv`` and the path of a ``request_log`` that is replayed, in a
         sweep ``zipf_exponent, arrival_cv``. Nothing else is read.
     adapters : tuple of Adapter, optional
@@ -279,7 +270,7 @@ def run_to_engine(row: Mapping[str, Any]) -> EngineConfig:
     ----------
     row : mapping
         ``model, adapter_slots, max_lora_rank``, and ``served_adapters`` and the flags of
-        `adapter_twin.workload.scenario.ServeFlags` as far as they are told.
+        `adapter_twin.workload.engine_config.ServeFlags` as far as they are told.
     """
     slots = _whole(row, "adapter_slots")
     told = {flag.name: _flag(row.get(flag.name)) for flag in fields(ServeFlags)}

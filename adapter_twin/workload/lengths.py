@@ -16,8 +16,8 @@ from pydantic import Field
 from scipy.special import ndtr, ndtri
 
 from adapter_twin.errors import AdapterTwinError, require
-from adapter_twin.workload.scenario import Lengths
 from adapter_twin.workload.strict import LONGEST_TOKENS, Many, NotNegative, dataclass
+from adapter_twin.workload.traffic import Lengths
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]

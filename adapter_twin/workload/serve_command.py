@@ -14,7 +14,7 @@ from typing import Any
 
 from adapter_twin.errors import AdapterTwinError, require
 from adapter_twin.workload.calibration_files import complete
-from adapter_twin.workload.scenario import EngineConfig
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.strict import read
 
 _SHORT = {"-tp": "tensor_parallel_size"}

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_twin.errors import require
+from adapter_twin.workload.adapters import Adapter
 from adapter_twin.workload.arrivals import draw_arrivals
 from adapter_twin.workload.contents import (
     Contents,
@@ -26,7 +27,7 @@ from adapter_twin.workload.contents import (
 )
 from adapter_twin.workload.lengths import Floats, LengthMarginals, draw_lengths
 from adapter_twin.workload.request_log import BASE_MODEL, RequestLog, read_requests
-from adapter_twin.workload.scenario import Adapter, Sessions, Workload
+from adapter_twin.workload.traffic import Sessions, Workload
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -22,9 +22,9 @@ from adapter_twin.service.predict import predict
 from adapter_twin.service.validate import validate_runs
 from adapter_twin.tables import datasets
 from adapter_twin.twin.simulate import simulate_run
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.engine_versions import engine_version
 from adapter_twin.workload.models import model_config, model_shape
-from adapter_twin.workload.scenario import EngineConfig
 from study import ch07_campaign
 
 LAUNCH_MS, TOKEN_MS, ADAPTED_MS, ADAPTED_TOKEN_MS, PADDED_MS = 7.0, 0.5, 5.0, 0.25, 0.0625

@@ -19,8 +19,10 @@ from adapter_twin.plan.steady_state import warmed_up
 from adapter_twin.service.metrics import service_of
 from adapter_twin.service.predict import predict
 from adapter_twin.twin.simulate import simulate
+from adapter_twin.workload.adapters import deal_adapters
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.files import records, run_to_workload
-from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, deal_adapters
+from adapter_twin.workload.traffic import Lengths, Workload
 
 LLAMA = "llama-3.1-8b-instruct"
 MIX: dict[str, Any] = {

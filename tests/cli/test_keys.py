@@ -10,8 +10,10 @@ import yaml
 
 from adapter_twin.cli.keys import READS, START, Key, keys_of
 from adapter_twin.plan.demand import Demand, load_demand
+from adapter_twin.workload.engine_config import ServeFlags
 from adapter_twin.workload.files import load_scenario
-from adapter_twin.workload.scenario import ServeFlags, Sessions, Slo
+from adapter_twin.workload.scenario import Slo
+from adapter_twin.workload.traffic import Sessions
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is an extrapolation")
 

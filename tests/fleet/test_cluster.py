@@ -35,8 +35,10 @@ from adapter_twin.plan.demand import Demand
 from adapter_twin.twin.policies import Policy, UnifiedPool
 from adapter_twin.twin.records import Records
 from adapter_twin.twin.simulate import draw_requests, simulate
-from adapter_twin.workload.scenario import Adapter, EngineConfig, Lengths, Workload, deal_adapters
+from adapter_twin.workload.adapters import Adapter, deal_adapters
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.trace import BASE_MODEL
+from adapter_twin.workload.traffic import Lengths, Workload
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is an extrapolation")
 

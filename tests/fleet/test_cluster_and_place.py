@@ -26,8 +26,11 @@ from adapter_twin.fleet.strategies import place_and_hold, shortest_wait, spread
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.steady_state import warmed_up
+from adapter_twin.workload.adapters import zipf_adapters
+from adapter_twin.workload.engine_config import EngineConfig, ServeFlags
 from adapter_twin.workload.gpu_fleet import GpuFleet, GpuKind
-from adapter_twin.workload.scenario import EngineConfig, Lengths, ServeFlags, Slo, zipf_adapters
+from adapter_twin.workload.scenario import Slo
+from adapter_twin.workload.traffic import Lengths
 
 LLAMA = "llama-3.1-8b-instruct"
 LENGTHS = Lengths(mean_input_tokens=223, mean_output_tokens=200)

@@ -20,8 +20,9 @@ from adapter_twin.fleet.spare import spare
 from adapter_twin.fleet.strategies import best, shortest_wait
 from adapter_twin.plan.demand import Demand, load_demand
 from adapter_twin.plan.recommend import recommend
+from adapter_twin.workload.adapters import zipf_adapters
 from adapter_twin.workload.gpu_fleet import GpuFleet, GpuKind
-from adapter_twin.workload.scenario import Lengths, zipf_adapters
+from adapter_twin.workload.traffic import Lengths
 from study.exact import lowest_cost
 
 LLAMA = "llama-3.1-8b-instruct"

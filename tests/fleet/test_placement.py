@@ -25,7 +25,10 @@ from adapter_twin.fleet.placement import Placement, ReplicaPlan, replica_workloa
 from adapter_twin.fleet.proof.bound import best_weights, lower_bound, measures, priced, prices_of
 from adapter_twin.fleet.proof.envelope import active_share, levels_of
 from adapter_twin.plan.demand import Demand
-from adapter_twin.workload.scenario import Adapter, EngineConfig, Lengths, Slo
+from adapter_twin.workload.adapters import Adapter
+from adapter_twin.workload.engine_config import EngineConfig
+from adapter_twin.workload.scenario import Slo
+from adapter_twin.workload.traffic import Lengths
 from study.baselines import first_fit_by_count, round_robin
 from study.exact import fewest_gpus
 from study.placement_scenarios import RANK_MIXES, SCENARIOS, draw_demand, scenarios

@@ -19,14 +19,10 @@ from adapter_twin.laws.scheduling import SchedulingLaw
 from adapter_twin.service.metrics import summarize
 from adapter_twin.service.perfetto import step_starts_s
 from adapter_twin.twin.simulate import draw_requests, simulate, simulate_run
+from adapter_twin.workload.adapters import Adapter, deal_adapters
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.models import model_shape
-from adapter_twin.workload.scenario import (
-    Adapter,
-    EngineConfig,
-    Lengths,
-    Workload,
-    deal_adapters,
-)
+from adapter_twin.workload.traffic import Lengths, Workload
 from study.ch01_to_06 import configurations
 
 LLAMA = "llama-3.1-8b-instruct"

@@ -12,10 +12,10 @@ from adapter_twin.laws.memory import MemoryLaw
 from adapter_twin.laws.slots import GIB, MIB, slot_tensors
 from adapter_twin.plan.what_fits import what_fits
 from adapter_twin.tables import datasets
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.engine_versions import engine_version
 from adapter_twin.workload.files import records, run_to_engine
 from adapter_twin.workload.models import model_shape
-from adapter_twin.workload.scenario import EngineConfig
 from study.engine_constants import CONSTANTS, GPU, fit_constants, recorded_starts
 
 LLAMA, QWEN = "llama-3.1-8b-instruct", "qwen-2.5-7b-instruct"

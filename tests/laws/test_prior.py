@@ -15,8 +15,10 @@ from adapter_twin.laws import Calibration
 from adapter_twin.laws.prior import prior_calibration
 from adapter_twin.laws.roofline import DRAWS
 from adapter_twin.service.predict import predict
+from adapter_twin.workload.adapters import deal_adapters
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.models import model_config
-from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, deal_adapters
+from adapter_twin.workload.traffic import Lengths, Workload
 from study.ch01_to_06 import configurations
 
 LLAMA, QWEN, MISTRAL = "llama-3.1-8b-instruct", "qwen-2.5-7b-instruct", "mistralai/Mistral-7B-v0.3"

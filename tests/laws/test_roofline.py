@@ -23,8 +23,8 @@ from adapter_twin.laws.roofline import (
 )
 from adapter_twin.laws.step_time import FEATURES, Floats, StepObservations, batch_features
 from adapter_twin.twin.wiring import step_law
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.models import model_shape
-from adapter_twin.workload.scenario import EngineConfig
 
 GPU, VERSION, LLAMA = "h100-64gb", "0.8.5", "llama-3.1-8b-instruct"
 JUMPS = (SWITCHES_TILING, LEAVES_GRAPHS)

@@ -31,10 +31,12 @@ from adapter_twin.service.predict import predict
 from adapter_twin.tables import datasets
 from adapter_twin.tables.campaign_schemas import CAMPAIGN_TABLES
 from adapter_twin.twin.simulate import simulate, simulate_run
+from adapter_twin.workload.adapters import deal_adapters
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.files import run_to_workload
 from adapter_twin.workload.models import model_config
-from adapter_twin.workload.scenario import EngineConfig, Workload, deal_adapters
 from adapter_twin.workload.trace import generate, generators
+from adapter_twin.workload.traffic import Workload
 
 CAMPAIGNS = sorted((datasets.REPOSITORY / "experiments" / "campaigns").glob("*.yaml"))
 RUN = {

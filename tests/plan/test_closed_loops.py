@@ -20,7 +20,7 @@ from adapter_twin.plan.steady_state import WARM_UP_S, draw_traffic, serve, warme
 from adapter_twin.service.metrics import service
 from adapter_twin.twin.simulate import simulate
 from adapter_twin.workload.files import load_scenario
-from adapter_twin.workload.scenario import Arrivals, Workload
+from adapter_twin.workload.traffic import Arrivals, Workload
 
 LLAMA = "llama-3.1-8b-instruct"
 TRAFFIC: dict[str, Any] = {

@@ -8,7 +8,7 @@ import pytest
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.laws import load_calibration
 from adapter_twin.plan.commands import sglang_args, vllm_args
-from adapter_twin.workload.scenario import EngineConfig
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.serve_command import read_command
 
 LLAMA = "llama-3.1-8b-instruct"

@@ -27,8 +27,8 @@ from adapter_twin.plan.steady_state import CYCLES, WARM_UP_S, draw_traffic, warm
 from adapter_twin.service.metrics import service, service_of
 from adapter_twin.twin.simulate import simulate
 from adapter_twin.workload.request_log import BASE_MODEL
-from adapter_twin.workload.scenario import Arrivals, Workload
 from adapter_twin.workload.trace import Trace
+from adapter_twin.workload.traffic import Arrivals, Workload
 
 LLAMA = "llama-3.1-8b-instruct"
 

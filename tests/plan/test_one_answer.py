@@ -13,7 +13,8 @@ from adapter_twin.plan.optimum import optimum
 from adapter_twin.plan.recommend import recommend
 from adapter_twin.plan.search import largest_subset
 from adapter_twin.tables import datasets
-from adapter_twin.workload.scenario import Lengths, deal_adapters
+from adapter_twin.workload.adapters import deal_adapters
+from adapter_twin.workload.traffic import Lengths
 from study import explorer
 
 LLAMA = "llama-3.1-8b-instruct"

@@ -32,7 +32,10 @@ from adapter_twin.plan.steady_state import (
     warmed_up,
 )
 from adapter_twin.twin.simulate import draw_requests, simulate
-from adapter_twin.workload.scenario import Adapter, Lengths, ServeFlags, Slo, deal_adapters
+from adapter_twin.workload.adapters import Adapter, deal_adapters
+from adapter_twin.workload.engine_config import ServeFlags
+from adapter_twin.workload.scenario import Slo
+from adapter_twin.workload.traffic import Lengths
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = "llama-3.1-8b-instruct"

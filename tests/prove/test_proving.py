@@ -36,8 +36,11 @@ from adapter_twin.prove.outcome import read_outcome, service
 from adapter_twin.prove.rivals import METHODS, Study, load_study, plain
 from adapter_twin.tables import datasets
 from adapter_twin.twin.records import Records
+from adapter_twin.workload.adapters import zipf_adapters
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.models import model_config, model_shape
-from adapter_twin.workload.scenario import EngineConfig, Lengths, Slo, zipf_adapters
+from adapter_twin.workload.scenario import Slo
+from adapter_twin.workload.traffic import Lengths
 from study.ch15_proof import bars, by_popularity, pairs, per_adapter, waits
 from study.figures import proofs
 

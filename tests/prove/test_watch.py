@@ -36,10 +36,12 @@ from adapter_twin.service.validate import HELD_OUT_BARS, pair_runs
 from adapter_twin.tables import datasets
 from adapter_twin.twin.records import Gaps, Records, Simulation
 from adapter_twin.twin.simulate import simulate
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.files import load_scenario, run_to_workload
 from adapter_twin.workload.files import records as rows_of
-from adapter_twin.workload.scenario import EngineConfig, Scenario, Workload
+from adapter_twin.workload.scenario import Scenario
 from adapter_twin.workload.trace import generate, generators
+from adapter_twin.workload.traffic import Workload
 
 Cli = Callable[..., tuple[int, str, str]]
 

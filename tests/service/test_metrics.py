@@ -20,7 +20,8 @@ from adapter_twin.service.metrics import (
     weighted_percentile,
 )
 from adapter_twin.twin.records import Gaps, Records
-from adapter_twin.workload.scenario import Slo, deal_adapters
+from adapter_twin.workload.adapters import deal_adapters
+from adapter_twin.workload.scenario import Slo
 
 NAN = float("nan")
 WINDOW_S = 10.0

@@ -17,8 +17,11 @@ from adapter_twin.prove import outcome
 from adapter_twin.service.metrics import Service, service, service_of
 from adapter_twin.service.predict import predict_scenario
 from adapter_twin.twin.simulate import simulate
+from adapter_twin.workload.adapters import deal_adapters
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.files import run_to_workload
-from adapter_twin.workload.scenario import EngineConfig, Lengths, Scenario, Slo, deal_adapters
+from adapter_twin.workload.scenario import Scenario, Slo
+from adapter_twin.workload.traffic import Lengths
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is an extrapolation")
 

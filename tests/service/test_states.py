@@ -13,7 +13,8 @@ from adapter_twin.plan.cold_start import cold_start_states
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.steady_state import warmed_up
 from adapter_twin.service.states import states
-from adapter_twin.workload.scenario import Lengths, deal_adapters
+from adapter_twin.workload.adapters import deal_adapters
+from adapter_twin.workload.traffic import Lengths
 
 LLAMA = "llama-3.1-8b-instruct"
 

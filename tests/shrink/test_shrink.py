@@ -13,8 +13,9 @@ from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.what_fits import what_fits
 from adapter_twin.shrink.peft_weights import PeftWeights
 from adapter_twin.shrink.shrink import shrink
-from adapter_twin.workload.scenario import Adapter, Lengths
+from adapter_twin.workload.adapters import Adapter
 from adapter_twin.workload.tensor_files import TensorFile, write_tensors
+from adapter_twin.workload.traffic import Lengths
 from tests.shrink.conftest import CONFIG, LLAMA_WIDTHS, Make, tensor
 
 LLAMA = {"base_model_name_or_path": "meta-llama/Llama-3.1-8B", "widths": LLAMA_WIDTHS}

@@ -14,7 +14,7 @@ from adapter_twin.service.predict import predict_run
 from adapter_twin.twin.clock import FrontEnd, StepLaw
 from adapter_twin.twin.layout import new_session
 from adapter_twin.twin.session import Session
-from adapter_twin.workload.scenario import EngineConfig
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.trace import Trace
 from study import ch13_published, ch14_ablation, measured_grids
 from study.ch01_to_06 import configurations

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.plan.demand import Demand
 from adapter_twin.plan.steady_state import warmed_up
-from adapter_twin.workload.scenario import EngineConfig, Lengths, zipf_adapters
+from adapter_twin.workload.adapters import zipf_adapters
+from adapter_twin.workload.engine_config import EngineConfig
+from adapter_twin.workload.traffic import Lengths
 from study.drift import Drift, drifting_rates, drifting_trace, place_again, rebalance
 
 LLAMA = "llama-3.1-8b-instruct"

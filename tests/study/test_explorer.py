@@ -19,7 +19,8 @@ from adapter_twin.plan.criterion import MARGIN, Criterion
 from adapter_twin.plan.grid import GRID, MAX_NUM_SEQS
 from adapter_twin.plan.optimum import optimum
 from adapter_twin.tables import datasets
-from adapter_twin.workload.scenario import EngineConfig, Slo
+from adapter_twin.workload.engine_config import EngineConfig
+from adapter_twin.workload.scenario import Slo
 from study import explorer
 
 LLAMA, QWEN = explorer.MODELS

@@ -9,7 +9,7 @@ import pytest
 from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.parallel import workers
 from adapter_twin.plan.steady_state import warmed_up
-from adapter_twin.workload.scenario import Lengths
+from adapter_twin.workload.traffic import Lengths
 from study import ch12_fleets
 from study.placement_scenarios import MODEL, PlacementScenario, draw_demand
 

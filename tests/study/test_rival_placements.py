@@ -9,7 +9,7 @@ import pytest
 from adapter_twin.fleet.oracle import Oracle
 from adapter_twin.fleet.packing import Groups
 from adapter_twin.workload.gpu_fleet import GpuFleet
-from adapter_twin.workload.scenario import Lengths
+from adapter_twin.workload.traffic import Lengths
 from study.placement_scenarios import PlacementScenario, draw_demand
 from study.rival_placements import balanced, compare_rivals, hashed, min_cost_flow, rendezvous
 

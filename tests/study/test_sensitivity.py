@@ -13,8 +13,8 @@ from adapter_twin.laws import Calibration, load_calibration
 from adapter_twin.plan.grid import grid_runs
 from adapter_twin.service.metrics import summarize
 from adapter_twin.twin.simulate import simulate_run
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.files import records
-from adapter_twin.workload.scenario import EngineConfig
 from study import ch11_sensitivity
 from study.ch11_sensitivity import FACTORS, answer, perturbed, sobol_indices
 

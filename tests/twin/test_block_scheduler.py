@@ -36,16 +36,10 @@ from adapter_twin.twin.policy import VLLM
 from adapter_twin.twin.session import Session
 from adapter_twin.twin.simulate import run_in_simpy, simulate
 from adapter_twin.twin.wiring import with_defaults
-from adapter_twin.workload.scenario import (
-    Adapter,
-    Arrivals,
-    EngineConfig,
-    Lengths,
-    ServeFlags,
-    Workload,
-    deal_adapters,
-)
+from adapter_twin.workload.adapters import Adapter, deal_adapters
+from adapter_twin.workload.engine_config import EngineConfig, ServeFlags
 from adapter_twin.workload.trace import Trace, generate, generators
+from adapter_twin.workload.traffic import Arrivals, Lengths, Workload
 from study.conformance import Case, Step, feature_cases, twin_steps
 
 Requests = Sequence[tuple[int, int, int, int]]

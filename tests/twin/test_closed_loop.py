@@ -20,15 +20,10 @@ from adapter_twin.twin.records import Simulation, make_records
 from adapter_twin.twin.session import Session
 from adapter_twin.twin.simulate import draw_requests, run_in_simpy, simulate
 from adapter_twin.twin.wiring import begin
-from adapter_twin.workload.scenario import (
-    Arrivals,
-    EngineConfig,
-    Lengths,
-    Sessions,
-    Workload,
-    deal_adapters,
-)
+from adapter_twin.workload.adapters import deal_adapters
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.trace import Contents, Trace, generators
+from adapter_twin.workload.traffic import Arrivals, Lengths, Sessions, Workload
 from study.plain_engine import PlainEngine, PlainRequest, PlainStep
 from tests.twin.test_list_based_engine import TICK_S, Case, cases, contended
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from adapter_twin.errors import AdapterTwinError
-from adapter_twin.workload.scenario import Lengths, Sessions, Workload, deal_adapters
+from adapter_twin.workload.adapters import deal_adapters
 from adapter_twin.workload.trace import generate
+from adapter_twin.workload.traffic import Lengths, Sessions, Workload
 from study.ch16_chain import exchange, full_batches
 from study.conformance import (
     FEATURES,

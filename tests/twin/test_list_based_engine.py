@@ -12,7 +12,7 @@ from adapter_twin.twin.layout import new_session
 from adapter_twin.twin.records import make_gaps
 from adapter_twin.twin.session import Session
 from adapter_twin.twin.simulate import run_in_simpy
-from adapter_twin.workload.scenario import EngineConfig
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.trace import BASE_MODEL, Trace
 from study.plain_engine import PlainEngine, PlainRequest, PlainStep, serve
 

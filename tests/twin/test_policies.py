@@ -24,8 +24,10 @@ from adapter_twin.twin.policies import CostAware, Drain, Merge, Policy, UnifiedP
 from adapter_twin.twin.session import Session
 from adapter_twin.twin.simulate import run_in_simpy, simulate
 from adapter_twin.twin.state import State
-from adapter_twin.workload.scenario import EngineConfig, Lengths, Workload, zipf_adapters
+from adapter_twin.workload.adapters import zipf_adapters
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.trace import BASE_MODEL, Trace
+from adapter_twin.workload.traffic import Lengths, Workload
 
 Requests = Sequence[tuple[float, int, int, int]]
 ADAPTERS = 8

@@ -16,8 +16,10 @@ from adapter_twin.twin.layout import new_session
 from adapter_twin.twin.records import make_gaps, make_records
 from adapter_twin.twin.session import Session
 from adapter_twin.twin.simulate import run_in_simpy
-from adapter_twin.workload.scenario import Arrivals, EngineConfig, Lengths, Workload, deal_adapters
+from adapter_twin.workload.adapters import deal_adapters
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.trace import BASE_MODEL, COLUMNS, Trace, generate
+from adapter_twin.workload.traffic import Arrivals, Lengths, Workload
 
 LOAD_S, READ_S = 0.25, 0.5
 NO_OVERHEAD_S = np.zeros(2)

@@ -14,9 +14,11 @@ from adapter_twin.laws import load_calibration
 from adapter_twin.plan.commands import vllm_args
 from adapter_twin.plan.demand import load_demand
 from adapter_twin.workload.adapter_folders import read_adapter
+from adapter_twin.workload.adapters import Adapter, split_adapters
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.files import load_scenario
-from adapter_twin.workload.scenario import Adapter, EngineConfig, Workload, split_adapters
 from adapter_twin.workload.serve_command import lora_modules
+from adapter_twin.workload.traffic import Workload
 
 LLAMA = "llama-3.1-8b-instruct"
 QKV = ("q_proj", "k_proj", "v_proj")

@@ -11,9 +11,10 @@ from adapter_twin.errors import AdapterTwinError
 from adapter_twin.plan.demand import load_demand
 from adapter_twin.plan.logged import stretch
 from adapter_twin.tables.datasets import write_table
+from adapter_twin.workload.adapters import deal_adapters
 from adapter_twin.workload.request_log import read_requests
-from adapter_twin.workload.scenario import Arrivals, Lengths, Workload, deal_adapters
 from adapter_twin.workload.trace import Trace, generate
+from adapter_twin.workload.traffic import Arrivals, Lengths, Workload
 
 LOG = """arrival_s,session_id,adapter,prompt_tokens,output_tokens,think_s
 1,a,0,10,5,

@@ -11,8 +11,8 @@ import pytest
 from adapter_twin import cli
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.tables.datasets import write_table
+from adapter_twin.workload.adapters import Adapter
 from adapter_twin.workload.request_log import RequestLog, read_requests
-from adapter_twin.workload.scenario import Adapter
 from adapter_twin.workload.trace import BASE_MODEL, read_trace
 
 ADAPTERS = (

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter_twin.errors import AdapterTwinError
+from adapter_twin.workload.adapters import Adapter, deal_adapters, zipf_adapters
+from adapter_twin.workload.engine_config import LORA_RANKS, EngineConfig
 from adapter_twin.workload.files import (
     DEFAULT_DURATION_S,
     DEFAULT_MEAN_INPUT_TOKENS,
@@ -19,19 +21,8 @@ from adapter_twin.workload.files import (
     parse_rates,
     run_to_workload,
 )
-from adapter_twin.workload.scenario import (
-    LORA_RANKS,
-    Adapter,
-    Arrivals,
-    EngineConfig,
-    Lengths,
-    Scenario,
-    Slo,
-    Workload,
-    config_hash,
-    deal_adapters,
-    zipf_adapters,
-)
+from adapter_twin.workload.scenario import Scenario, Slo, config_hash
+from adapter_twin.workload.traffic import Arrivals, Lengths, Workload
 
 ENGINE = EngineConfig(
     model="llama-3.1-8b-instruct", max_loras=32, max_cpu_loras=96, max_lora_rank=16

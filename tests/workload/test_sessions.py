@@ -8,9 +8,10 @@ import pytest
 from scipy.stats import kstest, spearmanr
 
 from adapter_twin.errors import AdapterTwinError
+from adapter_twin.workload.adapters import deal_adapters
 from adapter_twin.workload.files import load_scenario
-from adapter_twin.workload.scenario import Arrivals, Lengths, Sessions, Workload, deal_adapters
 from adapter_twin.workload.trace import BASE_MODEL, Trace, generate
+from adapter_twin.workload.traffic import Arrivals, Lengths, Sessions, Workload
 
 ADAPTERS = deal_adapters(3, [4.0, 2.0, 1.0], [8])
 LENGTHS = Lengths(distribution="lognormal", mean_input_tokens=50, mean_output_tokens=20)

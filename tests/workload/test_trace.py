@@ -13,15 +13,9 @@ from scipy.stats import kstest, spearmanr
 
 from adapter_twin.errors import AdapterTwinError
 from adapter_twin.tables.datasets import write_table
-from adapter_twin.workload.scenario import (
-    Adapter,
-    Arrivals,
-    Lengths,
-    Workload,
-    deal_adapters,
-    zipf_adapters,
-)
+from adapter_twin.workload.adapters import Adapter, deal_adapters, zipf_adapters
 from adapter_twin.workload.trace import BASE_MODEL, LengthMarginals, Trace, generate, read_trace
+from adapter_twin.workload.traffic import Arrivals, Lengths, Workload
 
 # most prompts short, a long tail, an empty bin: the shape of chat traffic
 MARGINALS = LengthMarginals(

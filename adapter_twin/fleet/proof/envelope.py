@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from adapter_twin.capacity.slot_sharing import visits_s
 from adapter_twin.fleet.oracle import TRACE, Oracle
 from adapter_twin.plan.candidates import HOUR_S
+from adapter_twin.workload.engine_config import EngineConfig
 from adapter_twin.workload.lengths import Floats
-from adapter_twin.workload.scenario import EngineConfig
 
 Capacities = Mapping[int, tuple[Floats, Floats]]
 

@@ -23,7 +23,7 @@ from adapter_twin.errors import require
 from adapter_twin.twin.compiled import helper
 from adapter_twin.twin.residency import LoadsAtAdmission
 from adapter_twin.twin.state import NOT_RUNNING, Limits, Requests, State
-from adapter_twin.workload.scenario import Share
+from adapter_twin.workload.adapters import Share
 from adapter_twin.workload.strict import NotNegative, dataclass
 
 
