@@ -61,6 +61,18 @@ def code(notebook: Path) -> ast.Module:
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_chapter_opens_with_its_questions_and_ends_with_its_findings(notebook):
+    cells = json.loads(notebook.read_text())["cells"]
+    texts = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
+    asked = texts[0].partition("**What you will learn**\n\n")[2].splitlines()
+    assert len(asked) >= 3
+    assert all(line.startswith("- ") and line.endswith("?") for line in asked)
+    found = texts[-1].partition("## What we found\n\n")[2]
+    assert len(re.findall(r"^- ", found, re.MULTILINE)) >= 2
+    assert "results.card(" in "".join(cells[-1]["source"])
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_a_chapter_takes_from_the_package_is_there(notebook):
     """Running it is slow; this finds a name that has changed at once."""
     modules = {}
