@@ -97,20 +97,20 @@ def served_by_priors() -> pd.DataFrame:
     -------
     DataFrame
         A row per workload: ``measured`` N; ``prior`` and ``cautious``, in steps of the grid above
-        the measured one.
+        the measured one. Where nothing serves by a prior, it is one step below the grid.
     """
     grids = measured_grids.measured_grids(datasets.load("runs"))
     told = read_expected("left_out_models_grids")
-    best = {"measured": measured_grids.measured_optima(grids)}
+    measured = measured_grids.measured_optima(grids).set_index(measured_grids.WORKLOAD)
+    table = measured[["served_adapters"]].rename(columns={"served_adapters": "measured"})
     for name, cautious in (("prior", False), ("cautious", True)):
-        best[name] = measured_grids.search_picks(told[told["cautious"] == cautious], MARGIN)
+        ranked = Criterion(margin=MARGIN).ranked(
+            told[told["cautious"] == cautious], within=measured_grids.WORKLOAD
+        )
+        best = ranked.groupby(measured_grids.WORKLOAD, sort=False)["served_adapters"].first()
+        table[name] = best.reindex(table.index, fill_value=0)
     levels = np.sort(grids["served_adapters"].unique())
-    served = {
-        name: picks.set_index(measured_grids.WORKLOAD)["served_adapters"]
-        for name, picks in best.items()
-    }
-    table = pd.DataFrame(served)
-    place = {name: np.searchsorted(levels, table[name].to_numpy()) for name in table}
+    place = {name: np.searchsorted(levels, table[name].to_numpy(), side="right") for name in table}
     for name in ("prior", "cautious"):
         table[name] = place[name] - place["measured"]
     return table.reset_index()
