@@ -216,6 +216,7 @@ class Workload:
 
     Examples
     --------
+    >>> from adapter_twin import deal_adapters
     >>> lengths = Lengths(mean_input_tokens=223, mean_output_tokens=198)
     >>> adapters = deal_adapters(96, [0.1, 0.05, 0.025], [8, 16])
     >>> workload = Workload(adapters=adapters, duration_s=3600, lengths=lengths)
