@@ -319,7 +319,11 @@ def test_ctrl_c_in_a_finalizer_is_not_lost(
         return ""
 
     monkeypatch.setattr("adapter_twin.cli.keys.template", collected)
-    assert run("init", "w.yaml") == (130, "", "error: interrupted\n")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    try:
+        assert run("init", "w.yaml") == (130, "", "error: interrupted\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_placement_takes_the_place_of_the_one_before(

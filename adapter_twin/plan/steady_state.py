@@ -94,7 +94,7 @@ class Window:
     figures : dict
         `FIGURES`, and ``slo_attainment`` with an SLO.
     records : Records
-        Of the requests that arrived after the warm-up.
+        Of the requests that arrived in it, after the warm-up.
     duration_s : float
         When the window ended.
     """
@@ -178,7 +178,8 @@ def serve(traffic: WindowTraffic, engine: EngineConfig, calibration: Calibration
     end_s = run.duration_s - traffic.answered_s
     told = service(run.records, run.gaps, end_s, slo=traffic.slo, warm_up_s=traffic.warm_up_s)
     names = FIGURES if traffic.slo is None else (*FIGURES, "slo_attainment")
-    own = run.records[run.records.arrival_s >= traffic.warm_up_s]
+    arrival_s = run.records.arrival_s
+    own = run.records[(arrival_s >= traffic.warm_up_s) & (arrival_s <= end_s)]
     return Window({name: told[name] for name in names}, own, end_s)
 
 

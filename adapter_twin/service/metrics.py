@@ -70,7 +70,8 @@ def service(
 ) -> Service:
     """Return the service of a run from the end of its warm-up on.
 
-    TTFT is over every request that arrives in this window. One without a first token, dropped or
+    TTFT is over every request that arrives in this window, and not after it, as some may that a
+    client has held back. One without a first token, dropped or
     still waiting, counts with its wait so far. Where more than 1 % of them are without, the p99 is
     not known yet: it and the mean are lower bounds, and with half of them without the median is.
 
@@ -116,7 +117,7 @@ def service(
     """
     window_s = duration_s - warm_up_s
     require(window_s > 0, f"warm_up_s: {warm_up_s:g} s leave no window of {duration_s:g} s")
-    arrived = records[records.arrival_s >= warm_up_s]
+    arrived = records[(records.arrival_s >= warm_up_s) & (records.arrival_s <= duration_s)]
     refused, arrived = int(arrived.refused.sum()), arrived[~arrived.refused]
     ended = records[records.end_s >= warm_up_s]  # false for those without an end
     completed = arrived[np.isfinite(arrived.end_s)]

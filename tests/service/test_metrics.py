@@ -218,6 +218,13 @@ def test_the_worst_served_adapter_has_the_longest_mean_ttft():
     assert started["worst_adapter_p99_ttft_ms"] == pytest.approx(np.percentile([200, 6000], 99))
 
 
+def test_what_arrives_after_the_window_does_not_count():
+    """A client with a limit of concurrency may send a request of the window after it."""
+    late = (1, WINDOW_S + 4.0, NAN, NAN, 70, 9, False)
+    told = service(records([*REQUESTS, late]), GAPS, WINDOW_S)
+    assert repr(told) == repr(service(RECORDS, GAPS, WINDOW_S))
+
+
 def test_a_window_leaves_out_what_the_warm_up_served():
     told = service(RECORDS, GAPS, WINDOW_S, warm_up_s=1.5)
     assert told["arrived_requests"] == 4
