@@ -72,6 +72,16 @@ def test_a_chapter_opens_with_its_questions_and_ends_with_its_findings(notebook)
     assert "results.card(" in "".join(cells[-1]["source"])
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_a_number_of_another_page_is_there_and_says_its_form(page):
+    for path, key, form in re.findall(
+        r"glue:text}`([\w/]+\.ipynb)::([\w-]+)(:?)", page.read_text()
+    ):
+        assert form, key  # without one, MyST takes the key for a path
+        chapter = datasets.REPOSITORY / "notebooks" / Path(path).name
+        assert chapter in NOTEBOOKS, path
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_a_chapter_takes_from_the_package_is_there(notebook):
     """Running it is slow; this finds a name that has changed at once."""
